@@ -1,0 +1,220 @@
+"""Whatever a user's loader yields, as arguments for the model: the only place that knows its forms.
+
+A loader is any iterable of batches that can be read more than once. A batch is a tensor, a tuple or
+list whose first item is the input (a tensor or a dict), or a dict that is passed as keywords. A second
+integer item of a tuple, or the keys `labels` or `label` of a dict, is taken for labels; they are used
+to report accuracy and for nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rba_compress.errors import LoaderError, ModelError
+
+Part = Literal["fit", "choose", "confirm"]
+
+_PATTERN: tuple[Part, ...] = ("fit",) * 7 + ("choose",) * 2 + ("confirm",)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: keyword `kwargs` and positional `args` of the model, and labels (N,) where given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"input {i}": a for i, a in enumerate(self.args)} | self.kwargs
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def __len__(self) -> int:
+        """Samples: the first dimension of the first tensor."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    def _map(self, change: Any) -> Batch:
+        def apply(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Batch(
+            tuple(apply(a) for a in self.args),
+            {k: apply(v) for k, v in self.kwargs.items()},
+            apply(self.labels),
+        )
+
+    def select(self, rows: list[int]) -> Batch:
+        """The samples `rows`; what has another first dimension is passed on whole."""
+        n = len(self)
+        if rows == list(range(n)):
+            return self
+        index = torch.tensor(rows, dtype=torch.long)
+
+        def pick(value: Tensor) -> Tensor:
+            if value.ndim == 0 or value.shape[0] != n:
+                return value
+            return value[index.to(value.device)]
+
+        return self._map(pick)
+
+    def to(self, model: nn.Module) -> Batch:
+        """On the device of the model, floating-point inputs in its dtype; labels stay where they are."""
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if parameter is None:
+            return self
+
+        def move(value: Tensor) -> Tensor:
+            dtype = parameter.dtype if value.is_floating_point() else value.dtype
+            return value.to(parameter.device, dtype, non_blocking=True)
+
+        return replace(self._map(move), labels=self.labels)
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output on this batch."""
+        return model(*self.args, **self.kwargs)
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor of a model's output that quality is measured on: `logits`, or the first float one.
+
+    Raises:
+        ModelError: the output holds no floating-point tensor.
+    """
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise ModelError(
+        f"the model's output, a {type(output).__name__}, holds no floating-point tensor"
+    )
+
+
+def as_batch(item: Any) -> Batch:
+    """Read one item of a loader.
+
+    Raises:
+        LoaderError: the item is none of the known forms, or holds no sample.
+    """
+    labels = None
+    first = item
+    if isinstance(item, (tuple, list)) and item:
+        first = item[0]
+        second = item[1] if len(item) > 1 else None
+        if isinstance(second, Tensor) and second.ndim == 1 and not second.is_floating_point():
+            labels = second
+    if isinstance(first, Mapping):
+        kwargs = dict(first)
+        for key in ("labels", "label"):
+            value = kwargs.get(key)
+            if isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point():
+                labels = kwargs.pop(key)
+        batch = Batch((), kwargs, labels)
+    elif isinstance(first, Tensor):
+        batch = Batch((first,), {}, labels)
+    else:
+        raise LoaderError(
+            f"a batch is a {type(item).__name__} whose input is a {type(first).__name__}: yield a "
+            "tensor, a tuple whose first item is the input, or a dict of the model's keywords"
+        )
+    sized = [t for t in batch.tensors.values() if t.ndim]
+    if not sized or len(batch) == 0:
+        raise LoaderError(
+            "a batch holds no sample: yield tensors whose first dimension counts samples"
+        )
+    if labels is not None and len(labels) != len(batch):
+        raise LoaderError(f"a batch has {len(batch)} samples and {len(labels)} labels")
+    return batch
+
+
+def read(loader: Iterable[Any]) -> Iterator[Batch]:
+    """The batches of a loader, checked.
+
+    Raises:
+        LoaderError: the loader is empty or one-shot, or a batch differs from the first in its
+            arguments or their dtypes.
+    """
+    if isinstance(loader, Tensor):
+        raise LoaderError("the loader is a tensor: pass an iterable of batches, such as [tensor]")
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        raise LoaderError(
+            f"the loader is a {type(loader).__name__}, which cannot be iterated: pass an iterable of "
+            "batches, such as a DataLoader"
+        ) from None
+    if iterator is loader:
+        raise LoaderError(
+            f"the loader is a one-shot {type(loader).__name__} and is read more than once: pass a "
+            "DataLoader, or list(loader)"
+        )
+    expected: dict[str, torch.dtype] | None = None
+    for index, item in enumerate(iterator):
+        batch = as_batch(item)
+        kinds = {name: tensor.dtype for name, tensor in batch.tensors.items()}
+        if expected is None:
+            expected = kinds
+        elif kinds != expected:
+            raise LoaderError(
+                f"batch {index} holds {_describe(kinds)}, the first {_describe(expected)}: make every "
+                "batch of one kind"
+            )
+        yield batch
+    if expected is None:
+        raise LoaderError("the loader is empty: pass at least one batch of samples")
+
+
+def _describe(kinds: dict[str, torch.dtype]) -> str:
+    return ", ".join(
+        f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in kinds.items()
+    )
+
+
+class Split:
+    """Deals the samples of a loader to the three parts, one by one.
+
+    Every run of ten samples is dealt in an order of its own, drawn from `seed`: seven to fit, two to
+    choose, one to confirm. So a loader sorted by class gives every part every class, and a sample's
+    part depends only on its position and the seed.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self.loader = loader
+        self.seed = seed
+
+    def part(self, part: Part) -> Iterator[Batch]:
+        """The batches of one part, in the loader's order; batches left empty are dropped.
+
+        Raises:
+            LoaderError: as `read`, and where the loader has too few samples to fill the part.
+        """
+        start, found = 0, False
+        for batch in read(self.loader):
+            rows = [r for r in range(len(batch)) if self._dealt(start + r) == part]
+            start += len(batch)
+            if rows:
+                found = True
+                yield batch.select(rows)
+        if not found:
+            raise LoaderError(
+                f"the loader has {start} samples, none of them dealt to {part!r}: pass at least "
+                f"{len(_PATTERN)}"
+            )
+
+    def _dealt(self, position: int) -> Part:
+        tens, place = divmod(position, len(_PATTERN))
+        return _deal(self.seed, tens)[place]
+
+
+def _deal(seed: int, tens: int) -> list[Part]:
+    order = list(_PATTERN)
+    random.Random(f"{seed}/{tens}").shuffle(order)
+    return order

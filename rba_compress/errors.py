@@ -1,0 +1,39 @@
+"""Every error that this package raises on purpose: what was found, and what to do about it."""
+
+from __future__ import annotations
+
+
+class RBAError(Exception):
+    """Base of all errors of rba_compress; nothing of the user's was changed when it is raised."""
+
+
+class LoaderError(RBAError):
+    """The calibration loader cannot be used: empty, one-shot, or batches of changing kind."""
+
+
+class ModelError(RBAError):
+    """The model cannot be analysed: not a plain module, or its forward pass fails."""
+
+
+class NoChainError(ModelError):
+    """The model has no replaceable blocks; the message lists what was refused and why."""
+
+
+class ActivationError(RBAError):
+    """Activations hold NaN or infinity; the message names the first block that makes them."""
+
+
+class BudgetError(RBAError):
+    """The budget is contradictory, or below what any allowed plan reaches."""
+
+
+class PlanError(RBAError):
+    """A plan does not fit the model, or the tensors beside it do not fit the plan."""
+
+
+class WeightsError(RBAError):
+    """A weight file does not fit the architecture."""
+
+
+class ArtifactError(RBAError):
+    """A directory cannot be written, or holds no artefact that this version reads."""

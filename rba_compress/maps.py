@@ -1,0 +1,289 @@
+"""Closed-form maps y ~ W x + b from second moments alone: what replaces a span of blocks.
+
+With n rows, means m_x, m_y and centred sums G = C_xx (d, d), R = C_xy (d, d) of `PairMoments`, and
+the uncentred sums G0, R0:
+
+    identity    W = I
+    scale       w_c = R0_cc / G0_cc, per channel
+    linear      W = (G0 + l I)^-1 R0                   the paper: least squares without bias
+    affine      W = (G + l I)^-1 R,  b = m_y - W m_x   ridge regression with intercept
+    low_rank    W = W_affine V V^T, V the top eigenvectors of W_affine^T G W_affine
+                                                       reduced-rank regression, Izenman 1975
+    orthogonal  W = U V^T of R = U S V^T               Procrustes, Schoenemann 1966
+    shrunk      (1 - a) I + a W_affine, bias a b       a = 0 skips, a = 1 is the affine map
+
+W acts on rows from the right (y = x W); modules store its transpose, as torch does. l is `damping`
+times the mean diagonal of the Gram matrix. The solve is a Cholesky factorisation in float64 of the
+Gram matrix scaled to unit diagonal, and where that is numerically singular the minimum-norm solution
+by `eigh`. The moments carry the square of x's condition number, so directions whose singular value is
+below about 1e-7 of the largest count as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from rba_compress.moments import PairMoments
+
+Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal", "shrunk"]
+
+
+class MapSpec(BaseModel):
+    """Which map, and its settings; a decision without tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    damping: float = Field(0.0, ge=0)
+    """Ridge, relative to the mean diagonal of the Gram matrix."""
+    rank: int | None = Field(None, gt=0)
+    """low_rank only."""
+    shrink: float | None = Field(None, ge=0, le=1)
+    """shrunk only: a in (1 - a) I + a T."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> Self:
+        for setting, kind in (("rank", "low_rank"), ("shrink", "shrunk")):
+            if (getattr(self, setting) is not None) != (self.kind == kind):
+                raise ValueError(f"`{setting}` is set for the map {kind!r} and for no other")
+        return self
+
+    def __str__(self) -> str:
+        setting = {"low_rank": self.rank, "shrunk": self.shrink}.get(self.kind)
+        return self.kind if setting is None else f"{self.kind}({setting:g})"
+
+
+class Diagnostics(BaseModel):
+    """How good a fit is and how well posed it was; a bad fit is reported, never raised."""
+
+    model_config = ConfigDict(frozen=True)
+
+    residual: float
+    """E ||y - W x - b||^2 over the rows that were fitted."""
+    r2: float
+    """1 - residual / E ||y - E y||^2."""
+    effective_rank: float
+    """exp of the entropy of the normalised eigenvalues of cov(x); Roy and Vetterli 2007."""
+    condition: float
+    """Largest over smallest eigenvalue of the Gram matrix that was solved, damping included."""
+    damping: float
+    """The ridge that was added to that Gram matrix, absolute."""
+    rows: float
+    """Rows (or their weight) behind the fit; fewer than the width means that damping decides."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted map: the tensors of its module's state dict (float64), and its diagnostics."""
+
+    spec: MapSpec
+    tensors: dict[str, Tensor]
+    diagnostics: Diagnostics
+
+
+@dataclass(frozen=True)
+class _Solution:
+    tensors: dict[str, Tensor]
+    weight: Tensor  # (d, d), y = x @ weight
+    bias: Tensor  # (d,)
+    gram: Tensor
+    ridge: float = 0.0
+
+
+def solve_gram(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """(gram + ridge I)^-1 target, or the minimum-norm solution where that matrix is singular.
+
+    Args:
+        gram: (d, d) symmetric, positive semi-definite, float64.
+        target: (d, k).
+        ridge: absolute, >= 0.
+
+    Equals `numpy.linalg.lstsq` on the rows behind the moments for ridge 0.
+    """
+    d = len(gram)
+    damped = gram + ridge * torch.eye(d, dtype=gram.dtype, device=gram.device)
+    scale = damped.diagonal().clamp_min(0).sqrt()
+    if bool((scale > 0).all()):
+        factor, info = torch.linalg.cholesky_ex(damped / scale[:, None] / scale)
+        # A squared pivot is the share of a channel's power that the channels before do not explain.
+        smallest = factor.diagonal().square().min()
+        if info.item() == 0 and smallest > 10 * d * torch.finfo(gram.dtype).eps:
+            solved: Tensor = torch.cholesky_solve(target / scale[:, None], factor)
+            return solved / scale[:, None]
+    values, vectors = torch.linalg.eigh(damped)
+    keep = values > values[-1].clamp_min(0) * d * torch.finfo(gram.dtype).eps
+    inverse = torch.where(keep, 1 / torch.where(keep, values, 1), 0)
+    result: Tensor = vectors @ (inverse[:, None] * (vectors.T @ target))
+    return result
+
+
+def _ridge(gram: Tensor, damping: float) -> float:
+    return damping * float(gram.diagonal().mean())
+
+
+def _identity(pair: PairMoments, spec: MapSpec) -> _Solution:
+    eye = torch.eye(len(pair.xx), dtype=pair.xx.dtype, device=pair.xx.device)
+    return _Solution({}, eye, torch.zeros_like(pair.mean_x), pair.xx)
+
+
+def _scale(pair: PairMoments, spec: MapSpec) -> _Solution:
+    gram, cross = pair.raw_xx.diagonal(), pair.raw_xy.diagonal()
+    ridge = _ridge(pair.raw_xx, spec.damping)
+    power = gram + ridge
+    weight = torch.where(power > 0, cross / torch.where(power > 0, power, 1), 0)
+    return _Solution(
+        {"weight": weight}, weight.diag(), torch.zeros_like(weight), gram.diag(), ridge
+    )
+
+
+def _linear(pair: PairMoments, spec: MapSpec) -> _Solution:
+    ridge = _ridge(pair.raw_xx, spec.damping)
+    weight = solve_gram(pair.raw_xx, pair.raw_xy, ridge)
+    return _Solution(
+        {"weight": weight.T}, weight, torch.zeros_like(pair.mean_y), pair.raw_xx, ridge
+    )
+
+
+def _with_bias(pair: PairMoments, weight: Tensor, ridge: float = 0.0) -> _Solution:
+    bias = pair.mean_y - pair.mean_x @ weight
+    return _Solution({"weight": weight.T, "bias": bias}, weight, bias, pair.xx, ridge)
+
+
+def _affine(pair: PairMoments, spec: MapSpec) -> _Solution:
+    ridge = _ridge(pair.xx, spec.damping)
+    return _with_bias(pair, solve_gram(pair.xx, pair.xy, ridge), ridge)
+
+
+def _low_rank(pair: PairMoments, spec: MapSpec) -> _Solution:
+    assert spec.rank is not None
+    ridge = _ridge(pair.xx, spec.damping)
+    full = solve_gram(pair.xx, pair.xy, ridge)
+    _, vectors = torch.linalg.eigh(full.T @ pair.xx @ full)
+    top = vectors[:, -spec.rank :]  # (d, r)
+    weight = full @ top @ top.T
+    bias = pair.mean_y - pair.mean_x @ weight
+    tensors = {"0.weight": (full @ top).T, "1.weight": top, "1.bias": bias}
+    return _Solution(tensors, weight, bias, pair.xx, ridge)
+
+
+def _orthogonal(pair: PairMoments, spec: MapSpec) -> _Solution:
+    u, _, vt = torch.linalg.svd(pair.xy)
+    return _with_bias(pair, u @ vt)
+
+
+def _shrunk(pair: PairMoments, spec: MapSpec) -> _Solution:
+    assert spec.shrink is not None
+    a, full = spec.shrink, _affine(pair, spec)
+    weight = a * full.weight
+    weight.diagonal().add_(1 - a)
+    bias = a * full.bias
+    return _Solution({"weight": weight.T, "bias": bias}, weight, bias, full.gram, full.ridge)
+
+
+_FITS: dict[Kind, Callable[[PairMoments, MapSpec], _Solution]] = {
+    "identity": _identity,
+    "scale": _scale,
+    "linear": _linear,
+    "affine": _affine,
+    "low_rank": _low_rank,
+    "orthogonal": _orthogonal,
+    "shrunk": _shrunk,
+}
+
+
+def fit_map(spec: MapSpec, pair: PairMoments) -> Fit:
+    """Fit the map of `spec` to the moments of (x, y).
+
+    Raises:
+        ValueError: the rank asked for exceeds the width.
+    """
+    if spec.rank is not None and spec.rank > len(pair.xx):
+        raise ValueError(f"a map of rank {spec.rank} for {len(pair.xx)} channels: use `affine`")
+    solution = _FITS[spec.kind](pair, spec)
+    return Fit(spec, solution.tensors, _diagnose(solution, pair))
+
+
+def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
+    weight = solution.weight
+    total = pair.yy.trace()
+    centred = total - 2 * (weight * pair.xy).sum() + (weight * (pair.xx @ weight)).sum()
+    offset = pair.mean_y - pair.mean_x @ weight - solution.bias
+    residual = centred.clamp_min(0) / pair.n + offset.square().sum()
+    spectrum = torch.linalg.eigvalsh(pair.xx).clamp_min(0)
+    share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
+    gram = torch.linalg.eigvalsh(solution.gram).clamp_min(0) + solution.ridge
+    return Diagnostics(
+        residual=float(residual),
+        r2=float(1 - residual * pair.n / total) if total > 0 else 0.0,
+        effective_rank=float(torch.special.entr(share).sum().exp()),
+        condition=float(gram[-1] / gram[0]) if gram[0] > 0 else float("inf"),
+        damping=solution.ridge,
+        rows=pair.n,
+    )
+
+
+class ChannelScale(nn.Module):
+    """x times one factor a channel."""
+
+    def __init__(self, width: int, spread: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, *[1] * spread))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    3: nn.Conv1d,
+    4: nn.Conv2d,
+    5: nn.Conv3d,
+}
+
+
+def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
+    """The module of a map, with unset weights, for streams of `ndim` dimensions.
+
+    A channel axis that is the last one takes `nn.Linear`, axis 1 of (N, C, ...) a 1x1 convolution.
+    """
+    last = axis in (-1, ndim - 1)
+
+    def linear(inputs: int, outputs: int, bias: bool) -> nn.Module:
+        if last:
+            return nn.Linear(inputs, outputs, bias=bias)
+        return _CONVOLUTIONS[ndim](inputs, outputs, 1, bias=bias)
+
+    match spec.kind:
+        case "identity":
+            return nn.Identity()
+        case "scale":
+            return ChannelScale(width, 0 if last else ndim - 2)
+        case "low_rank":
+            assert spec.rank is not None
+            return nn.Sequential(linear(width, spec.rank, False), linear(spec.rank, width, True))
+        case _:
+            return linear(width, width, spec.kind != "linear")
+
+
+def map_macs(spec: MapSpec, width: int) -> int:
+    """Multiply-accumulates per position of the map."""
+    match spec.kind:
+        case "identity" | "scale":  # as torch counts: products of matrices only
+            return 0
+        case "low_rank":
+            assert spec.rank is not None
+            return 2 * width * spec.rank
+        case _:
+            return width * width
+
+
+def map_parameters(spec: MapSpec, width: int) -> int:
+    """Parameters of the map."""
+    with torch.device("meta"):
+        module = build_map(spec, width, ndim=2, axis=-1)
+    return sum(p.numel() for p in module.parameters())

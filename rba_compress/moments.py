@@ -1,0 +1,210 @@
+"""Streaming joint second moments of the boundaries of a chain.
+
+For boundaries `h_0 .. h_L`, each (rows, d), every closed-form fit and every moment-based similarity
+needs only the row count n, the means m_i and the comoments
+
+    C_ij = sum over rows of (h_i - m_i)^T (h_j - m_j)        # (d, d), i <= j
+
+Batches are folded in as they are seen and two states merge exactly (Chan, Golub, LeVeque 1979):
+
+    n = n_a + n_b,   e_i = m_b,i - m_a,i,   m_i = m_a,i + (n_b / n) e_i
+    C_ij = C_a,ij + C_b,ij + (n_a n_b / n) e_i^T e_j
+
+so the memory does not depend on the number of rows, and the order of batches does not matter.
+Products are taken in float32 (float64 for float64 streams) on the batch's centred rows, whatever the
+model's dtype; everything is accumulated in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FLOAT64 = torch.float64
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Weighted first and second moments of paired rows x (rows, d_x) and y (rows, d_y), float64.
+
+    `xx`, `xy` and `yy` are centred sums (not divided by n): (d_x, d_x), (d_x, d_y), (d_y, d_y).
+    """
+
+    n: float
+    mean_x: Tensor  # (d_x,)
+    mean_y: Tensor  # (d_y,)
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def from_rows(cls, x: Tensor, y: Tensor) -> PairMoments:
+        """The moments of stored rows, in float64; for tests and small data."""
+        x, y = x.to(_FLOAT64), y.to(_FLOAT64)
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x, y = x - mean_x, y - mean_y
+        return cls(float(len(x)), mean_x, mean_y, x.T @ x, x.T @ y, y.T @ y)
+
+    @property
+    def raw_xx(self) -> Tensor:
+        """sum x^T x, not centred: (d_x, d_x)."""
+        return self.xx + self.n * torch.outer(self.mean_x, self.mean_x)
+
+    @property
+    def raw_xy(self) -> Tensor:
+        """sum x^T y, not centred: (d_x, d_y)."""
+        return self.xy + self.n * torch.outer(self.mean_x, self.mean_y)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products are float32: no tf32, no bfloat16 passes, no autocast of the caller's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Moments:
+    """The joint second moments of `boundaries` streams of `width` channels.
+
+    Args:
+        boundaries: number of streams B (blocks + 1).
+        width: channels d.
+        window: the largest j - i for which C_ij is kept; None keeps all pairs.
+        device: where products and sums live.
+
+    Memory: 8 d^2 bytes for each kept pair; all pairs are B (B + 1) / 2.
+    """
+
+    def __init__(
+        self,
+        boundaries: int,
+        width: int,
+        *,
+        window: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.window = boundaries - 1 if window is None else min(window, boundaries - 1)
+        self.n = 0.0
+        self.mean = torch.zeros(boundaries, width, dtype=_FLOAT64, device=device)
+        # comoment[j][k] is C_ij of i = first(j) + k
+        self.comoment = [
+            torch.zeros(j - self._first(j) + 1, width, width, dtype=_FLOAT64, device=device)
+            for j in range(boundaries)
+        ]
+
+    @property
+    def boundaries(self) -> int:
+        return len(self.mean)
+
+    @property
+    def width(self) -> int:
+        return self.mean.shape[1]
+
+    def _first(self, j: int) -> int:
+        return max(0, j - self.window)
+
+    @torch.no_grad()
+    def update(self, streams: Sequence[Tensor]) -> None:
+        """Fold in one batch: `boundaries` tensors (rows, d) with the same rows. No rows, no change."""
+        rows = len(streams[0])
+        if rows == 0:
+            return
+        batch = Moments.__new__(Moments)
+        batch.window, batch.n = self.window, float(rows)
+        batch.mean = torch.stack([h.mean(0, dtype=_FLOAT64) for h in streams])
+        dtype = torch.promote_types(streams[0].dtype, torch.float32)
+        shift = batch.mean.to(dtype)
+        # What rounding the mean to `dtype` leaves; its product is taken out again below.
+        rest = batch.mean - shift.to(_FLOAT64)
+        centred = torch.stack([h.to(dtype) for h in streams]) - shift[:, None]  # (B, rows, d)
+        batch.comoment = []
+        with _full_precision(centred.device):
+            for j in range(self.boundaries):
+                first = self._first(j)
+                product = centred[first : j + 1].mT @ centred[j]  # (k, d, d)
+                excess = rows * rest[first : j + 1, :, None] * rest[j]
+                batch.comoment.append(product.to(_FLOAT64) - excess)
+        self._absorb(batch)
+
+    def _absorb(self, other: Moments) -> None:
+        total = self.n + other.n
+        if total == 0:
+            return
+        gap = other.mean - self.mean
+        between = self.n * other.n / total
+        for j, (own, new) in enumerate(zip(self.comoment, other.comoment, strict=True)):
+            own += new
+            if between:
+                own += between * gap[self._first(j) : j + 1, :, None] * gap[j]
+        self.mean += gap * (other.n / total)
+        self.n = total
+
+    def _copy(self) -> Moments:
+        copy = Moments.__new__(Moments)
+        copy.window, copy.n, copy.mean = self.window, self.n, self.mean.clone()
+        copy.comoment = [c.clone() for c in self.comoment]
+        return copy
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of rows.
+
+        Raises:
+            ValueError: the two differ in boundaries, width or window.
+        """
+        ours = (self.boundaries, self.width, self.window)
+        theirs = (other.boundaries, other.width, other.window)
+        if ours != theirs:
+            raise ValueError(f"moments of (boundaries, width, window) {ours} and {theirs}")
+        merged = self._copy()
+        merged._absorb(other)
+        return merged
+
+    def weighted(self, weight: float) -> Moments:
+        """The moments with every row counted `weight` times."""
+        scaled = self._copy()
+        scaled.n *= weight
+        scaled.comoment = [c * weight for c in self.comoment]
+        return scaled
+
+    def comoments(self, i: int, j: int) -> Tensor:
+        """C_ij (d, d) for any order of i and j.
+
+        Raises:
+            ValueError: the pair lies outside the window.
+        """
+        if i > j:
+            return self.comoments(j, i).T
+        if j - i > self.window:
+            raise ValueError(
+                f"boundaries {i} and {j} are further apart than the window {self.window}"
+            )
+        return self.comoment[j][i - self._first(j)]
+
+    def pair(self, i: int, j: int) -> PairMoments:
+        """The moments of (h_i, h_j), from which any map h_i -> h_j is fitted."""
+        return PairMoments(
+            self.n,
+            self.mean[i],
+            self.mean[j],
+            self.comoments(i, i),
+            self.comoments(i, j),
+            self.comoments(j, j),
+        )
+
+    def mean_square_distance(self, i: int, j: int) -> float:
+        """E ||h_i - h_j||^2, the mean over rows."""
+        spread = (
+            self.comoments(i, i).trace()
+            + self.comoments(j, j).trace()
+            - 2 * self.comoments(i, j).trace()
+        )
+        return float(spread / self.n + (self.mean[i] - self.mean[j]).square().sum())

@@ -1,0 +1,266 @@
+"""Decisions without tensors: what a user asks for (`Budget`, `Config`) and what is done (`Plan`).
+
+All of them are frozen and read and write JSON (`model_dump_json`, `model_validate_json`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from rba_compress.errors import BudgetError
+from rba_compress.maps import Diagnostics, Kind, MapSpec
+
+Path = tuple[str | int, ...]
+"""Where a tensor sits in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(_Frozen):
+    """What the slim network may cost: a float up to 1 is the share to keep, an int is absolute.
+
+    Several limits hold together. MACs are multiply-accumulates of one sample.
+
+    Raises:
+        BudgetError: no limit is given, or one that is neither a share nor a positive count.
+    """
+
+    macs: float | int | None = None
+    params: float | int | None = None
+
+    @field_validator("macs", "params", mode="before")
+    @classmethod
+    def _share_or_count(cls, value: Any) -> Any:
+        if value is None:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BudgetError(
+                f"{value!r} is no limit: give a share (float up to 1) or a count (int)"
+            )
+        if value <= 0 or (isinstance(value, float) and value > 1):
+            raise BudgetError(f"{value!r} is neither a share in (0, 1] nor a positive count (int)")
+        return value
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> Self:
+        if self.macs is None and self.params is None:
+            raise BudgetError("a budget needs a limit, such as Budget(macs=0.75)")
+        return self
+
+    def limits(self, macs: int, params: int) -> dict[str, float]:
+        """The absolute limits, for a dense network of that cost."""
+        dense = {"macs": macs, "params": params}
+        limits = {}
+        for name, whole in dense.items():
+            value = getattr(self, name)
+            if value is not None:
+                limits[name] = value * whole if isinstance(value, float) else value
+        return limits
+
+
+class Config(_Frozen):
+    """How to search; every field has a measured or stated default."""
+
+    maps: tuple[Kind, ...] = ("identity", "shrunk", "linear")
+    """Map kinds to try; identity is always tried."""
+    shrink: float = Field(0.6, ge=0, le=1)
+    """a of the shrunk map (1 - a) I + a T; 0.6 is best on most blocks of a DeiT-tiny."""
+    rank: int | None = Field(None, gt=0)
+    """Rank of low_rank maps; None is a quarter of the width."""
+    damping: float = Field(1e-4, ge=0)
+    """Ridge of affine and shrunk maps, relative to the Gram matrix's mean diagonal."""
+    window: int | None = Field(None, gt=0)
+    """The longest span that is profiled; bounds the memory of wide, deep networks."""
+    divergence: Literal["auto", "kl", "nse"] = "auto"
+    """KL of the class probabilities, or normalised squared error; auto asks the graph which it is."""
+    seed: int = 0
+    """Deals the samples to fit, choose and confirm."""
+
+    def spec(self, kind: Kind, width: int) -> MapSpec:
+        """The map of that kind with this configuration's settings."""
+        damped = kind in ("affine", "shrunk", "low_rank")
+        return MapSpec(
+            kind=kind,
+            damping=self.damping if damped else 0.0,
+            rank=(self.rank or max(1, width // 4)) if kind == "low_rank" else None,
+            shrink=self.shrink if kind == "shrunk" else None,
+        )
+
+
+class Signature(_Frozen):
+    """How a block is called: where the stream comes in, and what it gives back.
+
+    `output` is a template: "stream" is the stream, a list a path of the call's inputs, None nothing,
+    and {"tuple": [...]}, {"list": [...]}, {"dict": {...}} the containers.
+    """
+
+    stream: Path = ("args", 0)
+    output: JsonValue = "stream"
+
+    def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stream among the inputs of a call."""
+        return _at(args, kwargs, self.stream)
+
+    def stream_out(self, output: Any) -> Any:
+        """The stream in the output of a call."""
+        for key in _stream_path(self.output) or ():
+            output = output[key]
+        return output
+
+    def rebuild(self, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a call whose stream is `stream`, side inputs passed by."""
+        return _fill(self.output, stream, args, kwargs)
+
+
+def _at(args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[Any]) -> Any:
+    value: Any = args if path[0] == "args" else kwargs
+    for key in path[1:]:
+        value = value[key]
+    return value
+
+
+def _stream_path(template: JsonValue) -> Path | None:
+    if template == "stream":
+        return ()
+    if isinstance(template, dict):
+        ((kind, content),) = template.items()
+        items = content.items() if kind == "dict" else enumerate(content)  # type: ignore[union-attr, arg-type]
+        for key, item in items:
+            below = _stream_path(item)
+            if below is not None:
+                return (key, *below)
+    return None
+
+
+def _fill(template: JsonValue, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if template == "stream":
+        return stream
+    if isinstance(template, list):
+        return _at(args, kwargs, template)
+    if isinstance(template, dict):
+        ((kind, content),) = template.items()
+        if isinstance(content, dict):
+            return {key: _fill(item, stream, args, kwargs) for key, item in content.items()}
+        assert isinstance(content, list)
+        filled = [_fill(item, stream, args, kwargs) for item in content]
+        return tuple(filled) if kind == "tuple" else filled
+    return None
+
+
+class Block(_Frozen):
+    """A replaceable block: its module path, and how it is wired."""
+
+    path: str
+    type: str
+    signature: Signature | None = None
+    """In a plain module: how it is called."""
+    nodes: tuple[str, str] | None = None
+    """In a GraphModule: the fx nodes of the stream before and after it."""
+
+
+class Chain(_Frozen):
+    """Blocks in sequence: each one's stream input is the one before's output, read by nobody else."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    width: int
+    """Channels of the stream."""
+    ndim: int
+    """Dimensions of the stream."""
+    axis: int
+    """Its channel axis."""
+    positions: int
+    """Positions of the stream in one sample: tokens, or pixels."""
+    class_tokens: tuple[int, ...] = ()
+    """Token positions that are selected one by one after the chain; empty where there are none."""
+    macs: tuple[int, ...] = ()
+    """Multiply-accumulates of each block, for one sample."""
+    params: tuple[int, ...] = ()
+    """Parameters of each block."""
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def spans(self, window: int | None = None) -> list[tuple[int, int]]:
+        """Every span (start, stop) of at most `window` blocks."""
+        longest = len(self) if window is None else window
+        return [
+            (start, stop)
+            for start in range(len(self))
+            for stop in range(start + 1, min(start + longest, len(self)) + 1)
+        ]
+
+
+class Replacement(_Frozen):
+    """The span `start:stop` of a chain, replaced by one map."""
+
+    chain: str
+    start: int
+    stop: int
+    blocks: tuple[Block, ...]
+    """The blocks of the span, in order."""
+    map: MapSpec
+    width: int
+    """Channels of the stream."""
+    ndim: int
+    """Dimensions of the stream."""
+    axis: int
+    """Its channel axis."""
+    diagnostics: Diagnostics | None = None
+
+    @property
+    def key(self) -> str:
+        """Prefix of its tensors in a state dict of the slim model."""
+        return f"{self.blocks[0].path}.map."
+
+    def __str__(self) -> str:
+        return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
+
+
+class Refusal(_Frozen):
+    """A candidate that is not replaced, and why."""
+
+    paths: tuple[str, ...]
+    type: str
+    reason: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.paths[:3]) + (
+            f" and {len(self.paths) - 3} more" if self.paths[3:] else ""
+        )
+        return f"{shown} ({self.type}): {self.reason}"
+
+
+class Candidate(_Frozen):
+    """One plan that the search evaluated on the held-out samples it chooses on."""
+
+    chain: str
+    start: int
+    stop: int
+    map: MapSpec
+    divergence: float
+    macs: int
+    params: int
+
+
+class Plan(_Frozen):
+    """What is replaced by what, and why the rest was not. Holds no tensors."""
+
+    replacements: tuple[Replacement, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    """Everything that was evaluated, best first."""
+    budget: Budget | None = None
+    config: Config = Config()
+    divergence: Literal["kl", "nse"] = "nse"
+    """The divergence that was minimised."""
+    forward_passes: int = 0
+    """Samples sent through a network by the search, over the samples it chose on."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.replacements)) or "nothing replaced"

@@ -1,0 +1,183 @@
+"""The rewrite: modules in place of spans of blocks. It decides nothing; it obeys a plan.
+
+In a plain module the first block of a span becomes a `Spliced` module that holds the map, the others
+`Spliced` pass-throughs: both take and ignore side inputs and keep the block's output structure, so the
+network's own code runs unchanged. In a GraphModule one `call_module` takes the stream before the span
+to where the stream after it was read, and the span's nodes are erased. Both forms name the map
+`<first block>.map`, so their state dicts agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rba_compress.errors import ModelError, PlanError
+from rba_compress.maps import build_map
+from rba_compress.plan import Block, Plan, Replacement, Signature
+from rba_compress.recorder import module_stack
+
+
+class Spliced(nn.Module):
+    """Stands where a block stood: its stream goes through `map`, side inputs pass by."""
+
+    def __init__(self, map: nn.Module, signature: Signature | None = None) -> None:  # noqa: A002
+        super().__init__()
+        self.map = map
+        self.signature = signature or Signature()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = self.signature.stream_in(args, kwargs)
+        return self.signature.rebuild(self.map(stream), args, kwargs)
+
+
+def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy; with `share`, a new module tree over the same parameters and buffers.
+
+    Raises:
+        ModelError: the model cannot be copied.
+    """
+    shared = [*model.parameters(), *model.buffers()] if share else []
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass a model "
+            "that copy.deepcopy accepts, or splice it with inplace=True"
+        ) from error
+
+
+def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module) -> None:
+    """Put `module` (stream to stream) in place of consecutive `blocks`, in place."""
+    if isinstance(model, fx.GraphModule):
+        _replace_in_graph(model, blocks, module)
+        return
+    for index, block in enumerate(blocks):
+        held = module if index == 0 else nn.Identity()
+        spliced = Spliced(held, block.signature).train(model.get_submodule(block.path).training)
+        model.set_submodule(block.path, spliced)
+
+
+def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn.Module) -> None:
+    first, last = blocks[0], blocks[-1]
+    if first.nodes is None or last.nodes is None:
+        raise PlanError("the plan was made for a plain module: this is a GraphModule")
+    graph = model.graph
+    nodes = {node.name: node for node in graph.nodes}
+    before, after = nodes[first.nodes[0]], nodes[last.nodes[1]]
+    paths = {block.path for block in blocks}
+    dead = {n for n in graph.nodes if any(path in paths for _, path, _ in module_stack(n))}
+    model.set_submodule(first.path, Spliced(module))
+    with graph.inserting_after(before):
+        spliced = graph.call_module(first.path, (before,))
+    spliced.meta = {**before.meta, "nn_module_stack": {first.path: (first.path, Spliced)}}
+    after.replace_all_uses_with(spliced)
+    for node in reversed(list(graph.nodes)):
+        if node in dead and not node.users:
+            # What only the span read, a bias table say, is dead with it.
+            dead.update(n for n in node.all_input_nodes if n.op != "placeholder")
+            graph.erase_node(node)
+    for block in blocks[1:]:
+        model.delete_submodule(block.path)
+    graph.lint()
+    model.recompile()
+
+
+def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    taken: dict[str, Replacement] = {}
+    wanted: set[str] = set()
+    for replacement in plan.replacements:
+        for block in replacement.blocks:
+            if block.path in taken:
+                raise PlanError(
+                    f"{replacement} and {taken[block.path]} share the block {block.path}"
+                )
+            taken[block.path] = replacement
+            if block.path not in modules:
+                raise PlanError(
+                    f"{replacement}: {type(model).__name__} has no block {block.path!r}; the plan is "
+                    "of another architecture"
+                )
+            kind = type(modules[block.path]).__name__
+            if not isinstance(model, fx.GraphModule) and kind != block.type:
+                raise PlanError(
+                    f"{replacement}: {block.path} is a {kind}, the plan replaces a {block.type}"
+                )
+        expected = {
+            f"{replacement.key}{name}": tuple(value.shape)
+            for name, value in _build(replacement, torch.device("meta")).state_dict().items()
+        }
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise PlanError(f"{replacement}: its tensor {name!r} is missing")
+            if tensors[name].numel() != torch.Size(shape).numel():
+                raise PlanError(
+                    f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
+                )
+        wanted |= set(expected)
+    stray = sorted(set(tensors) - wanted)
+    if stray:
+        raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
+
+
+def _build(replacement: Replacement, device: torch.device) -> nn.Module:
+    with device:
+        return build_map(
+            replacement.map, replacement.width, ndim=replacement.ndim, axis=replacement.axis
+        )
+
+
+def splice(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, inplace: bool = False
+) -> nn.Module:
+    """Rewrite `model` as `plan` says; an empty plan gives back a copy with bit-equal outputs.
+
+    Args:
+        model: the network that the plan was made for, a plain module or a GraphModule.
+        plan: what is replaced by what.
+        tensors: the fitted tensors of its maps, by their key in the slim model's state dict. They
+            take the dtype and device of the block that they replace.
+        inplace: rewrite `model` itself; otherwise it is left untouched and a deep copy is returned.
+
+    Raises:
+        PlanError: the plan's blocks are not in the model, or the tensors do not fit the plan. The
+            model is unchanged.
+        ModelError: the model cannot be copied.
+    """
+    return _splice(model if inplace else copy_model(model), plan, tensors)
+
+
+def splice_shared(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """As `splice`, in a new module tree that shares the weights: for evaluation, not for keeping."""
+    return _splice(copy_model(model, share=True), plan, tensors)
+
+
+def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
+    _check(model, plan, tensors)
+    built = []
+    for replacement in plan.replacements:
+        like = next(
+            (
+                parameter
+                for block in replacement.blocks
+                for parameter in model.get_submodule(block.path).parameters()
+                if parameter.is_floating_point()
+            ),
+            torch.empty(0),
+        )
+        module = _build(replacement, like.device).to(like.dtype)
+        state = {
+            name: tensors[f"{replacement.key}{name}"].reshape(value.shape)
+            for name, value in module.state_dict().items()
+        }
+        module.load_state_dict(state)
+        built.append((replacement, module))
+    # From the end, so that a GraphModule's stream nodes before a span are still there.
+    for replacement, module in sorted(built, key=lambda pair: -pair[0].start):
+        replace_blocks(model, replacement.blocks, module)
+    return model
