@@ -1,0 +1,57 @@
+"""Make pretrained networks smaller without training them.
+
+`compress(model, loader)` finds spans of blocks whose representations hardly change, replaces each by
+one map fitted in closed form, and returns a network of the same class with a proof of what it costs
+and what it loses. See README.md.
+"""
+
+from rba_compress.api import Result, compress, save
+from rba_compress.artifact import Architecture, load
+from rba_compress.calibration import Profile, profile
+from rba_compress.chains import Support, supports
+from rba_compress.errors import (
+    ActivationError,
+    ArtifactError,
+    BudgetError,
+    LoaderError,
+    ModelError,
+    NoChainError,
+    PlanError,
+    RBAError,
+    WeightsError,
+)
+from rba_compress.measure import benchmark
+from rba_compress.plan import Budget, Config, Plan
+from rba_compress.planner import search
+from rba_compress.report import Report
+from rba_compress.surgery import splice
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationError",
+    "Architecture",
+    "ArtifactError",
+    "Budget",
+    "BudgetError",
+    "Config",
+    "LoaderError",
+    "ModelError",
+    "NoChainError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "RBAError",
+    "Report",
+    "Result",
+    "Support",
+    "WeightsError",
+    "benchmark",
+    "compress",
+    "load",
+    "profile",
+    "save",
+    "search",
+    "splice",
+    "supports",
+]

@@ -1,0 +1,7 @@
+"""`python -m rba_compress` is `rba-compress`."""
+
+import sys
+
+from rba_compress.cli import main
+
+sys.exit(main())

@@ -1,0 +1,354 @@
+"""The slim model as a directory, and back: `write_artifact` and `load`. Nothing is pickled or unpickled.
+
+    model.safetensors   the state dict; tensors that share memory are stored once
+    plan.json           a `Manifest`: plan, architecture, hashes, versions
+    report.json         the `Report`, where there is one
+
+A directory is written under a temporary sibling's name, flushed to disk and renamed, so that a save
+which is cut off leaves what was there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from rba_compress.batches import Batch, main_output
+from rba_compress.errors import ArtifactError, WeightsError
+from rba_compress.plan import Plan
+from rba_compress.recorder import evaluating
+from rba_compress.report import Report
+from rba_compress.surgery import copy_model, splice
+
+SCHEMA = 1
+WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
+
+
+class Architecture(BaseModel):
+    """A timm architecture, from which the dense network is built anew."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """For `timm.create_model`."""
+    arguments: dict[str, JsonValue] = {}
+
+    def build(self) -> nn.Module:
+        """The network with random weights, in eval mode.
+
+        Raises:
+            WeightsError: timm has no such model, or it refuses the arguments.
+        """
+        import timm
+
+        try:
+            model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"timm cannot build {self.name!r} with {self.arguments}: {error}"
+            ) from error
+        return model.eval()
+
+
+class Manifest(BaseModel):
+    """plan.json: what is needed to build the slim network again, and to check it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA
+    architecture: Architecture | None
+    """None: `load(dir, model=...)` is given the architecture."""
+    model: str
+    """Class of the dense network."""
+    plan: Plan
+    tied: dict[str, str]
+    """State-dict keys that are stored under another key."""
+    dtype: str | None
+    """The one floating-point dtype of the network; None where it mixes several."""
+    sha256: dict[str, str]
+    """Of the files beside this one."""
+    dense_weights: str
+    """SHA-256 of the original weights, as `rba_compress.calibration.fingerprint` takes it."""
+    versions: dict[str, str]
+
+
+def timm_architecture(model: nn.Module) -> Architecture | None:
+    """What `timm.create_model` was called with, as far as the model tells; None if it is not timm's."""
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or isinstance(model, fx.GraphModule):
+        return None
+    assert isinstance(config, Mapping)
+    arguments: dict[str, JsonValue] = {}
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int) and classes != config.get("num_classes"):
+        arguments["num_classes"] = classes
+    stem = getattr(model, "patch_embed", None)
+    size = getattr(stem, "img_size", None)
+    if isinstance(size, tuple) and tuple(size) != tuple(config.get("input_size", ()))[1:]:
+        arguments["img_size"] = list(size)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
+        arguments["in_chans"] = first.in_channels
+    return Architecture(name=name, arguments=arguments)
+
+
+def write_artifact(
+    model: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    *,
+    example: Batch,
+    dense_weights: str,
+    report: Report | None = None,
+    architecture: Architecture | None = None,
+) -> Manifest:
+    """Write the slim model to a new directory, all of it or nothing.
+
+    Args:
+        model: the slim network.
+        plan: the plan that made it.
+        directory: must not exist, or be empty.
+        example: a batch on which the network is built anew from the architecture and compared, bit
+            for bit, before the architecture is written down. Where that fails, or there is none, the
+            artefact is written without one and `load` asks for `model=`.
+        dense_weights: fingerprint of the original weights.
+        report: written beside it.
+        architecture: what builds the dense network; by default what the model tells of itself.
+
+    Raises:
+        ArtifactError: the directory is not empty, is a file, or cannot be written.
+        WeightsError: the architecture that was passed in does not build this network.
+    """
+    target = Path(directory).absolute()
+    _require_vacant(target)
+    state, tied = _unique(model.state_dict())
+    given = architecture
+    architecture = given or timm_architecture(model)
+    if architecture is not None:
+        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example)
+        if flaw is not None and given is not None:
+            raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
+        architecture = None if flaw else architecture
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        written = {WEIGHTS: sha256(temporary / WEIGHTS)}
+        if report is not None:
+            (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+            written[REPORT] = sha256(temporary / REPORT)
+        manifest = Manifest(
+            architecture=architecture,
+            model=type(model).__name__,
+            plan=plan,
+            tied=tied,
+            dtype=_dtype(model),
+            sha256=written,
+            dense_weights=dense_weights,
+            versions=versions(),
+        )
+        (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        temporary.rename(target)
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The slim network of an artefact, in eval mode on the CPU, bit-equal to what was saved.
+
+    Args:
+        directory: what `write_artifact` wrote.
+        model: the dense architecture, with any weights; left as it is. Needed only where the
+            artefact does not know its own (see `write_artifact`).
+
+    Raises:
+        ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not
+            what was written.
+        WeightsError: the weights do not fit `model`.
+        PlanError: `model` does not have the blocks that the plan replaces.
+    """
+    root = Path(directory)
+    manifest = read_manifest(root)
+    _require_intact(root, manifest)
+    if model is not None:
+        skeleton = copy_model(model).cpu().eval()
+    elif manifest.architecture is not None:
+        skeleton = manifest.architecture.build()
+    else:
+        raise ArtifactError(
+            f"{root} does not know how to build a {manifest.model}: pass the dense architecture, "
+            "load(dir, model=...)"
+        )
+    state = load_file(root / WEIGHTS)
+    return _restore(skeleton, manifest.plan, state, manifest.tied, manifest.dtype)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """plan.json of an artefact.
+
+    Raises:
+        ArtifactError: it is missing, of a newer schema, or not a manifest.
+    """
+    try:
+        text = (root / MANIFEST).read_text()
+        schema = json.loads(text).get("schema_version")
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ArtifactError(
+                f"{root / MANIFEST} has schema {schema}, this version reads up to {SCHEMA}: upgrade "
+                "rba_compress"
+            )
+        return Manifest.model_validate_json(text)
+    except (OSError, ValueError, AttributeError) as error:
+        kind = "not a manifest" if isinstance(error, ValidationError) else "unreadable"
+        raise ArtifactError(f"{root / MANIFEST} is {kind}: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that shape a result."""
+    packages = ("rba_compress", "torch", "timm", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file strictly into `model`; the model is unchanged where it does not fit.
+
+    Raises:
+        WeightsError: the file is missing, damaged, not safetensors, or does not fit the architecture.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+    _require_fit(model.state_dict(), state, str(path), type(model).__name__)
+    model.load_state_dict(state)
+
+
+def _require_fit(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, target: str
+) -> None:
+    missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    flaws = [f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in found.items() if n]
+    if flaws:
+        raise WeightsError(f"{source} does not fit a {target}: {'; '.join(flaws)}")
+
+
+def _restore(
+    skeleton: nn.Module,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    dtype: str | None,
+) -> nn.Module:
+    """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
+    keys = tuple(r.key for r in plan.replacements)
+    maps = {name: tensor for name, tensor in state.items() if name.startswith(keys)} if keys else {}
+    splice(skeleton, plan, maps, inplace=True)
+    if dtype is not None:
+        skeleton.to(getattr(torch, dtype))  # buffers that no state dict holds have it, too
+    whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
+    own = skeleton.state_dict(keep_vars=True)
+    _require_fit(own, whole, WEIGHTS, type(skeleton).__name__)
+    for name, tensor in own.items():
+        tensor.data = tensor.data.to(whole[name].dtype)  # in place, so that tied weights stay tied
+    skeleton.load_state_dict(whole)
+    return skeleton.eval()
+
+
+def _rebuild_flaw(
+    architecture: Architecture,
+    model: nn.Module,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    example: Batch,
+) -> str | None:
+    """Why the network built anew is not the one that is saved, or None."""
+    try:
+        anew = _restore(architecture.build(), plan, state, tied, _dtype(model))
+        anew.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+        with evaluating(model), evaluating(anew):
+            batch = example.to(model)
+            if not torch.equal(main_output(batch.run(model)), main_output(batch.run(anew))):
+                return "its outputs differ"
+    except Exception as error:  # noqa: BLE001  whatever fails, it cannot be built anew
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous CPU copies of each distinct tensor, and aliases: key -> the key that is stored."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and place in seen:
+            tied[name] = seen[place]
+        else:
+            seen[place] = name
+            kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return kept, tied
+
+
+def _dtype(model: nn.Module) -> str | None:
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else None
+
+
+def _require_vacant(target: Path) -> None:
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise ArtifactError(f"{target} is not empty: name a new directory, or empty it first")
+    elif target.exists() or target.is_symlink():
+        raise ArtifactError(f"{target} is a file: name a new directory")
+
+
+def _require_intact(root: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.sha256.items():
+        path = root / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: the artefact is incomplete")
+        if sha256(path) != expected:
+            raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""Images of a folder as a loader, prepared as a timm model wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from rba_compress.errors import LoaderError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
+    """Images in `root/<class>/<image>`; labels are the places of the sorted class folders.
+
+    Args:
+        root: the folder; labels count all of its class folders, whatever `split` names.
+        split: a text file with one path relative to `root` a line; None takes every image.
+        model: a timm model, whose own size, crop, mean and standard deviation are applied.
+
+    Raises:
+        LoaderError: there is no image, or `split` names one that is not there.
+    """
+
+    def __init__(self, root: Path, split: Path | None, model: nn.Module) -> None:
+        from timm.data import create_transform, resolve_model_data_config
+
+        if not root.is_dir():
+            raise LoaderError(f"{root} is not a folder of images")
+        if split is None:
+            self.paths = sorted(p for p in root.glob("*/*") if p.suffix.lower() in SUFFIXES)
+        elif not split.is_file():
+            raise LoaderError(f"{split} is not a file of image paths")
+        else:
+            self.paths = [root / line for line in split.read_text().split("\n") if line.strip()]
+        absent = [path for path in self.paths if not path.is_file()]
+        if absent:
+            raise LoaderError(f"{split} names {len(absent)} images that {root} lacks: {absent[0]}")
+        if not self.paths:
+            raise LoaderError(f"no images in {split or root}: expected {root}/<class>/<image>")
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        self.labels = {name: index for index, name in enumerate(classes)}
+        self.transform = create_transform(**resolve_model_data_config(model), is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from PIL import Image
+
+        path = self.paths[index]
+        with Image.open(path) as image:
+            pixels: Tensor = self.transform(image.convert("RGB"))
+        return pixels, torch.tensor(self.labels[path.parent.name])
+
+
+def image_loader(
+    root: Path, split: Path | None, model: nn.Module, *, batch_size: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """`ImageFiles` in batches, in the order of the split."""
+    return DataLoader(ImageFiles(root, split, model), batch_size=batch_size)

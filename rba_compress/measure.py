@@ -1,0 +1,195 @@
+"""What a network costs and what it loses: the one implementation of each measure.
+
+MACs are multiply-accumulates of one sample in products of matrices and convolutions, attention
+included, counted on a recorded forward pass. Latency is a paired ratio in one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, fx, nn
+
+from rba_compress.batches import Batch, as_batch, main_output
+from rba_compress.recorder import Recording, evaluating, record
+
+Divergence = Literal["kl", "nse"]
+
+_aten = torch.ops.aten
+_PASSED = {_aten.view, _aten._unsafe_view, _aten.squeeze, _aten._to_copy, _aten.alias, _aten.add}
+_PRODUCTS = {_aten.addmm, _aten.mm, _aten.linear, _aten.convolution}
+
+
+class _Measured(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cost(_Measured):
+    """Of one sample, and of the network."""
+
+    macs: int
+    params: int
+
+
+class Latency(_Measured):
+    """A paired comparison: dense, slim, dense, slim, ... in one run."""
+
+    dense_ms: float
+    """Median of the dense runs."""
+    slim_ms: float
+    ratio: float
+    """Median of slim/dense, pair by pair."""
+    ratio_low: float
+    """Its quartiles."""
+    ratio_high: float
+    pairs: int
+    batch: int
+    """Samples in a run."""
+    device: str
+
+
+class Fidelity(_Measured):
+    """The slim network against the dense one, on samples that nothing was chosen on."""
+
+    samples: int
+    kind: Divergence
+    divergence: float
+    """Mean over samples of KL(dense || slim) in nats, or of ||dense - slim||^2 / ||dense||^2."""
+    agreement: float | None
+    """Share of equal argmax; None where the output is no class scores."""
+    cosine: float
+    """Mean cosine of the two outputs."""
+    accuracy_dense: float | None
+    """None where no labels came."""
+    accuracy_slim: float | None
+
+
+def cost(model: nn.Module, batch: Batch) -> Cost:
+    """MACs of one sample and the number of parameters (shared ones once)."""
+    parameters = sum(p.numel() for p in model.parameters())
+    sample = batch.to(model).select(list(range(min(2, len(batch)))))
+    return Cost(macs=record(model, sample).macs, params=parameters)
+
+
+def output_kind(recording: Recording) -> Divergence:
+    """`kl` where the output is (N, classes) straight from a linear layer, otherwise `nse`."""
+    named = recording.outputs.items()
+    node = next((n for path, n in named if path[-1:] == ("logits",)), None)
+    if node is None:
+        node = next((n for _, n in named if n.meta["dtype"].is_floating_point), None)
+    if node is None or len(node.meta["shape"]) != 2 or node.meta["shape"][1] < 2:
+        return "nse"
+    while getattr(node.target, "_overloadpacket", None) in _PASSED:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return "kl" if getattr(node.target, "_overloadpacket", None) in _PRODUCTS else "nse"
+
+
+def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:
+    """The divergence of each sample, (N,) float64; outputs are (N, ..., classes or features)."""
+    dense, slim = dense.double(), slim.double()
+    if kind == "kl":
+        log_p, log_q = dense.log_softmax(-1), slim.log_softmax(-1)
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return each.reshape(len(each), -1).mean(1)
+    dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
+    tiny = torch.finfo(dense.dtype).tiny
+    return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
+
+
+@dataclass
+class _Tally:
+    samples: int = 0
+    divergence: float = 0.0
+    agreed: int = 0
+    cosine: float = 0.0
+    labelled: int = 0
+    right_dense: int = 0
+    right_slim: int = 0
+
+
+def fidelity(
+    dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: Divergence
+) -> Fidelity:
+    """Compare two networks on the same batches; accuracy where every batch has labels.
+
+    Args:
+        dense, slim: on any device; their modes are kept.
+        batches: at least one batch.
+        kind: the divergence to report.
+    """
+    tally = _Tally()
+    with evaluating(dense), evaluating(slim):
+        for batch in batches:
+            a = main_output(batch.to(dense).run(dense)).float().cpu()
+            b = main_output(batch.to(slim).run(slim)).float().cpu()
+            tally.samples += len(a)
+            tally.divergence += float(divergence(kind, a, b).sum())
+            flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+            tally.cosine += float(torch.cosine_similarity(flat_a, flat_b).sum())
+            tally.agreed += int((a.argmax(-1) == b.argmax(-1)).sum()) if a.ndim == 2 else 0
+            if batch.labels is not None and a.ndim == 2:
+                labels = batch.labels.cpu()
+                tally.labelled += len(labels)
+                tally.right_dense += int((a.argmax(-1) == labels).sum())
+                tally.right_slim += int((b.argmax(-1) == labels).sum())
+    n, labelled = tally.samples, tally.labelled == tally.samples and kind == "kl"
+    return Fidelity(
+        samples=n,
+        kind=kind,
+        divergence=tally.divergence / n,
+        agreement=tally.agreed / n if kind == "kl" else None,
+        cosine=tally.cosine / n,
+        accuracy_dense=tally.right_dense / n if labelled else None,
+        accuracy_slim=tally.right_slim / n if labelled else None,
+    )
+
+
+def benchmark(
+    dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float = 3.0, pairs: int = 7
+) -> Latency:
+    """Time two networks in pairs on one batch, after a warm-up of two.
+
+    Args:
+        dense, slim: on one device, in any mode; they run in eval mode.
+        example: one batch in any form that a loader may yield.
+        seconds: go on for about as long.
+        pairs: but take at least so many.
+    """
+    batch = (example if isinstance(example, Batch) else as_batch(example)).to(dense)
+    device = next((p.device for p in dense.parameters()), torch.device("cpu"))
+
+    def once(model: nn.Module) -> float:
+        start = time.perf_counter()
+        batch.run(model)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    times: list[tuple[float, float]] = []
+    with evaluating(dense), evaluating(slim):
+        for _ in range(2):
+            once(dense), once(slim)
+        end = time.perf_counter() + seconds
+        while len(times) < pairs or time.perf_counter() < end:
+            times.append((once(dense), once(slim)))
+    ratios = [slim_time / dense_time for dense_time, slim_time in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Latency(
+        dense_ms=1e3 * statistics.median(t for t, _ in times),
+        slim_ms=1e3 * statistics.median(t for _, t in times),
+        ratio=middle,
+        ratio_low=low,
+        ratio_high=high,
+        pairs=len(times),
+        batch=len(batch),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )
