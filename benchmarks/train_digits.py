@@ -10,7 +10,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, how: Training) -> None
             logits = model(augment(images[part], generator))
             loss = F.cross_entropy(logits, labels[part], label_smoothing=0.1)
             optimizer.zero_grad()
-            cast(Tensor, loss).backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

@@ -77,9 +77,7 @@ def compress(
     return Result(slim, found.plan, report, found.tensors, seen, example)
 
 
-def save(
-    result: Result, directory: str | Path, *, architecture: Architecture | None = None
-) -> None:
+def save(result: Result, directory: str | Path, *, architecture: Architecture | None = None) -> None:
     """Write a result to a new directory; `load` reads it back, bit-equal.
 
     Args:

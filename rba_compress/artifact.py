@@ -1,4 +1,4 @@
-"""The slim model as a directory, and back: `write_artifact` and `load`. Nothing is pickled or unpickled.
+"""The slim model as a directory, and back: nothing is pickled or unpickled.
 
     model.safetensors   the state dict; tensors that share memory are stored once
     plan.json           a `Manifest`: plan, architecture, hashes, versions
@@ -140,7 +140,7 @@ def write_artifact(
     given = architecture
     architecture = given or timm_architecture(model)
     if architecture is not None:
-        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example)
+        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
         if flaw is not None and given is not None:
             raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
         architecture = None if flaw else architecture
@@ -202,7 +202,7 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             "load(dir, model=...)"
         )
     state = load_file(root / WEIGHTS)
-    return _restore(skeleton, manifest.plan, state, manifest.tied, manifest.dtype)
+    return _restore(skeleton, manifest.plan, state, manifest.tied, dtype=manifest.dtype)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -271,6 +271,7 @@ def _restore(
     plan: Plan,
     state: Mapping[str, Tensor],
     tied: Mapping[str, str],
+    *,
     dtype: str | None,
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
@@ -294,11 +295,12 @@ def _rebuild_flaw(
     plan: Plan,
     state: Mapping[str, Tensor],
     tied: Mapping[str, str],
+    *,
     example: Batch,
 ) -> str | None:
     """Why the network built anew is not the one that is saved, or None."""
     try:
-        anew = _restore(architecture.build(), plan, state, tied, _dtype(model))
+        anew = _restore(architecture.build(), plan, state, tied, dtype=_dtype(model))
         anew.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         with evaluating(model), evaluating(anew):
             batch = example.to(model)

@@ -39,7 +39,7 @@ class Batch:
 
     def __len__(self) -> int:
         """Samples: the first dimension of the first tensor."""
-        return next(iter(self.tensors.values())).shape[0]
+        return int(next(iter(self.tensors.values())).shape[0])
 
     def _map(self, change: Any) -> Batch:
         def apply(value: Any) -> Any:
@@ -66,7 +66,7 @@ class Batch:
         return self._map(pick)
 
     def to(self, model: nn.Module) -> Batch:
-        """On the device of the model, floating-point inputs in its dtype; labels stay where they are."""
+        """On the model's device, floating-point inputs in its dtype; labels stay where they are."""
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return self
@@ -88,14 +88,13 @@ def main_output(output: Any) -> Tensor:
     Raises:
         ModelError: the output holds no floating-point tensor.
     """
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if isinstance(logits, Tensor):
+        return logits
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
-    raise ModelError(
-        f"the model's output, a {type(output).__name__}, holds no floating-point tensor"
-    )
+    raise ModelError(f"the model's output, a {type(output).__name__}, holds no floating-point tensor")
 
 
 def as_batch(item: Any) -> Batch:
@@ -127,9 +126,7 @@ def as_batch(item: Any) -> Batch:
         )
     sized = [t for t in batch.tensors.values() if t.ndim]
     if not sized or len(batch) == 0:
-        raise LoaderError(
-            "a batch holds no sample: yield tensors whose first dimension counts samples"
-        )
+        raise LoaderError("a batch holds no sample: yield tensors whose first dimension counts samples")
     if labels is not None and len(labels) != len(batch):
         raise LoaderError(f"a batch has {len(batch)} samples and {len(labels)} labels")
     return batch
@@ -173,9 +170,7 @@ def read(loader: Iterable[Any]) -> Iterator[Batch]:
 
 
 def _describe(kinds: dict[str, torch.dtype]) -> str:
-    return ", ".join(
-        f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in kinds.items()
-    )
+    return ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in kinds.items())
 
 
 class Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,20 +95,45 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
     example = next(iter(read(loader)))
     support, recording = discover(model, example)
     require_chains(support, model)
-    chains = [entry for entry in support.chains]
+    batches = tqdm(Split(loader, config.seed).part("fit"), "profile", unit="batch", disable=None)
+    states, samples = calibrate(model, support.chains, batches, window=config.window)
+    return Profile(
+        model=type(model).__name__,
+        weights=fingerprint(model),
+        chains=states,
+        refusals=support.refusals,
+        dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
+        divergence=output_kind(recording) if config.divergence == "auto" else config.divergence,
+        samples=samples,
+        config=config,
+        warnings=_warnings(states),
+    )
+
+
+def calibrate(
+    model: nn.Module,
+    chains: Sequence[Chain],
+    batches: Iterable[Batch],
+    *,
+    window: int | None = None,
+) -> tuple[tuple[ChainProfile, ...], int]:
+    """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
+
+    Raises:
+        ActivationError: a stream holds NaN or infinity.
+    """
     device = _accumulator_device(model)
-    states = [
+    states = tuple(
         ChainProfile(
             chain,
-            Moments(len(chain) + 1, chain.width, window=config.window, device=device),
+            Moments(len(chain) + 1, chain.width, window=window, device=device),
             RowSimilarity(len(chain) + 1, device),
         )
         for chain in chains
-    ]
+    )
     samples = 0
     with evaluating(model):
-        bar = tqdm(Split(loader, config.seed).part("fit"), "profile", unit="batch", disable=None)
-        for batch in bar:
+        for batch in batches:
             moved = batch.to(model)
             _, streams = run_with_streams(model, chains, moved)
             for state, boundaries in zip(states, streams, strict=True):
@@ -117,17 +142,7 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
                 _require_finite(states)
             samples += len(batch)
     _require_finite(states)
-    return Profile(
-        model=type(model).__name__,
-        weights=fingerprint(model),
-        chains=tuple(states),
-        refusals=support.refusals,
-        dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
-        divergence=output_kind(recording) if config.divergence == "auto" else config.divergence,
-        samples=samples,
-        config=config,
-        warnings=tuple(_warnings(states)),
-    )
+    return states, samples
 
 
 def _accumulator_device(model: nn.Module) -> torch.device:
@@ -153,25 +168,23 @@ def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
     return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def _require_finite(states: list[ChainProfile]) -> None:
+def _require_finite(states: Iterable[ChainProfile]) -> None:
     for state in states:
         blocks = state.chain.blocks
         for j, comoment in enumerate(state.moments.comoment):
             power = comoment[-1].diagonal()
             if not bool(torch.isfinite(power).all() & torch.isfinite(state.moments.mean[j]).all()):
-                where = (
-                    f"the output of {blocks[j - 1].path}" if j else f"the input of {blocks[0].path}"
-                )
+                where = f"the output of {blocks[j - 1].path}" if j else f"the input of {blocks[0].path}"
                 raise ActivationError(
                     f"{where} holds NaN or infinity: check the calibration samples; in float16, run "
                     "the model in bfloat16 or float32"
                 )
 
 
-def _warnings(states: list[ChainProfile]) -> list[str]:
-    return [
+def _warnings(states: Iterable[ChainProfile]) -> tuple[str, ...]:
+    return tuple(
         f"chain {s.chain.name}: {s.moments.n:.0f} rows for {s.chain.width} channels; its maps are "
         "decided by the damping. Pass more samples"
         for s in states
         if s.moments.n <= s.chain.width
-    ]
+    )

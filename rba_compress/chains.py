@@ -1,41 +1,25 @@
-"""Finding the replaceable blocks of any network: one pass over a recorded forward pass.
+"""The replaceable blocks of any network, each chain verified by surgery.
 
-A *block* is a module that is called once and maps a tensor, the stream, to one of the same shape with
-a residual addition inside. A *chain* is blocks of one class in sequence, where each one's stream is
-read by the next one alone. Whatever else a block lets out (a tensor collected for the output, say) is a
-leak, and refuses it: replacing it would take that value away. What the pass finds is then verified by
-surgery, so that no chain is reported that cannot be rewritten exactly. Refusals carry their reason.
+What the analysis finds is rewritten and run before it is reported, so that no chain is reported that
+cannot be replaced exactly.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from rba_compress.analysis import analyse
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.errors import ModelError, NoChainError
-from rba_compress.plan import Block, Chain, Path, Refusal, Signature
-from rba_compress.recorder import Call, Recording, evaluating, graph_arguments, record
+from rba_compress.plan import Block, Chain, Refusal, Signature
+from rba_compress.recorder import Recording, evaluating, graph_arguments, record
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
-
-_aten = torch.ops.aten
-_ADDITIONS = {_aten.add, _aten.add_, _aten.addcmul, _aten.addcmul_}
-_CONVOLUTIONS = {_aten.convolution, _aten.mkldnn_convolution, _aten.cudnn_convolution}
-_CHANNELS_SECOND = _CONVOLUTIONS | {
-    _aten.native_batch_norm,
-    _aten._native_batch_norm_legit_no_training,
-    _aten.cudnn_batch_norm,
-    _aten.native_group_norm,
-}
-_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0, _aten.mkldnn_rnn_layer: 0}
-_RESHAPES = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.clone, _aten._to_copy}
 
 
 @dataclass(frozen=True)
@@ -76,11 +60,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         ModelError: the model is no `nn.Module`, or one whose forward pass cannot be rewritten.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "the model is a ScriptModule, which cannot be rewritten: pass the original"
-        )
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
+        raise ModelError("the model is a ScriptModule, which cannot be rewritten: pass the original")
+    if not isinstance(model, nn.Module):  # whatever the annotation says, users pass it
+        kind = type(model).__name__  # type: ignore[unreachable]
         hint = ": pass its .module()" if kind == "ExportedProgram" else ": pass an nn.Module"
         raise ModelError(f"the model is a {kind}{hint}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -98,14 +80,12 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     batch = batch.to(model)
     first = batch.select(list(range(min(2, size))))
     recording = record(model, first)
-    chains, refusals = _analyse(model, recording)
+    chains, refusals = analyse(model, recording)
     if size > 2:
-        others, _ = _analyse(model, record(model, batch.select(list(range(size))[-2:])))
+        others, _ = analyse(model, record(model, batch.select(list(range(size))[-2:])))
         same = [c for c in chains if any(o.blocks == c.blocks for o in others)]
         refusals += [
-            _refuse(c, "its control flow differs between two batches")
-            for c in chains
-            if c not in same
+            _refuse(c, "its control flow differs between two batches") for c in chains if c not in same
         ]
         chains = same
     verified = []
@@ -132,422 +112,7 @@ def require_chains(support: Support, model: nn.Module) -> None:
 
 
 def _refuse(chain: Chain, reason: str) -> Refusal:
-    return Refusal(
-        paths=tuple(b.path for b in chain.blocks), type=chain.blocks[0].type, reason=reason
-    )
-
-
-# --- the pass over the graph -----------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Candidate:
-    call: Call
-    leaks: dict[fx.Node, list[fx.Node]]  # values read outside of it, and their outside readers
-    reads: dict[fx.Node, None]  # values from outside that it reads, in order
-    keeps_shape: bool  # some float output has the shape of an input
-    stream: fx.Node | None = None  # the one value that leaves it
-    entry: fx.Node | None = None  # the stream that it reads
-    reason: str = ""
-    next: _Candidate | None = None
-    previous: _Candidate | None = None
-
-
-@dataclass
-class _Flow:
-    """What crosses the border of every call."""
-
-    leaks: dict[Call, dict[fx.Node, list[fx.Node]]] = field(default_factory=dict)
-    reads: dict[Call, dict[fx.Node, None]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> _Flow:
-        flow = cls()
-        for node in graph.nodes:
-            inside = node.meta["calls"]
-            for reader in node.users:
-                readers = reader.meta["calls"]
-                for call in inside:
-                    if call not in readers:
-                        flow.leaks.setdefault(call, {}).setdefault(node, []).append(reader)
-                for call in readers:
-                    if call not in inside:
-                        flow.reads.setdefault(call, {})[node] = None
-        return flow
-
-
-def _analyse(model: nn.Module, recording: Recording) -> tuple[list[Chain], list[Refusal]]:
-    flow = _Flow.of(recording.graph)
-    candidates = _candidates(model, recording, flow)
-    _link(candidates)
-    runs = [run for run in _runs(candidates) if run]
-    # Shallower first, and containers last: their blocks are the finer choice.
-    runs.sort(key=lambda run: (run[0].call.type == "Sequential", run[0].call.path.count(".")))
-    chains: list[Chain] = []
-    taken: list[str] = []
-    for run in runs:
-        paths = [c.call.path for c in run]
-        if any(_nested(path, other) for path in paths for other in taken):
-            continue
-        chain = _chain(model, recording, run)
-        if isinstance(chain, str):
-            for candidate in run:
-                candidate.reason = chain
-            continue
-        chains.append(chain)
-        taken += paths
-    order = [call.path for call in recording.calls]
-    chains.sort(key=lambda chain: order.index(chain.blocks[0].path))
-    return _named(chains), _refusals(candidates, taken)
-
-
-def _nested(path: str, other: str) -> bool:
-    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
-
-
-def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Candidate]:
-    """Every module with parameters and children; one that changes the shape may head a chain."""
-    times = Counter(call.path for call in recording.calls)
-    sharing = _shared_weights(model)
-    modules = dict(model.named_modules())
-    found: dict[str, _Candidate] = {}
-    for call in recording.calls:
-        module = modules.get(call.path)
-        if module is None or call.path in found or not any(True for _ in module.children()):
-            continue
-        if not any(True for _ in module.parameters()):
-            continue
-        leaks, reads = flow.leaks.get(call, {}), flow.reads.get(call, {})
-        outputs = leaks if isinstance(model, fx.GraphModule) else call.outputs.values()
-        inputs = {n.meta["shape"] for n in reads if n.op != "get_attr"}
-        keeps_shape = any(_is_float(n) and n.meta["shape"] in inputs for n in outputs)
-        candidate = found[call.path] = _Candidate(call, leaks, reads, keeps_shape)
-        repeated = [p for p in _ancestors(call.path) if times[p] > 1]
-        if repeated:
-            outer = "" if repeated[-1] == call.path else f"it is inside {repeated[-1]}, which "
-            candidate.reason = f"{outer or 'it '}is called {times[repeated[-1]]} times"
-        elif call.path in sharing:
-            candidate.reason = "it shares {} with {}".format(*sharing[call.path])
-        elif len(candidate.leaks) != 1:
-            candidate.reason = _leak_reason(candidate)
-        else:
-            (candidate.stream,) = candidate.leaks
-    return list(found.values())
-
-
-def _leak_reason(candidate: _Candidate) -> str:
-    if not candidate.leaks:
-        return "nothing reads its output"
-    readers = sorted({_place(r) for readers in candidate.leaks.values() for r in readers})
-    return (
-        f"{len(candidate.leaks)} of its values are read outside of it, by {', '.join(readers[:3])}"
-    )
-
-
-def _place(node: fx.Node) -> str:
-    if node.op == "output":
-        return "the model's output"
-    calls = node.meta["calls"]
-    return calls[-1].path if calls else "the model itself"
-
-
-def _is_float(node: fx.Node) -> bool:
-    dtype = node.meta["dtype"]
-    return dtype is not None and dtype.is_floating_point
-
-
-def _ancestors(path: str) -> list[str]:
-    """The path and every module above it, the innermost first."""
-    parts = path.split(".")
-    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
-
-
-def _shared_weights(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Modules that share a parameter with one outside of them: path -> (the weight, the other)."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    shared: dict[str, tuple[str, str]] = {}
-    for names in owners.values():
-        for name in names if len(names) > 1 else ():
-            for path in _ancestors(name)[1:]:
-                other = next((n for n in names if not n.startswith(f"{path}.")), None)
-                if other is not None:
-                    shared.setdefault(path, (name.removeprefix(f"{path}."), other))
-    return shared
-
-
-def _link(candidates: list[_Candidate]) -> None:
-    by_path = {c.call.path: c for c in candidates}
-    for a in candidates:
-        if a.stream is None or a.reason:
-            continue
-        readers = a.leaks[a.stream]
-        successor = _common_reader(a, readers, by_path)
-        if successor is None:
-            a.reason = "its output is not read by one next module of its class alone"
-        elif successor.previous is None and not successor.reason:
-            a.next, successor.previous = successor, a
-            successor.entry = a.stream
-
-
-def _common_reader(
-    a: _Candidate, readers: list[fx.Node], by_path: dict[str, _Candidate]
-) -> _Candidate | None:
-    """The one candidate of the class of `a` that holds every reader of its stream."""
-    for call in readers[0].meta["calls"]:
-        b = by_path.get(call.path)
-        if (
-            b is not None
-            and b is not a
-            and call.type == a.call.type
-            and b.stream is not None
-            and b.stream.meta["shape"] == (a.stream.meta["shape"] if a.stream else None)
-            and all(call in reader.meta["calls"] for reader in readers)
-            and _output_path(a) == _output_path(b)
-        ):
-            return b
-    return None
-
-
-def _output_path(candidate: _Candidate) -> Path | None:
-    places = candidate.call.outputs
-    return next((path for path, node in places.items() if node is candidate.stream), None)
-
-
-def _runs(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
-    """Linked candidates in sequence, cut where one has no residual addition."""
-    for head in candidates:
-        if head.previous is not None or head.next is None:
-            continue
-        member: _Candidate | None = head
-        run: list[_Candidate] = []
-        while member is not None:
-            if member.entry is None:
-                member.entry = _entry(member)
-            if member.entry is None:
-                member.reason = "its input has another shape than its output"
-            elif not _has_residual(member):
-                member.reason = "no addition inside it has two operands that come from the stream"
-                member.entry = None
-            if member.entry is not None:
-                run.append(member)
-            elif run:
-                yield run
-                run = []
-            member = member.next
-        yield run
-
-
-def _entry(candidate: _Candidate) -> fx.Node | None:
-    """The stream that the first block of a chain reads: the one input of its stream's shape."""
-    assert candidate.stream is not None
-    shape = candidate.stream.meta["shape"]
-    follower = candidate.next
-    if candidate.call.inputs and follower is not None:
-        # Where the next block takes the stream, this one does too.
-        places = follower.call.inputs
-        path = next((p for p, node in places.items() if node is candidate.stream), None)
-        node = candidate.call.inputs.get(path) if path else None
-        return node if node is not None and node.meta["shape"] == shape else None
-    same = [n for n in candidate.reads if n.op != "get_attr" and n.meta["shape"] == shape]
-    return same[0] if len(same) == 1 else None
-
-
-def _inside(call: Call, graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if call in node.meta["calls"])
-
-
-def _has_residual(candidate: _Candidate) -> bool:
-    assert candidate.entry is not None
-    derived = {candidate.entry}
-    for node in _inside(candidate.call, candidate.entry.graph):
-        operands = [n for n in node.all_input_nodes if n in derived]
-        if operands:
-            derived.add(node)
-            packet = getattr(node.target, "_overloadpacket", None)
-            if packet in _ADDITIONS and len(operands) > 1:
-                return True
-    return False
-
-
-# --- from a run of calls to a chain ----------------------------------------------------------
-
-
-def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Chain | str:
-    """The chain of a run, or the reason why there is none."""
-    head, tail = run[0], run[-1]
-    assert head.entry is not None
-    assert tail.stream is not None
-    axis = _channel_axis(head)
-    if axis is None:
-        return "no convolution, norm or product in it tells the channels of its stream"
-    blocks = []
-    for member in run:
-        block = _block(model, recording, member)
-        if isinstance(block, str):
-            return block
-        blocks.append(block)
-    shape = head.entry.meta["shape"]
-    width = shape[axis]
-    return Chain(
-        name=head.call.path.rpartition(".")[0] or head.call.path,
-        blocks=tuple(blocks),
-        width=width,
-        ndim=len(shape),
-        axis=axis,
-        positions=int(torch.Size(shape).numel()) // width // recording.samples,
-        class_tokens=_class_tokens(tail.stream),
-        macs=tuple(recording.macs_of(b.path) for b in blocks),
-        params=tuple(
-            sum(p.numel() for p in model.get_submodule(b.path).parameters()) for b in blocks
-        ),
-    )
-
-
-def _named(chains: list[Chain]) -> list[Chain]:
-    """Chains of one parent are told apart by their first block."""
-    count = Counter(chain.name for chain in chains)
-    return [
-        c if count[c.name] == 1 else c.model_copy(update={"name": c.blocks[0].path}) for c in chains
-    ]
-
-
-def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block | str:
-    call, entry, stream = member.call, member.entry, member.stream
-    assert entry is not None
-    assert stream is not None
-    if isinstance(model, fx.GraphModule):
-        before = [n for n, value in recording.values.items() if value is entry]
-        after = [n for n, value in recording.values.items() if value is stream]
-        group = {n for n in model.graph.nodes if _runs_in(n, call.path)}
-        named = {n.name: n for n in model.graph.nodes}
-        outside = [n for n in before if named[n] not in group]
-        before = [n for n in outside if any(user in group for user in named[n].users)]
-        after = [
-            n
-            for n in after
-            if named[n] in group and any(user not in group for user in named[n].users)
-        ]
-        if len(before) != 1 or len(after) != 1:
-            return "its stream has several names in the graph"
-        return Block(path=call.path, type=call.type, nodes=(before[0], after[0]))
-    place = next((p for p, node in call.inputs.items() if node is entry), None)
-    if place is None:
-        return "its stream is not among its arguments"
-    try:
-        template = _template(call, stream)
-    except TypeError as error:
-        return str(error)
-    return Block(path=call.path, type=call.type, signature=Signature(stream=place, output=template))
-
-
-def _runs_in(node: fx.Node, path: str) -> bool:
-    return any(entry[0] == path for entry in (node.meta.get("nn_module_stack") or {}).values())
-
-
-def _template(call: Call, stream: fx.Node) -> Any:
-    """The output's structure for a `Signature`: the stream, aliases of inputs, None elsewhere."""
-
-    def encode(value: Any) -> Any:
-        if value is stream:
-            return "stream"
-        if isinstance(value, fx.Node):
-            return next((list(path) for path, node in call.inputs.items() if node is value), None)
-        if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if type(value) is dict:
-            return {"dict": {key: encode(item) for key, item in value.items()}}
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return None
-        raise TypeError(f"it returns a {type(value).__name__}, which cannot be rebuilt")
-
-    return encode(call.result)
-
-
-def _channel_axis(candidate: _Candidate) -> int | None:
-    """The stream's channel axis, by the first operation in the block that tells it.
-
-    Convolutions and batch norms have channels second, layer norms over one axis and matrix products
-    last. `axes` follows the stream's axes through permutations; None marks an axis that is lost.
-    """
-    entry = candidate.entry
-    assert entry is not None
-    axes: dict[fx.Node, list[int | None]] = {entry: list(range(len(entry.meta["shape"])))}
-    for node in _inside(candidate.call, entry.graph):
-        source = next((n for n in node.all_input_nodes if n in axes), None)
-        if source is None or node.op != "call_function":
-            continue
-        packet, order = getattr(node.target, "_overloadpacket", None), axes[source]
-        told: int | None = None
-        if packet in _CHANNELS_SECOND and node.args[0] is source:
-            told = order[1]
-        elif packet in _PRODUCTS and node.args[_PRODUCTS[packet]] is source:
-            told = order[-1]
-        elif packet is not None and "rms_norm" in str(packet):
-            told = order[-1]
-        elif packet is _aten.native_layer_norm and len(node.args[1]) == 1:  # type: ignore[arg-type]
-            told = order[-1]
-        if told is not None:
-            return told
-        moved = _follow(node, packet, source, order)
-        if moved is not None:
-            axes[node] = moved
-    return None
-
-
-def _follow(
-    node: fx.Node, packet: Any, source: fx.Node, order: list[int | None]
-) -> list[int | None] | None:
-    shape, before = node.meta["shape"], source.meta["shape"]
-    if shape is None:
-        return None
-    if packet is _aten.permute:
-        return [order[d] for d in node.args[1]]  # type: ignore[index, union-attr]
-    if packet is _aten.transpose:
-        a, b = (int(d) for d in node.args[1:3])  # type: ignore[arg-type]
-        moved = list(order)
-        moved[a], moved[b] = moved[b], moved[a]
-        return moved
-    if shape == before:
-        return order
-    if packet in _RESHAPES and shape[-1] == before[-1]:
-        return [*[None] * (len(shape) - 1), order[-1]]
-    return None
-
-
-def _class_tokens(stream: fx.Node) -> tuple[int, ...]:
-    """Positions of a (N, T, d) stream that are selected one by one somewhere behind it."""
-    shape = stream.meta["shape"]
-    if len(shape) != 3:
-        return ()
-    found: set[int] = set()
-    reached, frontier = {stream}, [stream]
-    while frontier:
-        for user in frontier.pop().users:
-            packet = getattr(user.target, "_overloadpacket", None)
-            if packet is _aten.select and user.args[1] == 1:
-                found.add(int(user.args[2]) % shape[1])  # type: ignore[arg-type]
-            values = [user, *user.users] if user.meta.get("shape") is None else [user]
-            for value in values:  # an operation with several results is read through getitem
-                if value not in reached and value.meta.get("shape") == shape:
-                    reached.add(value)
-                    frontier.append(value)
-    return tuple(sorted(found))
-
-
-def _refusals(candidates: list[_Candidate], taken: list[str]) -> list[Refusal]:
-    """What is neither a block nor above or below one, together by class and reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for c in candidates:
-        if not c.keeps_shape or any(_nested(c.call.path, path) for path in taken):
-            continue
-        reason = c.reason or "no other module of its class precedes or follows it"
-        groups.setdefault((c.call.type, reason), []).append(c.call.path)
-    return [
-        Refusal(paths=tuple(paths), type=kind, reason=reason)
-        for (kind, reason), paths in groups.items()
-    ]
+    return Refusal(paths=tuple(b.path for b in chain.blocks), type=chain.blocks[0].type, reason=reason)
 
 
 # --- verification by surgery -----------------------------------------------------------------

@@ -111,7 +111,7 @@ class Supports:
         model = Architecture(name=self.name).build()
         size = model.pretrained_cfg["input_size"]  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
-        print(supports(model, torch.randn(4, *size, generator=generator)))  # type: ignore[misc]
+        print(supports(model, torch.randn(4, *size, generator=generator)))
 
 
 Command = (
@@ -123,7 +123,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    command = tyro.cli(Command, args=arguments, prog="rba-compress", description=__doc__)  # type: ignore[var-annotated, arg-type]
+    command = tyro.cli(Command, args=arguments, prog="rba-compress", description=__doc__)
     try:
         command.run()
     except RBAError as error:

@@ -48,9 +48,7 @@ def run_demo(out: Path, *, macs: float = 0.8) -> Report:
         samples="held-out digits, never calibrated on",
     )
     print(report.table())
-    result.save(
-        out / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
-    )
+    result.save(out / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS)))
     plot_similarity(result.profile.chains[0]).savefig(out / "similarity.png", dpi=120)
     _reload(out / "slim", test[0], result.model)
     print(

@@ -137,17 +137,13 @@ def _scale(pair: PairMoments, spec: MapSpec) -> _Solution:
     ridge = _ridge(pair.raw_xx, spec.damping)
     power = gram + ridge
     weight = torch.where(power > 0, cross / torch.where(power > 0, power, 1), 0)
-    return _Solution(
-        {"weight": weight}, weight.diag(), torch.zeros_like(weight), gram.diag(), ridge
-    )
+    return _Solution({"weight": weight}, weight.diag(), torch.zeros_like(weight), gram.diag(), ridge)
 
 
 def _linear(pair: PairMoments, spec: MapSpec) -> _Solution:
     ridge = _ridge(pair.raw_xx, spec.damping)
     weight = solve_gram(pair.raw_xx, pair.raw_xy, ridge)
-    return _Solution(
-        {"weight": weight.T}, weight, torch.zeros_like(pair.mean_y), pair.raw_xx, ridge
-    )
+    return _Solution({"weight": weight.T}, weight, torch.zeros_like(pair.mean_y), pair.raw_xx, ridge)
 
 
 def _with_bias(pair: PairMoments, weight: Tensor, ridge: float = 0.0) -> _Solution:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -105,52 +104,49 @@ def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:
     return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
 
 
-@dataclass
-class _Tally:
-    samples: int = 0
-    divergence: float = 0.0
-    agreed: int = 0
-    cosine: float = 0.0
-    labelled: int = 0
-    right_dense: int = 0
-    right_slim: int = 0
-
-
-def fidelity(
-    dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: Divergence
+def compare_outputs(
+    kind: Divergence, outputs: Iterable[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Fidelity:
-    """Compare two networks on the same batches; accuracy where every batch has labels.
+    """Compare batches of (dense output, slim output, labels); outputs are (N, ...).
 
-    Args:
-        dense, slim: on any device; their modes are kept.
-        batches: at least one batch.
-        kind: the divergence to report.
+    Accuracy is reported where every batch has labels and the outputs are class scores.
     """
-    tally = _Tally()
-    with evaluating(dense), evaluating(slim):
-        for batch in batches:
-            a = main_output(batch.to(dense).run(dense)).float().cpu()
-            b = main_output(batch.to(slim).run(slim)).float().cpu()
-            tally.samples += len(a)
-            tally.divergence += float(divergence(kind, a, b).sum())
-            flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-            tally.cosine += float(torch.cosine_similarity(flat_a, flat_b).sum())
-            tally.agreed += int((a.argmax(-1) == b.argmax(-1)).sum()) if a.ndim == 2 else 0
-            if batch.labels is not None and a.ndim == 2:
-                labels = batch.labels.cpu()
-                tally.labelled += len(labels)
-                tally.right_dense += int((a.argmax(-1) == labels).sum())
-                tally.right_slim += int((b.argmax(-1) == labels).sum())
-    n, labelled = tally.samples, tally.labelled == tally.samples and kind == "kl"
+    samples = labelled = agreed = right_dense = right_slim = 0
+    diverged = cosine = 0.0
+    for dense, slim, labels in outputs:
+        a, b = dense.float().cpu(), slim.float().cpu()
+        samples += len(a)
+        diverged += float(divergence(kind, a, b).sum())
+        cosine += float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
+        if kind == "kl":
+            first, second = a.argmax(-1), b.argmax(-1)
+            agreed += int((first == second).sum())
+            if labels is not None:
+                labelled += len(labels)
+                right_dense += int((first == labels.cpu()).sum())
+                right_slim += int((second == labels.cpu()).sum())
+    known = labelled == samples
     return Fidelity(
-        samples=n,
+        samples=samples,
         kind=kind,
-        divergence=tally.divergence / n,
-        agreement=tally.agreed / n if kind == "kl" else None,
-        cosine=tally.cosine / n,
-        accuracy_dense=tally.right_dense / n if labelled else None,
-        accuracy_slim=tally.right_slim / n if labelled else None,
+        divergence=diverged / samples,
+        agreement=agreed / samples if kind == "kl" else None,
+        cosine=cosine / samples,
+        accuracy_dense=right_dense / samples if known else None,
+        accuracy_slim=right_slim / samples if known else None,
     )
+
+
+def fidelity(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: Divergence) -> Fidelity:
+    """Run two networks, in any mode and on any device, on the same batches and compare."""
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for batch in batches:
+            a, b = batch.to(dense).run(dense), batch.to(slim).run(slim)
+            yield main_output(a), main_output(b), batch.labels
+
+    with evaluating(dense), evaluating(slim):
+        return compare_outputs(kind, outputs())
 
 
 def benchmark(

@@ -141,10 +141,10 @@ class Moments:
             return
         gap = other.mean - self.mean
         between = self.n * other.n / total
-        for j, (own, new) in enumerate(zip(self.comoment, other.comoment, strict=True)):
-            own += new
+        for j, new in enumerate(other.comoment):
+            self.comoment[j] += new
             if between:
-                own += between * gap[self._first(j) : j + 1, :, None] * gap[j]
+                self.comoment[j] += between * gap[self._first(j) : j + 1, :, None] * gap[j]
         self.mean += gap * (other.n / total)
         self.n = total
 
@@ -184,9 +184,7 @@ class Moments:
         if i > j:
             return self.comoments(j, i).T
         if j - i > self.window:
-            raise ValueError(
-                f"boundaries {i} and {j} are further apart than the window {self.window}"
-            )
+            raise ValueError(f"boundaries {i} and {j} are further apart than the window {self.window}")
         return self.comoment[j][i - self._first(j)]
 
     def pair(self, i: int, j: int) -> PairMoments:

@@ -39,9 +39,7 @@ class Budget(_Frozen):
         if value is None:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BudgetError(
-                f"{value!r} is no limit: give a share (float up to 1) or a count (int)"
-            )
+            raise BudgetError(f"{value!r} is no limit: give a share (float up to 1) or a count (int)")
         if value <= 0 or (isinstance(value, float) and value > 1):
             raise BudgetError(f"{value!r} is neither a share in (0, 1] nor a positive count (int)")
         return value

@@ -7,6 +7,7 @@ network's *output* on held-out samples; the error of the stream misleads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,7 @@ class Solution:
     tensors: dict[str, Tensor]
 
 
-def fit_span(
-    profiled: ChainProfile, start: int, stop: int, spec: MapSpec
-) -> tuple[Replacement, Fit]:
+def fit_span(profiled: ChainProfile, start: int, stop: int, spec: MapSpec) -> tuple[Replacement, Fit]:
     """Fit one map over the span `start:stop` of a profiled chain."""
     chain = profiled.chain
     fit = fit_map(spec, profiled.moments.pair(start, stop))
@@ -66,9 +65,7 @@ def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:
 def span_cost(dense: Cost, chain: Chain, start: int, stop: int, spec: MapSpec) -> Cost:
     """What the network costs with that span replaced."""
     return Cost(
-        macs=dense.macs
-        - sum(chain.macs[start:stop])
-        + chain.positions * map_macs(spec, chain.width),
+        macs=dense.macs - sum(chain.macs[start:stop]) + chain.positions * map_macs(spec, chain.width),
         params=dense.params - sum(chain.params[start:stop]) + map_parameters(spec, chain.width),
     )
 
@@ -95,7 +92,7 @@ class Judge:
                 output = main_output(batch.run(slim))
                 total += float(divergence(self.kind, dense, output).sum())
         mean = total / self.samples
-        return mean if mean == mean else float("inf")
+        return mean if math.isfinite(mean) else math.inf
 
 
 def search(
@@ -121,13 +118,9 @@ def search(
     budget, config = budget or DEFAULT_BUDGET, profile.config
     model = unwrap(model)
     if type(model).__name__ != profile.model:
-        raise PlanError(
-            f"the profile is of a {profile.model}, the model is a {type(model).__name__}"
-        )
+        raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     limits = budget.limits(profile.dense.macs, profile.dense.params)
-    base = Plan(
-        refusals=profile.refusals, budget=budget, config=config, divergence=profile.divergence
-    )
+    base = Plan(refusals=profile.refusals, budget=budget, config=config, divergence=profile.divergence)
     if _meets(profile.dense, limits):
         return Solution(base, {})
     options = list(_options(profile, limits))

@@ -65,11 +65,12 @@ class Recording:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one sample."""
-        return round(sum(n.meta.get("macs", 0) for n in self.graph.nodes) / self.samples)
+        total: int = sum(n.meta.get("macs", 0) for n in self.graph.nodes)
+        return round(total / self.samples)
 
     def macs_of(self, path: str) -> int:
         """Multiply-accumulates of one sample inside the calls of the module at `path`."""
-        inside = (
+        inside: Iterator[int] = (
             n.meta["macs"]
             for n in self.graph.nodes
             if any(call.path == path for call in n.meta.get("calls", ()))
@@ -116,14 +117,12 @@ def key_path(path: tuple[Any, ...]) -> Path:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.calls: list[Call] = []
         self.stack: list[Call] = []
         self.count = 0
-        self._node: dict[
-            int, fx.Node
-        ] = {}  # id of a live tensor -> the node that produced its value
+        self._node: dict[int, fx.Node] = {}  # id of a live tensor -> the node that produced its value
         self._kept: dict[int, Tensor] = {}  # keeps every tensor alive, so that no id is used twice
         self._on_storage: dict[int, list[int]] = {}
         named = (*model.named_parameters(), *model.named_buffers())
@@ -219,7 +218,7 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have no storage
         return -id(tensor)
 

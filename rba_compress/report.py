@@ -35,9 +35,9 @@ class Report(BaseModel):
         """One table for a terminal: each measure before, after, and what is left of it."""
         f, t = self.fidelity, self.latency
         rows = [("", "before", "after", "after/before")]
-        if f.accuracy_dense is not None and f.accuracy_slim is not None:
-            rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}",
-                             f.accuracy_slim / f.accuracy_dense if f.accuracy_dense else None))  # fmt: skip
+        if f.accuracy_dense and f.accuracy_slim is not None:
+            share = f.accuracy_slim / f.accuracy_dense
+            rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}", share))
         if f.agreement is not None:
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
         name = "KL divergence" if f.kind == "kl" else "squared error"
@@ -68,7 +68,7 @@ class Report(BaseModel):
         return "\n".join(lines)
 
 
-def _row(name: str, before: str, after: str, ratio: float | None = None) -> tuple[str, ...]:
+def _row(name: str, before: str, after: str, ratio: float | None = None) -> tuple[str, str, str, str]:
     return name, before, after, "" if ratio is None else f"{ratio:.3f}"
 
 

@@ -59,9 +59,7 @@ def _run_module(
 
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
-            def after(
-                _: Any, __: Any, out: Any, c: int = c, b: int = b, s: Any = signature
-            ) -> None:
+            def after(_: Any, __: Any, out: Any, c: int = c, b: int = b, s: Any = signature) -> None:
                 keep(c, b + 1, s.stream_out(out))
 
             handles.append(module.register_forward_hook(after))

@@ -94,9 +94,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for replacement in plan.replacements:
         for block in replacement.blocks:
             if block.path in taken:
-                raise PlanError(
-                    f"{replacement} and {taken[block.path]} share the block {block.path}"
-                )
+                raise PlanError(f"{replacement} and {taken[block.path]} share the block {block.path}")
             taken[block.path] = replacement
             if block.path not in modules:
                 raise PlanError(
