@@ -56,7 +56,8 @@ class Architecture(BaseModel):
         import timm
 
         try:
-            model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
+            with torch.random.fork_rng(devices=[]):  # random weights, but not of the user's state
+                model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
         except (RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"timm cannot build {self.name!r} with {self.arguments}: {error}"

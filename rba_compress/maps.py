@@ -151,15 +151,27 @@ def _with_bias(pair: PairMoments, weight: Tensor, ridge: float = 0.0) -> _Soluti
     return _Solution({"weight": weight.T, "bias": bias}, weight, bias, pair.xx, ridge)
 
 
+def _ridge_regression(pair: PairMoments, damping: float) -> tuple[Tensor, float]:
+    """(C_xx + l I)^-1 C_xy, and l.
+
+    A channel whose spread is no more than the rounding of its mean is constant and predicts nothing:
+    before the first block, a class token is such a vector.
+    """
+    noise = 64 * torch.finfo(pair.xx.dtype).eps * pair.mean_x
+    varies = pair.xx.diagonal() > pair.n * noise.square()
+    gram = pair.xx * torch.outer(varies, varies)
+    ridge = _ridge(gram, damping)
+    return solve_gram(gram, pair.xy * varies[:, None], ridge), ridge
+
+
 def _affine(pair: PairMoments, spec: MapSpec) -> _Solution:
-    ridge = _ridge(pair.xx, spec.damping)
-    return _with_bias(pair, solve_gram(pair.xx, pair.xy, ridge), ridge)
+    weight, ridge = _ridge_regression(pair, spec.damping)
+    return _with_bias(pair, weight, ridge)
 
 
 def _low_rank(pair: PairMoments, spec: MapSpec) -> _Solution:
     assert spec.rank is not None
-    ridge = _ridge(pair.xx, spec.damping)
-    full = solve_gram(pair.xx, pair.xy, ridge)
+    full, ridge = _ridge_regression(pair, spec.damping)
     _, vectors = torch.linalg.eigh(full.T @ pair.xx @ full)
     top = vectors[:, -spec.rank :]  # (d, r)
     weight = full @ top @ top.T

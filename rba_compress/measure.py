@@ -150,7 +150,7 @@ def fidelity(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: 
 
 
 def benchmark(
-    dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float = 3.0, pairs: int = 7
+    dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float = 1.0, pairs: int = 7
 ) -> Latency:
     """Time two networks in pairs on one batch, after a warm-up of two.
 

@@ -108,7 +108,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 )
         expected = {
             f"{replacement.key}{name}": tuple(value.shape)
-            for name, value in _build(replacement, torch.device("meta")).state_dict().items()
+            for name, value in _build(replacement).state_dict().items()
         }
         for name, shape in expected.items():
             if name not in tensors:
@@ -123,8 +123,9 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
 
 
-def _build(replacement: Replacement, device: torch.device) -> nn.Module:
-    with device:
+def _build(replacement: Replacement) -> nn.Module:
+    """The map's module without storage, so that no random state is drawn from."""
+    with torch.device("meta"):
         return build_map(
             replacement.map, replacement.width, ndim=replacement.ndim, axis=replacement.axis
         )
@@ -168,7 +169,7 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.M
             ),
             torch.empty(0),
         )
-        module = _build(replacement, like.device).to(like.dtype)
+        module = _build(replacement).to(like.dtype).to_empty(device=like.device)
         state = {
             name: tensors[f"{replacement.key}{name}"].reshape(value.shape)
             for name, value in module.state_dict().items()

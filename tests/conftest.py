@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+from torch import Tensor, nn
+
+from rba_compress import Budget, Result, compress
+from rba_compress.digits import Split, batches, digits_data, digits_model
+
+
+@pytest.fixture(scope="session")
+def digits() -> nn.Module:
+    """The shipped digits ViT; tests leave it as it is."""
+    return digits_model()
+
+
+@pytest.fixture(scope="session")
+def digits_loader() -> list[tuple[Tensor, Tensor]]:
+    """320 training digits in five batches."""
+    (images, labels), _ = digits_data()
+    return batches((images[:320], labels[:320]), 64)
+
+
+@pytest.fixture(scope="session")
+def held_out() -> Split:
+    return digits_data()[1]
+
+
+@pytest.fixture(scope="session")
+def result(digits: nn.Module, digits_loader: list[tuple[Tensor, Tensor]]) -> Result:
+    """The digits ViT compressed to nine blocks; tests leave it as it is."""
+    return compress(digits, digits_loader, budget=Budget(macs=0.8))

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rba_compress
+from rba_compress import Budget, Result, compress, supports
+from rba_compress.digits import digits_model
+from tests.networks import Chain, loader, rows, seeded
+
+
+def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor, Tensor]) -> None:
+    x, labels = held_out
+    assert type(result.model) is type(digits)
+    assert result.model.forward_features(x).shape == digits.forward_features(x).shape
+    assert result.model.get_classifier() is result.model.head
+    accuracy = [(m(x).argmax(-1) == labels).float().mean() for m in (digits, result.model)]
+    assert accuracy[0] - accuracy[1] <= 0.01  # within a point of the original
+    assert result.report.slim.macs <= 0.8 * result.report.dense.macs
+    assert result.report.latency.ratio < 0.9
+
+
+def test_the_report_is_of_samples_that_nothing_was_chosen_on(result: Result) -> None:
+    fidelity = result.report.fidelity
+    assert fidelity.samples == 32  # one in ten of 320
+    assert fidelity.kind == "kl"
+    assert fidelity.accuracy_dense is not None
+    table = result.report.table()
+    for word in ("accuracy", "agreement", "parameters", "MACs", "latency, batch", "KL divergence"):
+        assert word in table
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, digits_loader: list[Any]) -> None:
+    model = digits_model().to(dtype)
+    slim = compress(model, digits_loader, budget=Budget(macs=0.8))  # the loader yields float32
+    assert {p.dtype for p in slim.model.parameters()} == {dtype}
+    assert slim.report.fidelity.agreement is not None
+    assert slim.report.fidelity.agreement > 0.9
+
+
+def test_a_model_in_train_mode_comes_back_in_train_mode() -> None:
+    model = seeded(Chain).train()
+    model.blocks[0].eval()
+    before = modes(model)
+    slim = compress(model, loader(), budget=Budget(macs=0.8))
+    assert modes(model) == before
+    assert slim.model.training
+    reference = compress(seeded(Chain), loader(), budget=Budget(macs=0.8))
+    assert slim.plan == reference.plan
+
+
+def test_wrappers_are_taken_off() -> None:
+    plain = seeded(Chain)
+    reference = compress(plain, loader(), budget=Budget(macs=0.8))
+    wrapped: list[nn.Module] = [nn.DataParallel(seeded(Chain)), torch.compile(seeded(Chain))]  # type: ignore[list-item]
+    for model in wrapped:
+        found = compress(model, loader(), budget=Budget(macs=0.8))
+        assert type(found.model) is Chain
+        assert found.plan == reference.plan
+        assert torch.equal(found.model(rows(3)), reference.model(rows(3)))
+
+
+def test_a_distributed_wrapper_is_taken_off(tmp_path: Any) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(seeded(Chain))
+        assert len(supports(model, rows(4)).chains[0]) == 4
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_batches_of_every_form_give_the_same_plan() -> None:
+    model = seeded(Chain)
+    plans = [
+        compress(model, data, budget=Budget(macs=0.8)).plan
+        for data in (
+            loader(),
+            [(x, torch.zeros(10, dtype=torch.long)) for x in loader()],
+            [[x] for x in loader()],
+            [{"x": x} for x in loader()],
+        )
+    ]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_features_without_classes_are_measured_by_their_error() -> None:
+    class Features(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LayerNorm(8)
+
+    slim = compress(seeded(Features), loader(), budget=Budget(macs=0.8))
+    assert slim.plan.divergence == "nse"
+    assert slim.report.fidelity.agreement is None
+    assert "squared error" in slim.report.table()
+
+
+def test_random_state_is_not_touched(digits_loader: list[Any]) -> None:
+    before = torch.get_rng_state()
+    compress(seeded(Chain), loader(), budget=Budget(macs=0.8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_public_names() -> None:
+    promised = "profile search splice compress save load supports benchmark Budget Config Plan Profile RBAError"
+    assert set(promised.split()) <= set(rba_compress.__all__)
+    assert all(hasattr(rba_compress, name) for name in rba_compress.__all__)
+
+
+def test_import_has_no_side_effects_and_is_lazy() -> None:
+    code = (
+        "import random, torch; state = torch.get_rng_state(), random.getstate();"
+        "threads = torch.get_num_threads();"
+        "import rba_compress, sys;"
+        "assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1];"
+        "assert torch.get_num_threads() == threads and not torch.cuda.is_initialized();"
+        "heavy = {'matplotlib', 'onnx', 'onnxruntime', 'sklearn', 'transformers', 'timm'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+from safetensors.torch import save_file
+
+from rba_compress import LoaderError, load
+from rba_compress.artifact import read_manifest
+from rba_compress.cli import main
+from rba_compress.images import ImageFiles
+from tests.networks import seeded
+
+
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("demo", "demo-2"):
+        assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+        printed = capsys.readouterr().out
+        assert "loaded in a fresh process   outputs equal, bit for bit" in printed
+        assert "accuracy" in printed
+        (replaced,) = read_manifest(tmp_path / name / "slim").plan.replacements
+        assert replaced.stop - replaced.start >= 3  # nine of twelve blocks or fewer are left
+        assert imread(tmp_path / name / "similarity.png").std() > 0.1
+
+
+def test_supports_prints_chains_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supports", "resnet18"]) == 0
+    assert "chain layer1: 2 x BasicBlock, width 64" in capsys.readouterr().out
+    assert main(["supports", "vgg11"]) == 0
+    assert "no module maps a tensor to one of the same shape" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty images in two class folders, a split file, and weights of a small ViT."""
+    generator = torch.Generator().manual_seed(0)
+    names = []
+    for index in range(20):
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+        names.append(f"class{index % 2}/{index}.png")
+    (tmp_path / "split.txt").write_text("\n".join(names[:12]) + "\n")
+    (tmp_path / "test.txt").write_text("\n".join(names[12:]) + "\n")
+    model = seeded(__import__("timm").create_model, "test_vit", num_classes=2)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path
+
+
+def arguments(folder: Path, **changed: str) -> list[str]:
+    options = {
+        "model": "test_vit",
+        "weights": str(folder / "weights.safetensors"),
+        "images": str(folder / "images"),
+        "split": str(folder / "split.txt"),
+        "num-classes": "2",
+        "macs": "0.95",
+        "out": str(folder / "slim"),
+    }
+    return ["compress"] + [part for k, v in (options | changed).items() for part in (f"--{k}", v)]
+
+
+def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"test-split": str(folder / "test.txt"), "device": "cpu"}
+    assert main(arguments(folder, **more)) == 0
+    printed = capsys.readouterr().out
+    assert "on 8 samples (test split test.txt)" in printed
+    assert "accuracy" in printed
+    assert (folder / "slim" / "similarity_blocks.png").is_file()
+    assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ({"macs": "0.01"}, 3, "no single span reaches macs <="),
+        ({"macs": "1.5"}, 3, "1.5 is neither a share"),
+        ({"model": "no_such_net"}, 2, "timm cannot build 'no_such_net'"),
+        ({"num-classes": "3"}, 2, "does not fit a VisionTransformer: 2 of another shape"),
+        ({"weights": "absent.safetensors"}, 2, "is not a readable safetensors file"),
+        ({"images": "absent"}, 2, "absent is not a folder of images"),
+        ({"split": "absent.txt"}, 2, "absent.txt is not a file of image paths"),
+        ({"out": "{folder}/images"}, 4, "images is not empty: name a new directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(
+    folder: Path,
+    changed: dict[str, str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = {k: v.format(folder=folder) for k, v in changed.items()}
+    assert main(arguments(folder, device="cpu", **changed)) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rba-compress: ")
+    assert message in error
+    assert not (folder / "slim").exists()
+
+
+def test_images_that_are_absent_are_named(folder: Path) -> None:
+    model = seeded(__import__("timm").create_model, "test_vit")
+    (folder / "bad.txt").write_text("class0/0.png\nclass7/none.png\n")
+    with pytest.raises(LoaderError, match=r"bad.txt names 1 images that .* lacks: .*none.png"):
+        ImageFiles(folder / "images", folder / "bad.txt", model)
+    (folder / "void").mkdir()
+    with pytest.raises(LoaderError, match=r"no images in .*void: expected .*<class>/<image>"):
+        ImageFiles(folder / "void", None, model)
+    everything = ImageFiles(folder / "images", None, model)
+    assert len(everything) == 20
+    assert {int(everything[i][1]) for i in range(20)} == {0, 1}
+
+
+def test_an_interrupt_is_clean(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rba_compress.cli.compress", interrupted)
+    assert main(arguments(folder, device="cpu")) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert not (folder / "slim").exists()

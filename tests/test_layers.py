@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import rba_compress
+
+# Each module imports only from those above it.
+LAYERS = [
+    "errors",
+    "moments",
+    "maps",
+    "similarity",
+    "plan",
+    "batches",
+    "recorder",
+    "surgery",
+    "streams",
+    "analysis",
+    "chains",
+    "measure",
+    "calibration",
+    "planner",
+    "report",
+    "artifact",
+    "api",
+    "images",
+    "digits",
+    "demo",
+    "cli",
+]
+
+
+def test_each_module_imports_only_from_those_above_it() -> None:
+    root = Path(rba_compress.__file__).parent
+    modules = {p.stem for p in root.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(LAYERS)
+    for path in (root / f"{name}.py" for name in LAYERS):
+        above = LAYERS[: LAYERS.index(path.stem)]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rba_compress"):
+                _, _, name = (node.module or "").partition(".")
+                assert name in above, f"{path.stem} imports {name}"

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.special import rel_entr, softmax
+from torch import nn
+
+from rba_compress import Plan, benchmark, splice, supports
+from rba_compress.batches import as_batch, read
+from rba_compress.calibration import profile
+from rba_compress.maps import MapSpec
+from rba_compress.measure import Cost, compare_outputs, cost, divergence, fidelity, output_kind
+from rba_compress.planner import fit_span, keyed, span_cost
+from rba_compress.recorder import record
+from tests.networks import Chain, loader, rows, seeded
+
+
+def test_kl_equals_scipy() -> None:
+    a, b = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = softmax(a.double().numpy(), axis=1), softmax(b.double().numpy(), axis=1)
+    np.testing.assert_allclose(divergence("kl", a, b), rel_entr(p, q).sum(1), rtol=1e-9)
+    assert not divergence("kl", a, a).any()
+
+
+def test_squared_error_is_relative_to_each_sample() -> None:
+    a, b = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
+    expected = [
+        (x - y).double().square().sum() / x.double().square().sum() for x, y in zip(a, b, strict=True)
+    ]
+    torch.testing.assert_close(divergence("nse", a, b), torch.stack(expected))
+
+
+def test_fidelity_by_hand() -> None:
+    dense = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    slim = torch.tensor([[2.0, 0.0], [3.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    found = compare_outputs(
+        "kl", [(dense[:3], slim[:3], labels[:3]), (dense[3:], slim[3:], labels[3:])]
+    )
+    assert (found.samples, found.agreement) == (4, 0.75)
+    assert (found.accuracy_dense, found.accuracy_slim) == (0.75, 0.5)
+    unlabelled = compare_outputs("kl", [(dense, slim, None)])
+    assert unlabelled.accuracy_dense is None
+    features = compare_outputs("nse", [(dense, slim, labels)])
+    assert features.agreement is None
+    assert features.accuracy_slim is None
+
+
+def test_predicted_costs_are_the_measured_ones() -> None:
+    model = seeded(Chain)
+    seen = profile(model, loader())
+    (profiled,) = seen.chains
+    batch = as_batch(rows(3))
+    assert seen.dense == cost(model, batch) == Cost(macs=4 * 8 + 4 * 256 + 24, params=40 + 4 * 280 + 27)
+    for spec in (
+        MapSpec(kind="identity"),
+        MapSpec(kind="linear"),
+        MapSpec(kind="shrunk", shrink=0.5),
+        MapSpec(kind="low_rank", rank=2),
+    ):
+        replacement, fit = fit_span(profiled, 1, 3, spec)
+        slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
+        assert cost(slim, batch) == span_cost(seen.dense, profiled.chain, 1, 3, spec)
+
+
+class Normed(Chain):
+    def __init__(self, depth: int = 4, width: int = 8) -> None:
+        super().__init__(depth, width)
+        self.head = nn.LayerNorm(width)
+
+
+def test_the_graph_tells_class_scores_from_features() -> None:
+    assert output_kind(record(seeded(Chain), as_batch(rows(2)))) == "kl"
+    assert output_kind(record(seeded(Normed), as_batch(rows(2)))) == "nse"
+
+
+def test_latency_is_paired_and_keeps_the_mode() -> None:
+    dense, half = seeded(Chain, depth=40).train(), seeded(Chain, depth=4)
+    found = benchmark(dense, half, rows(64), seconds=0.2)
+    assert found.pairs >= 7
+    assert found.batch == 64
+    assert found.ratio_low <= found.ratio <= found.ratio_high < 0.6
+    assert dense.training
+    itself = benchmark(half, half, rows(64), seconds=0.2)
+    assert 0.7 < itself.ratio < 1.4
+
+
+def test_fidelity_runs_both_networks_where_they_are() -> None:
+    dense = seeded(Chain)
+    half = seeded(Chain).to(torch.bfloat16)
+    found = fidelity(dense, half, read(loader()), "kl")
+    assert 0 < found.divergence < 1e-3
+    assert found.samples == 40
+    assert supports(dense, rows(2)).chains

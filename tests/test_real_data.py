@@ -1,0 +1,90 @@
+"""The main job on the real networks and images of `RBA_DATA`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import profile_memory
+from benchmarks.real_data import data_root, deit_tiny, imagenet
+from rba_compress import Report, load
+from rba_compress.artifact import read_manifest
+from rba_compress.batches import read
+from rba_compress.cli import main
+from rba_compress.measure import fidelity
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (data_root() / "deit_tiny_patch16_224.safetensors").is_file(),
+        reason=f"RBA_DATA ({data_root()}) holds no DeiT-tiny",
+    ),
+]
+
+
+def test_the_command_line_compresses_the_real_deit_tiny(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = data_root() / "imagenet_sample"
+    options = {
+        "model": "deit_tiny_patch16_224",
+        "weights": data_root() / "deit_tiny_patch16_224.safetensors",
+        "images": images,
+        "split": images / "calibration.txt",
+        "test-split": images / "test.txt",
+        "macs": 0.85,
+        "out": tmp_path / "slim",
+        "device": "cpu",
+    }
+    assert main(["compress", *(str(p) for k, v in options.items() for p in (f"--{k}", v))]) == 0
+    assert "on 500 samples (test split test.txt)" in capsys.readouterr().out
+    report = Report.model_validate_json((tmp_path / "slim" / "report.json").read_text())
+    assert report.fidelity.accuracy_dense == 0.792
+    assert report.slim.macs <= 0.85 * report.dense.macs
+    assert report.latency.ratio < 0.95
+    assert report.fidelity.accuracy_slim is not None
+    assert report.fidelity.accuracy_slim > 0.66
+    slim, dense = load(tmp_path / "slim"), deit_tiny()
+    again = fidelity(dense, slim, read(imagenet(dense, "test")), "kl")
+    assert again.accuracy_slim == report.fidelity.accuracy_slim
+    assert again.divergence == pytest.approx(report.fidelity.divergence, rel=1e-4)
+    assert read_manifest(tmp_path / "slim").architecture is not None
+
+
+def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
+    from rba_compress.calibration import calibrate
+    from rba_compress.chains import supports
+    from rba_compress.maps import MapSpec
+    from rba_compress.plan import Plan
+    from rba_compress.planner import fit_span, keyed
+    from rba_compress.surgery import splice
+
+    committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"
+    rows = [json.loads(line) for line in committed.read_text().splitlines()]
+    (row,) = (r for r in rows if r["span"] == [5, 6] and r["method"] == "least squares")
+    model = deit_tiny()
+    calibration = imagenet(model, "calibration")
+    (chain,) = supports(model, calibration[0]).chains
+    (profiled,), _ = calibrate(model, [chain], read(calibration))
+    replacement, fit = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
+    slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
+    found = fidelity(model, slim, read(imagenet(model, "test")), "kl")
+    assert found.accuracy_slim == pytest.approx(row["top1"], abs=0.005)
+    assert found.divergence == pytest.approx(row["kl"], rel=0.02)
+
+
+def test_memory_is_flat_in_the_number_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+    profile_memory.main(profile_memory.Memory(counts=(100, 400)))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["runs"][1]["profiled"] == 4 * printed["runs"][0]["profiled"]
+    assert printed["peak_ratio"] < 1.05
+
+
+def test_the_dense_model_is_the_published_one() -> None:
+    model = deit_tiny()
+    with torch.no_grad():
+        hits = [int((model(x).argmax(-1) == y).sum()) for x, y in imagenet(model, "test")]
+    assert sum(hits) / 500 == 0.792
