@@ -165,6 +165,7 @@ def write_artifact(
             versions=versions(),
         )
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        shutil.copymode(temporary / MANIFEST, temporary / WEIGHTS)  # safetensors writes 0600
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         temporary.rename(target)

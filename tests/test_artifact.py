@@ -42,6 +42,7 @@ def test_what_is_saved_is_loaded_bit_equal(
     slim: Path, result: Result, held_out: tuple[Tensor, Tensor], digits: nn.Module
 ) -> None:
     assert sorted(p.name for p in slim.iterdir()) == ["model.safetensors", "plan.json", "report.json"]
+    assert len({p.stat().st_mode for p in slim.iterdir()}) == 1
     manifest = read_manifest(slim)
     assert manifest.plan == result.plan
     assert manifest.dense_weights == fingerprint(digits)
