@@ -9,7 +9,7 @@ leak, and refuses it: replacing it would take that value away. Refusals carry th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ _CHANNELS_SECOND = _CONVOLUTIONS | {
     _aten.native_group_norm,
 }
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0, _aten.mkldnn_rnn_layer: 0}
+_SPLITS = {_aten.split, _aten.split_with_sizes}
 _RESHAPES = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.clone, _aten._to_copy}
 
 
@@ -68,8 +69,30 @@ class _Flow:
         return flow
 
 
-def analyse(model: nn.Module, recording: Recording) -> tuple[list[Chain], list[Refusal]]:
-    """The chains of a recorded forward pass of `model`, and every refused candidate."""
+@dataclass(frozen=True)
+class Analysis:
+    """What the pass found: chains that may overlap, the finer choice first, and all candidates."""
+
+    chains: tuple[Chain, ...]
+    candidates: tuple[_Candidate, ...]
+
+    def refusals(self, taken: Iterable[str]) -> list[Refusal]:
+        """The candidates that are neither in `taken` nor above or below it, by class and reason."""
+        paths = tuple(taken)
+        groups: dict[tuple[str, str], list[str]] = {}
+        for c in self.candidates:
+            if not c.keeps_shape or any(nested(c.call.path, path) for path in paths):
+                continue
+            reason = c.reason or "no other module of its class precedes or follows it"
+            groups.setdefault((c.call.type, reason), []).append(c.call.path)
+        return [
+            Refusal(paths=tuple(paths), type=kind, reason=reason)
+            for (kind, reason), paths in groups.items()
+        ]
+
+
+def analyse(model: nn.Module, recording: Recording) -> Analysis:
+    """The chains of a recorded forward pass of `model`, and every candidate with its reason."""
     flow = _Flow.of(recording.graph)
     candidates = _candidates(model, recording, flow)
     _link(candidates)
@@ -77,24 +100,18 @@ def analyse(model: nn.Module, recording: Recording) -> tuple[list[Chain], list[R
     # Shallower first, and containers last: their blocks are the finer choice.
     runs.sort(key=lambda run: (run[0].call.type == "Sequential", run[0].call.path.count(".")))
     chains: list[Chain] = []
-    taken: list[str] = []
     for run in runs:
-        paths = [c.call.path for c in run]
-        if any(_nested(path, other) for path in paths for other in taken):
-            continue
         chain = _chain(model, recording, run)
-        if isinstance(chain, str):
-            for candidate in run:
-                candidate.reason = chain
+        if isinstance(chain, Chain):
+            chains.append(chain)
             continue
-        chains.append(chain)
-        taken += paths
-    order = [call.path for call in recording.calls]
-    chains.sort(key=lambda chain: order.index(chain.blocks[0].path))
-    return _named(chains), _refusals(candidates, taken)
+        for candidate in run:
+            candidate.reason = chain
+    return Analysis(_named(chains), tuple(candidates))
 
 
-def _nested(path: str, other: str) -> bool:
+def nested(path: str, other: str) -> bool:
+    """Whether one module path is the other, or inside of it."""
     return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
 
 
@@ -177,7 +194,9 @@ def _link(candidates: list[_Candidate]) -> None:
         successor = _common_reader(a, readers, by_path)
         if successor is None:
             a.reason = "its output is not read by one next module of its class alone"
-        elif successor.previous is None and not successor.reason:
+        elif successor.previous is not None or successor.reason:
+            a.reason = f"what follows it, {successor.call.path}, cannot take its place in a chain"
+        else:
             a.next, successor.previous = successor, a
             successor.entry = a.stream
 
@@ -190,7 +209,7 @@ def _common_reader(
         b = by_path.get(call.path)
         if (
             b is not None
-            and b is not a
+            and not nested(call.path, a.call.path)
             and call.type == a.call.type
             and b.stream is not None
             and b.stream.meta["shape"] == (a.stream.meta["shape"] if a.stream else None)
@@ -267,7 +286,7 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
     head, tail = run[0], run[-1]
     assert head.entry is not None
     assert tail.stream is not None
-    axis = _channel_axis(head)
+    axis = next((a for a in map(_channel_axis, run) if a is not None), None)
     if axis is None:
         return "no convolution, norm or product in it tells the channels of its stream"
     blocks = []
@@ -291,12 +310,12 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
     )
 
 
-def _named(chains: list[Chain]) -> list[Chain]:
+def _named(chains: list[Chain]) -> tuple[Chain, ...]:
     """Chains of one parent are told apart by their first block."""
     count = Counter(chain.name for chain in chains)
-    return [
+    return tuple(
         c if count[c.name] == 1 else c.model_copy(update={"name": c.blocks[0].path}) for c in chains
-    ]
+    )
 
 
 def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block | str:
@@ -331,19 +350,24 @@ def _runs_in(node: fx.Node, path: str) -> bool:
 
 
 def _template(call: Call, stream: fx.Node) -> Any:
-    """The output's structure for a `Signature`: the stream, aliases of inputs, None elsewhere."""
+    """The output's structure for a `Signature`: the stream, inputs, constants, None elsewhere."""
 
-    def encode(value: Any) -> Any:
+    def encode(value: Any, key: Any = None) -> Any:
         if value is stream:
             return "stream"
         if isinstance(value, fx.Node):
             return next((list(path) for path, node in call.inputs.items() if node is value), None)
         if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item) for item in value]}
+            return {type(value).__name__: [encode(item, i) for i, item in enumerate(value)]}
         if type(value) is dict:
-            return {"dict": {key: encode(item) for key, item in value.items()}}
-        if value is None or isinstance(value, (bool, int, float, str)):
+            return {"dict": {key: encode(item, key) for key, item in value.items()}}
+        if value is None:
             return None
+        if isinstance(value, (bool, int, float, str)):
+            # A size that is handed on, most likely; of several equal ones, that in the same place.
+            same = [p for p, v in call.constants.items() if type(v) is type(value) and v == value]
+            same.sort(key=lambda path: path[-1] != key)
+            return list(same[0]) if same else {"value": value}
         raise TypeError(f"it returns a {type(value).__name__}, which cannot be rebuilt")
 
     return encode(call.result)
@@ -382,7 +406,9 @@ def _follow(
 ) -> list[int | None] | None:
     shape, before = node.meta["shape"], source.meta["shape"]
     if shape is None:
-        return None
+        return order if packet in _SPLITS else None
+    if before is None:  # a part of a split
+        return order if len(shape) == len(order) else None
     if packet is _aten.permute:
         return [order[d] for d in node.args[1]]  # type: ignore[index, union-attr]
     if packet is _aten.transpose:
@@ -415,17 +441,3 @@ def _class_tokens(stream: fx.Node) -> tuple[int, ...]:
                     reached.add(value)
                     frontier.append(value)
     return tuple(sorted(found))
-
-
-def _refusals(candidates: list[_Candidate], taken: list[str]) -> list[Refusal]:
-    """What is neither a block nor above or below one, together by class and reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for c in candidates:
-        if not c.keeps_shape or any(_nested(c.call.path, path) for path in taken):
-            continue
-        reason = c.reason or "no other module of its class precedes or follows it"
-        groups.setdefault((c.call.type, reason), []).append(c.call.path)
-    return [
-        Refusal(paths=tuple(paths), type=kind, reason=reason)
-        for (kind, reason), paths in groups.items()
-    ]

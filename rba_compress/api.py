@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rba_compress.artifact import Architecture, write_artifact
-from rba_compress.batches import Batch, Split
+from rba_compress.batches import Batch
 from rba_compress.calibration import Profile, profile
-from rba_compress.chains import unwrap
 from rba_compress.measure import benchmark, cost, fidelity
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
+from rba_compress.recorder import unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import splice
 
@@ -30,8 +31,6 @@ class Result:
     tensors: dict[str, Tensor]
     """The fitted tensors of the plan's maps, by their key in the slim state dict."""
     profile: Profile
-    example: Batch
-    """Two samples, on which `save` proves that the network can be built anew."""
 
     def save(self, directory: str | Path, *, architecture: Architecture | None = None) -> None:
         """As `rba_compress.save(result, directory)`."""
@@ -45,6 +44,7 @@ class Result:
         return f"Result({self.plan})\n{self.report.table()}"
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     loader: Iterable[Any],
@@ -71,10 +71,9 @@ def compress(
     seen = profile(dense, loader, config=config)
     found = search(dense, seen, loader, budget=budget)
     slim = splice(dense, found.plan, found.tensors)
-    confirm = list(Split(loader, seen.config.seed).part("confirm"))
+    confirm = seen.split(loader).part("confirm")
     report = compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
-    example = confirm[0].select(list(range(min(2, len(confirm[0])))))
-    return Result(slim, found.plan, report, found.tensors, seen, example)
+    return Result(slim, found.plan, report, found.tensors, seen)
 
 
 def save(result: Result, directory: str | Path, *, architecture: Architecture | None = None) -> None:
@@ -94,7 +93,7 @@ def save(result: Result, directory: str | Path, *, architecture: Architecture | 
         result.model,
         result.plan,
         directory,
-        example=result.example,
+        example=result.profile.example.select([0]),
         dense_weights=result.profile.weights,
         report=result.report,
         architecture=architecture,
@@ -110,15 +109,17 @@ def compare(
     *,
     samples: str,
 ) -> Report:
-    """Measure a slim network against the dense one; `samples` says on what."""
-    batches = list(batches)
+    """Measure a slim network against the dense one: fidelity on `batches`, which `samples` names,
+    cost and latency on the first batch that was profiled.
+    """
+    found = fidelity(dense, slim, batches, seen.divergence)
     return Report(
         model=seen.model,
         plan=str(plan),
         samples=samples,
-        dense=cost(dense, batches[0]),
-        slim=cost(slim, batches[0]),
-        fidelity=fidelity(dense, slim, batches, seen.divergence),
-        latency=benchmark(dense, slim, batches[0]),
+        dense=seen.dense,
+        slim=cost(slim, seen.example),
+        fidelity=found,
+        latency=benchmark(dense, slim, seen.example),
         warnings=seen.warnings,
     )

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, main_output
+from rba_compress.calibration import fingerprint
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.plan import Plan
-from rba_compress.recorder import evaluating
+from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import copy_model, splice
 
@@ -41,7 +43,7 @@ WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 class Architecture(BaseModel):
     """A timm architecture, from which the dense network is built anew."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     name: str
     """For `timm.create_model`."""
@@ -68,7 +70,7 @@ class Architecture(BaseModel):
 class Manifest(BaseModel):
     """plan.json: what is needed to build the slim network again, and to check it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     schema_version: int = SCHEMA
     architecture: Architecture | None
@@ -78,8 +80,8 @@ class Manifest(BaseModel):
     plan: Plan
     tied: dict[str, str]
     """State-dict keys that are stored under another key."""
-    dtype: str | None
-    """The one floating-point dtype of the network; None where it mixes several."""
+    buffers: dict[str, str]
+    """Dtypes of the buffers that no state dict holds."""
     sha256: dict[str, str]
     """Of the files beside this one."""
     dense_weights: str
@@ -95,9 +97,10 @@ def timm_architecture(model: nn.Module) -> Architecture | None:
         return None
     assert isinstance(config, Mapping)
     arguments: dict[str, JsonValue] = {}
-    classes = getattr(model, "num_classes", None)
-    if isinstance(classes, int) and classes != config.get("num_classes"):
-        arguments["num_classes"] = classes
+    if config.get("tag"):
+        name = f"{name}.{config['tag']}"
+    if isinstance(getattr(model, "num_classes", None), int):
+        arguments["num_classes"] = int(model.num_classes)  # type: ignore[arg-type]
     stem = getattr(model, "patch_embed", None)
     size = getattr(stem, "img_size", None)
     if isinstance(size, tuple) and tuple(size) != tuple(config.get("input_size", ()))[1:]:
@@ -136,7 +139,7 @@ def write_artifact(
         WeightsError: the architecture that was passed in does not build this network.
     """
     target = Path(directory).absolute()
-    _require_vacant(target)
+    require_vacant(target)
     state, tied = _unique(model.state_dict())
     given = architecture
     architecture = given or timm_architecture(model)
@@ -144,7 +147,13 @@ def write_artifact(
         flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
         if flaw is not None and given is not None:
             raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
-        architecture = None if flaw else architecture
+        if flaw is not None:
+            warnings.warn(
+                f"{architecture.name!r} with {architecture.arguments} is not this network ({flaw}), so "
+                "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
+                stacklevel=4,
+            )
+            architecture = None
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +168,13 @@ def write_artifact(
             model=type(model).__name__,
             plan=plan,
             tied=tied,
-            dtype=_dtype(model),
+            buffers=_unsaved_buffers(model),
             sha256=written,
             dense_weights=dense_weights,
             versions=versions(),
         )
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        read_manifest(temporary)  # what is written can be read
         shutil.copymode(temporary / MANIFEST, temporary / WEIGHTS)  # safetensors writes 0600
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
@@ -177,25 +187,32 @@ def write_artifact(
     return manifest
 
 
-def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+@torch.inference_mode(False)
+def load(
+    directory: str | Path, *, model: nn.Module | None = None, base: nn.Module | None = None
+) -> nn.Module:
     """The slim network of an artefact, in eval mode on the CPU, bit-equal to what was saved.
 
     Args:
         directory: what `write_artifact` wrote.
         model: the dense architecture, with any weights; left as it is. Needed only where the
             artefact does not know its own (see `write_artifact`).
+        base: as `model`, and it must be the very network that was compressed, weights and all.
 
     Raises:
         ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not
             what was written.
-        WeightsError: the weights do not fit `model`.
+        WeightsError: the weights do not fit `model`, or `base` has other weights.
         PlanError: `model` does not have the blocks that the plan replaces.
     """
     root = Path(directory)
     manifest = read_manifest(root)
     _require_intact(root, manifest)
-    if model is not None:
-        skeleton = copy_model(model).cpu().eval()
+    if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
+        raise WeightsError(f"base is not the {manifest.model} that {root} was made from")
+    given = model if base is None else base
+    if given is not None:
+        skeleton = copy_model(unwrap(given)).cpu().eval()
     elif manifest.architecture is not None:
         skeleton = manifest.architecture.build()
     else:
@@ -204,7 +221,7 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             "load(dir, model=...)"
         )
     state = load_file(root / WEIGHTS)
-    return _restore(skeleton, manifest.plan, state, manifest.tied, dtype=manifest.dtype)
+    return _restore(skeleton, manifest.plan, state, manifest.tied, manifest.buffers)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -214,7 +231,7 @@ def read_manifest(root: Path) -> Manifest:
         ArtifactError: it is missing, of a newer schema, or not a manifest.
     """
     try:
-        text = (root / MANIFEST).read_text()
+        text = (root / MANIFEST).read_text(encoding="utf-8")
         schema = json.loads(text).get("schema_version")
         if isinstance(schema, int) and schema > SCHEMA:
             raise ArtifactError(
@@ -273,15 +290,15 @@ def _restore(
     plan: Plan,
     state: Mapping[str, Tensor],
     tied: Mapping[str, str],
-    *,
-    dtype: str | None,
+    buffers: Mapping[str, str],
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
     keys = tuple(r.key for r in plan.replacements)
     maps = {name: tensor for name, tensor in state.items() if name.startswith(keys)} if keys else {}
     splice(skeleton, plan, maps, inplace=True)
-    if dtype is not None:
-        skeleton.to(getattr(torch, dtype))  # buffers that no state dict holds have it, too
+    for name, buffer in skeleton.named_buffers():
+        if name in buffers:
+            buffer.data = buffer.data.to(getattr(torch, buffers[name]))
     whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
     own = skeleton.state_dict(keep_vars=True)
     _require_fit(own, whole, WEIGHTS, type(skeleton).__name__)
@@ -302,7 +319,7 @@ def _rebuild_flaw(
 ) -> str | None:
     """Why the network built anew is not the one that is saved, or None."""
     try:
-        anew = _restore(architecture.build(), plan, state, tied, dtype=_dtype(model))
+        anew = _restore(architecture.build(), plan, state, tied, _unsaved_buffers(model))
         anew.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         with evaluating(model), evaluating(anew):
             batch = example.to(model)
@@ -328,12 +345,20 @@ def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
     return kept, tied
 
 
-def _dtype(model: nn.Module) -> str | None:
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else None
+def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
+    saved = model.state_dict()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved
+    }
 
 
-def _require_vacant(target: Path) -> None:
+def require_vacant(target: Path) -> None:
+    """
+    Raises:
+        ArtifactError: the path is a file, or a directory that is not empty.
+    """
     if target.is_dir():
         if any(target.iterdir()):
             raise ArtifactError(f"{target} is not empty: name a new directory, or empty it first")

@@ -2,17 +2,20 @@
 
 A loader is any iterable of batches that can be read more than once. A batch is a tensor, a tuple or
 list whose first item is the input (a tensor or a dict), or a dict that is passed as keywords. A second
-integer item of a tuple, or the keys `labels` or `label` of a dict, is taken for labels; they are used
-to report accuracy and for nothing else.
+integer item (N,) of a tuple, or the keys `labels` or `label` of a dict, is taken for labels; they are
+used to report accuracy and for nothing else.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -38,8 +41,16 @@ class Batch:
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
-        """Samples: the first dimension of the first tensor."""
-        return int(next(iter(self.tensors.values())).shape[0])
+        """Samples: the first dimension of the first tensor that has one."""
+        return int(next(t.shape[0] for t in self.tensors.values() if t.ndim))
+
+    def digest(self) -> int:
+        """Of the first sample, to know it again."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for tensor in self.tensors.values():
+            row = tensor[:1].detach().cpu().contiguous() if tensor.ndim else tensor.detach().cpu()
+            hashed.update(row.reshape(-1).view(torch.uint8).numpy().data)
+        return int.from_bytes(hashed.digest(), "big")
 
     def _map(self, change: Any) -> Batch:
         def apply(value: Any) -> Any:
@@ -107,15 +118,14 @@ def as_batch(item: Any) -> Batch:
     first = item
     if isinstance(item, (tuple, list)) and item:
         first = item[0]
-        second = item[1] if len(item) > 1 else None
-        if isinstance(second, Tensor) and second.ndim == 1 and not second.is_floating_point():
-            labels = second
+        labels = _labels(item[1]) if len(item) > 1 else None
     if isinstance(first, Mapping):
         kwargs = dict(first)
         for key in ("labels", "label"):
-            value = kwargs.get(key)
-            if isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point():
-                labels = kwargs.pop(key)
+            found = _labels(kwargs.get(key))
+            if found is not None:
+                labels = found
+                del kwargs[key]
         batch = Batch((), kwargs, labels)
     elif isinstance(first, Tensor):
         batch = Batch((first,), {}, labels)
@@ -132,8 +142,22 @@ def as_batch(item: Any) -> Batch:
     return batch
 
 
-def read(loader: Iterable[Any]) -> Iterator[Batch]:
-    """The batches of a loader, checked.
+def _labels(value: Any) -> Tensor | None:
+    """Integer labels (N,) or (N, 1), as a tensor, an array or a list; None for anything else."""
+    if isinstance(value, (np.ndarray, list)) and len(value):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return None
+    if value.ndim == 2 and value.shape[1] == 1:
+        value = value[:, 0]
+    return value if value.ndim == 1 else None
+
+
+def read(loader: Iterable[Any], *, again: bool = False) -> Iterator[Batch]:
+    """The batches of a loader, checked; `again` says that it was read before.
 
     Raises:
         LoaderError: the loader is empty or one-shot, or a batch differs from the first in its
@@ -165,6 +189,11 @@ def read(loader: Iterable[Any]) -> Iterator[Batch]:
                 "batch of one kind"
             )
         yield batch
+    if expected is None and again:
+        raise LoaderError(
+            f"the loader, a {type(loader).__name__}, gives nothing when it is read again: pass one "
+            "that can be read more than once, or list(loader)"
+        )
     if expected is None:
         raise LoaderError("the loader is empty: pass at least one batch of samples")
 
@@ -178,12 +207,47 @@ class Split:
 
     Every run of ten samples is dealt in an order of its own, drawn from `seed`: seven to fit, two to
     choose, one to confirm. So a loader sorted by class gives every part every class, and a sample's
-    part depends only on its position and the seed.
+    part depends only on its position and the seed. Parts are disjoint only if the loader gives the
+    same samples in the same order at every read: this is checked on the first sample of each batch.
+
+    Args:
+        loader: read anew for every part.
+        seed: deals the samples.
+        order: `order` of an earlier split of the same loader, to go on checking against.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+    def __init__(self, loader: Iterable[Any], seed: int, order: Sequence[int] = ()) -> None:
         self.loader = loader
         self.seed = seed
+        self.order = list(order)
+        self._whole = bool(order)
+
+    def first(self) -> Batch:
+        """The first batch, whole."""
+        return next(self._read())
+
+    def _read(self) -> Iterator[Batch]:
+        known = len(self.order)
+        count = 0
+        for count, batch in enumerate(read(self.loader, again=known > 0), start=1):
+            digest = batch.digest()
+            if count <= known and self.order[count - 1] != digest:
+                raise LoaderError(
+                    f"batch {count - 1} is another one than at the first read: the loader shuffles or "
+                    "augments at random, so held-out samples would be fitted on. Pass shuffle=False "
+                    "and a transform without randomness"
+                )
+            if count > len(self.order):
+                if self._whole:
+                    break
+                self.order.append(digest)
+            yield batch
+        if self._whole and count != len(self.order):
+            raise LoaderError(
+                f"the loader gave {len(self.order)} batches at first and another number when read "
+                "again: pass one that gives the same batches at every read"
+            )
+        self._whole = True
 
     def part(self, part: Part) -> Iterator[Batch]:
         """The batches of one part, in the loader's order; batches left empty are dropped.
@@ -192,7 +256,7 @@ class Split:
             LoaderError: as `read`, and where the loader has too few samples to fill the part.
         """
         start, found = 0, False
-        for batch in read(self.loader):
+        for batch in self._read():
             rows = [r for r in range(len(batch)) if self._dealt(start + r) == part]
             start += len(batch)
             if rows:
@@ -209,6 +273,7 @@ class Split:
         return _deal(self.seed, tens)[place]
 
 
+@functools.lru_cache(maxsize=64)
 def _deal(seed: int, tens: int) -> list[Part]:
     order = list(_PATTERN)
     random.Random(f"{seed}/{tens}").shuffle(order)

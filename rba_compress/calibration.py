@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rba_compress.batches import Batch, Split, read
-from rba_compress.chains import discover, require_chains, unwrap
+from rba_compress.batches import Batch, Split
+from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError
 from rba_compress.measure import Cost, Divergence, output_kind
 from rba_compress.moments import Moments
 from rba_compress.plan import Chain, Config, Refusal
-from rba_compress.recorder import evaluating
+from rba_compress.recorder import evaluating, unwrap
 from rba_compress.similarity import Metric, RowSimilarity, matrix
 from rba_compress.streams import as_rows, attention_mask, run_with_streams
 
@@ -55,7 +55,15 @@ class Profile:
     samples: int
     """Samples that the moments were taken of."""
     config: Config
+    example: Batch
+    """The loader's first batch, on which costs and latency are taken."""
+    order: tuple[int, ...]
+    """Digests of the loader's batches; see `Split`."""
     warnings: tuple[str, ...] = ()
+
+    def split(self, loader: Iterable[Any]) -> Split:
+        """The parts of the loader that was profiled."""
+        return Split(loader, self.config.seed, self.order)
 
     def __repr__(self) -> str:
         chains = ", ".join(f"{p.chain.name} ({len(p.chain)} blocks)" for p in self.chains)
@@ -76,6 +84,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@torch.inference_mode(False)
 def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = None) -> Profile:
     """Find the chains of `model` and take the joint moments of their boundaries in one pass.
 
@@ -92,10 +101,11 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
     """
     config = config or Config()
     model = unwrap(model)
-    example = next(iter(read(loader)))
+    split = Split(loader, config.seed)
+    example = split.first()
     support, recording = discover(model, example)
     require_chains(support, model)
-    batches = tqdm(Split(loader, config.seed).part("fit"), "profile", unit="batch", disable=None)
+    batches = tqdm(split.part("fit"), "profile", unit="batch", disable=None)
     states, samples = calibrate(model, support.chains, batches, window=config.window)
     return Profile(
         model=type(model).__name__,
@@ -106,6 +116,8 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
         divergence=output_kind(recording) if config.divergence == "auto" else config.divergence,
         samples=samples,
         config=config,
+        example=example,
+        order=tuple(split.order),
         warnings=_warnings(states),
     )
 
@@ -137,7 +149,7 @@ def calibrate(
             moved = batch.to(model)
             _, streams = run_with_streams(model, chains, moved)
             for state, boundaries in zip(states, streams, strict=True):
-                _fold(state, [h.to(device) for h in boundaries], attention_mask(moved))
+                _fold(state, [h.to(device) for h in boundaries], attention_mask(moved, state.chain))
             if samples == 0:
                 _require_finite(states)
             samples += len(batch)

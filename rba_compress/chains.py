@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rba_compress.analysis import analyse
+from rba_compress.analysis import analyse, nested
 from rba_compress.batches import Batch, as_batch, main_output
-from rba_compress.errors import ModelError, NoChainError
+from rba_compress.errors import NoChainError
 from rba_compress.plan import Block, Chain, Refusal, Signature
-from rba_compress.recorder import Recording, evaluating, graph_arguments, record
+from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
 
@@ -38,6 +38,7 @@ class Support:
         return "\n".join(lines) or "no module maps a tensor to one of the same shape"
 
 
+@torch.inference_mode(False)
 def supports(model: nn.Module, example: Any) -> Support:
     """The chains of replaceable blocks of `model`, each verified by surgery, and every refusal.
 
@@ -53,24 +54,6 @@ def supports(model: nn.Module, example: Any) -> Support:
     return found
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`.
-
-    Raises:
-        ModelError: the model is no `nn.Module`, or one whose forward pass cannot be rewritten.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model is a ScriptModule, which cannot be rewritten: pass the original")
-    if not isinstance(model, nn.Module):  # whatever the annotation says, users pass it
-        kind = type(model).__name__  # type: ignore[unreachable]
-        hint = ": pass its .module()" if kind == "ExportedProgram" else ": pass an nn.Module"
-        raise ModelError(f"the model is a {kind}{hint}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return unwrap(model.module)
-    inner = getattr(model, "_orig_mod", None)
-    return unwrap(inner) if isinstance(inner, nn.Module) else model
-
-
 def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     """The chains of `model`, and the recording they were found in (two samples of `batch`).
 
@@ -80,22 +63,45 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     batch = batch.to(model)
     first = batch.select(list(range(min(2, size))))
     recording = record(model, first)
-    chains, refusals = analyse(model, recording)
+    analysis, again = analyse(model, recording), None
     if size > 2:
-        others, _ = analyse(model, record(model, batch.select(list(range(size))[-2:])))
-        same = [c for c in chains if any(o.blocks == c.blocks for o in others)]
-        refusals += [
-            _refuse(c, "its control flow differs between two batches") for c in chains if c not in same
-        ]
-        chains = same
-    verified = []
-    for chain in chains:
-        reason = _verify(model, chain, first)
-        if reason is None:
-            verified.append(chain)
-        else:
-            refusals.append(_refuse(chain, reason))
-    return Support(tuple(verified), tuple(refusals)), recording
+        other = record(model, batch.select(list(range(size))[-2:]))
+        again = [chain.blocks for chain in analyse(model, other).chains]
+    found: list[Chain] = []
+    refusals: list[Refusal] = []
+    for chain in analysis.chains:
+        if any(nested(b.path, o.path) for b in chain.blocks for c in found for o in c.blocks):
+            continue
+        if again is not None and chain.blocks not in again:
+            refusals.append(_refuse(chain, "its control flow differs between two batches"))
+            continue
+        verified, refused = _verified(model, chain, first)
+        refusals += refused
+        found += verified
+    order = [call.path for call in recording.calls]
+    found.sort(key=lambda chain: order.index(chain.blocks[0].path))
+    seen = [path for chain in found for path in (b.path for b in chain.blocks)]
+    told = [path for refusal in refusals for path in refusal.paths]
+    refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
+    return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+
+
+def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain], list[Refusal]]:
+    """The chain where it can be rewritten, without its first block where that alone is in the way."""
+    reason = _verify(model, chain, batch)
+    if reason is None:
+        return [chain], []
+    if len(chain) > 1:
+        rest = chain.model_copy(
+            update={
+                "blocks": chain.blocks[1:],
+                "macs": chain.macs[1:],
+                "params": chain.params[1:],
+            }
+        )
+        if _verify(model, rest, batch) is None:
+            return [rest], [_refuse(chain.model_copy(update={"blocks": chain.blocks[:1]}), reason)]
+    return [], [_refuse(chain, reason)]
 
 
 def require_chains(support: Support, model: nn.Module) -> None:

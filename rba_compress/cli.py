@@ -13,13 +13,15 @@ from typing import Annotated
 
 import torch
 import tyro
+from pydantic import ValidationError
+from torch import nn
 
 from rba_compress.api import compare, compress
-from rba_compress.artifact import Architecture, load_weights
+from rba_compress.artifact import Architecture, load_weights, require_vacant
 from rba_compress.batches import read
 from rba_compress.chains import supports
 from rba_compress.demo import free_directory, run_demo
-from rba_compress.errors import ArtifactError, BudgetError, RBAError
+from rba_compress.errors import ArtifactError, BudgetError, ModelError, RBAError
 from rba_compress.images import image_loader
 from rba_compress.maps import Kind
 from rba_compress.plan import Budget, Config
@@ -69,21 +71,24 @@ class Compress:
     """Deals the images to fit, choose and confirm."""
 
     def run(self) -> None:
+        require_vacant(self.out)
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         dense = architecture.build()
         load_weights(dense, self.weights)
-        dense.to(self.device)
+        _to_device(dense, self.device)
         budget = Budget(
             macs=0.75 if self.macs is None and self.params is None else self.macs,
             params=self.params,
         )
-        loader = image_loader(self.images, self.split, dense, batch_size=self.batch_size)
         config = Config(maps=self.maps, shrink=self.shrink, seed=self.seed)
-        result = compress(dense, loader, budget=budget, config=config)
-        report = result.report
+        loader = image_loader(self.images, self.split, dense, batch_size=self.batch_size)
+        tests = None
         if self.test_split is not None:
             tests = image_loader(self.images, self.test_split, dense, batch_size=self.batch_size)
+        result = compress(dense, loader, budget=budget, config=config)
+        report = result.report
+        if tests is not None and self.test_split is not None:
             report = compare(
                 dense,
                 result.model,
@@ -114,6 +119,13 @@ class Supports:
         print(supports(model, torch.randn(4, *size, generator=generator)))
 
 
+def _to_device(model: nn.Module, name: str) -> None:
+    try:
+        model.to(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {name!r} cannot be used: {error}") from error
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
@@ -126,11 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="rba-compress", description=__doc__)
     try:
         command.run()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        print(f"rba-compress: {where}: {first['msg']}", file=sys.stderr)
+        return 2
     except RBAError as error:
         print(f"rba-compress: {error}", file=sys.stderr)
         codes = {BudgetError: 3, ArtifactError: 4}
         return codes.get(type(error), 2)
     except KeyboardInterrupt:
-        print("rba-compress: interrupted; nothing was written", file=sys.stderr)
+        print("rba-compress: interrupted; no artefact is half-written", file=sys.stderr)
         return 130
     return 0

@@ -35,12 +35,16 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         elif not split.is_file():
             raise LoaderError(f"{split} is not a file of image paths")
         else:
-            self.paths = [root / line for line in split.read_text().split("\n") if line.strip()]
+            self.paths = [root / line.strip() for line in _lines(split) if line.strip()]
         absent = [path for path in self.paths if not path.is_file()]
         if absent:
             raise LoaderError(f"{split} names {len(absent)} images that {root} lacks: {absent[0]}")
         if not self.paths:
             raise LoaderError(f"no images in {split or root}: expected {root}/<class>/<image>")
+        shallow = [path for path in self.paths if len(path.relative_to(root).parts) < 2]
+        if shallow:
+            raise LoaderError(f"{shallow[0]} lies in no class folder: expected {root}/<class>/<image>")
+        self.root = root
         classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         self.labels = {name: index for index, name in enumerate(classes)}
         self.transform = create_transform(**resolve_model_data_config(model), is_training=False)
@@ -52,13 +56,29 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         from PIL import Image
 
         path = self.paths[index]
-        with Image.open(path) as image:
-            pixels: Tensor = self.transform(image.convert("RGB"))
-        return pixels, torch.tensor(self.labels[path.parent.name])
+        try:
+            with Image.open(path) as image:
+                pixels: Tensor = self.transform(image.convert("RGB"))
+        except OSError as error:
+            raise LoaderError(f"{path} is not a readable image: {error}") from error
+        return pixels, torch.tensor(self.labels[path.relative_to(self.root).parts[0]])
+
+
+def _lines(split: Path) -> list[str]:
+    try:
+        return split.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise LoaderError(f"{split} is not a text file of image paths: {error}") from error
 
 
 def image_loader(
     root: Path, split: Path | None, model: nn.Module, *, batch_size: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """`ImageFiles` in batches, in the order of the split."""
+    """`ImageFiles` in batches, in the order of the split.
+
+    Raises:
+        LoaderError: as `ImageFiles`, and where `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise LoaderError(f"a batch of {batch_size} images: the batch size is 1 or more")
     return DataLoader(ImageFiles(root, split, model), batch_size=batch_size)

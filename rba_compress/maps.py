@@ -15,8 +15,8 @@ the uncentred sums G0, R0:
 W acts on rows from the right (y = x W); modules store its transpose, as torch does. l is `damping`
 times the mean diagonal of the Gram matrix. The solve is a Cholesky factorisation in float64 of the
 Gram matrix scaled to unit diagonal, and where that is numerically singular the minimum-norm solution
-by `eigh`. The moments carry the square of x's condition number, so directions whose singular value is
-below about 1e-7 of the largest count as absent.
+by `eigh`. The moments carry the square of x's condition number: up to 1e5 a map is good to 1e-6, at 1e6
+to 1e-5, and directions whose singular value is below about 1e-7 of the largest count as absent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal"
 class MapSpec(BaseModel):
     """Which map, and its settings; a decision without tensors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     kind: Kind
     damping: float = Field(0.0, ge=0)
@@ -62,7 +62,7 @@ class MapSpec(BaseModel):
 class Diagnostics(BaseModel):
     """How good a fit is and how well posed it was; a bad fit is reported, never raised."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     residual: float
     """E ||y - W x - b||^2 over the rows that were fitted."""

@@ -21,12 +21,22 @@ from rba_compress.recorder import Recording, evaluating, record
 Divergence = Literal["kl", "nse"]
 
 _aten = torch.ops.aten
-_PASSED = {_aten.view, _aten._unsafe_view, _aten.squeeze, _aten._to_copy, _aten.alias, _aten.add}
+_PASSED = {
+    _aten.view,
+    _aten._unsafe_view,
+    _aten.squeeze,
+    _aten._to_copy,
+    _aten.alias,
+    _aten.add,
+    _aten.div,
+    _aten.mul,
+    _aten._log_softmax,
+}
 _PRODUCTS = {_aten.addmm, _aten.mm, _aten.linear, _aten.convolution}
 
 
 class _Measured(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Cost(_Measured):
@@ -77,12 +87,16 @@ def cost(model: nn.Module, batch: Batch) -> Cost:
 
 
 def output_kind(recording: Recording) -> Divergence:
-    """`kl` where the output is (N, classes) straight from a linear layer, otherwise `nse`."""
+    """`kl` where the output comes from a linear layer and is (N, classes), otherwise `nse`.
+
+    Also where it is (N, T, classes) and is called `logits`. Sums, means of heads and a log-softmax
+    behind the layer do not matter.
+    """
     named = recording.outputs.items()
-    node = next((n for path, n in named if path[-1:] == ("logits",)), None)
-    if node is None:
-        node = next((n for _, n in named if n.meta["dtype"].is_floating_point), None)
-    if node is None or len(node.meta["shape"]) != 2 or node.meta["shape"][1] < 2:
+    logits = next((n for path, n in named if path[-1:] == ("logits",)), None)
+    node = logits or next((n for _, n in named if n.meta["dtype"].is_floating_point), None)
+    wanted = (2,) if logits is None else (2, 3)
+    if node is None or len(node.meta["shape"]) not in wanted or node.meta["shape"][-1] < 2:
         return "nse"
     while getattr(node.target, "_overloadpacket", None) in _PASSED:
         source = node.args[0]
@@ -111,8 +125,8 @@ def compare_outputs(
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
     """
-    samples = labelled = agreed = right_dense = right_slim = 0
-    diverged = cosine = 0.0
+    samples = labelled = right_dense = right_slim = 0
+    agreed = diverged = cosine = 0.0
     for dense, slim, labels in outputs:
         a, b = dense.float().cpu(), slim.float().cpu()
         samples += len(a)
@@ -120,8 +134,8 @@ def compare_outputs(
         cosine += float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
         if kind == "kl":
             first, second = a.argmax(-1), b.argmax(-1)
-            agreed += int((first == second).sum())
-            if labels is not None:
+            agreed += float((first == second).float().reshape(len(a), -1).mean(1).sum())
+            if labels is not None and labels.shape == first.shape:
                 labelled += len(labels)
                 right_dense += int((first == labels.cpu()).sum())
                 right_slim += int((second == labels.cpu()).sum())
@@ -158,14 +172,15 @@ def benchmark(
         dense, slim: on one device, in any mode; they run in eval mode.
         example: one batch in any form that a loader may yield.
         seconds: go on for about as long.
-        pairs: but take at least so many.
+        pairs: but take at least so many, and no fewer than 2.
     """
-    batch = (example if isinstance(example, Batch) else as_batch(example)).to(dense)
+    batch = example if isinstance(example, Batch) else as_batch(example)
+    inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
     device = next((p.device for p in dense.parameters()), torch.device("cpu"))
 
     def once(model: nn.Module) -> float:
         start = time.perf_counter()
-        batch.run(model)
+        inputs[id(model)].run(model)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -175,7 +190,7 @@ def benchmark(
         for _ in range(2):
             once(dense), once(slim)
         end = time.perf_counter() + seconds
-        while len(times) < pairs or time.perf_counter() < end:
+        while len(times) < max(pairs, 2) or time.perf_counter() < end:
             times.append((once(dense), once(slim)))
     ratios = [slim_time / dense_time for dense_time, slim_time in times]
     low, middle, high = statistics.quantiles(ratios, n=4)

@@ -61,15 +61,28 @@ class PairMoments:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products are float32: no tf32, no bfloat16 passes, no autocast of the caller's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn]
+    backends += [getattr(torch.backends.mkldnn, "matmul", None)]
+    known = [b for b in backends if hasattr(b, "fp32_precision")]
+    with torch.autocast(device.type, enabled=False):
+        if known:  # torch 2.9 and newer; mixing with the older setting raises
+            before = [b.fp32_precision for b in known]
+            try:
+                for backend in known:
+                    backend.fp32_precision = "ieee"
+                yield
+            finally:
+                for backend, value in zip(known, before, strict=True):
+                    backend.fp32_precision = value
+        else:
+            precision = torch.get_float32_matmul_precision()
+            try:
+                torch.set_float32_matmul_precision("highest")
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
 
 
 class Moments:
@@ -127,7 +140,7 @@ class Moments:
         rest = batch.mean - shift.to(_FLOAT64)
         centred = torch.stack([h.to(dtype) for h in streams]) - shift[:, None]  # (B, rows, d)
         batch.comoment = []
-        with _full_precision(centred.device):
+        with full_precision(centred.device):
             for j in range(self.boundaries):
                 first = self._first(j)
                 product = centred[first : j + 1].mT @ centred[j]  # (k, d, d)

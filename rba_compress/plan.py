@@ -5,6 +5,7 @@ All of them are frozen and read and write JSON (`model_dump_json`, `model_valida
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -18,7 +19,7 @@ Path = tuple[str | int, ...]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Budget(_Frozen):
@@ -38,11 +39,12 @@ class Budget(_Frozen):
     def _share_or_count(cls, value: Any) -> Any:
         if value is None:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise BudgetError(f"{value!r} is no limit: give a share (float up to 1) or a count (int)")
-        if value <= 0 or (isinstance(value, float) and value > 1):
+        limit = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if limit <= 0 or (isinstance(limit, float) and limit > 1):
             raise BudgetError(f"{value!r} is neither a share in (0, 1] nor a positive count (int)")
-        return value
+        return limit
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> Self:
@@ -85,7 +87,7 @@ class Config(_Frozen):
         return MapSpec(
             kind=kind,
             damping=self.damping if damped else 0.0,
-            rank=(self.rank or max(1, width // 4)) if kind == "low_rank" else None,
+            rank=min(self.rank or max(1, width // 4), width) if kind == "low_rank" else None,
             shrink=self.shrink if kind == "shrunk" else None,
         )
 
@@ -94,7 +96,7 @@ class Signature(_Frozen):
     """How a block is called: where the stream comes in, and what it gives back.
 
     `output` is a template: "stream" is the stream, a list a path of the call's inputs, None nothing,
-    and {"tuple": [...]}, {"list": [...]}, {"dict": {...}} the containers.
+    {"value": v} a constant, and {"tuple": [...]}, {"list": [...]}, {"dict": {...}} the containers.
     """
 
     stream: Path = ("args", 0)
@@ -127,6 +129,8 @@ def _stream_path(template: JsonValue) -> Path | None:
         return ()
     if isinstance(template, dict):
         ((kind, content),) = template.items()
+        if kind == "value":
+            return None
         items = content.items() if kind == "dict" else enumerate(content)  # type: ignore[union-attr, arg-type]
         for key, item in items:
             below = _stream_path(item)
@@ -142,6 +146,8 @@ def _fill(template: JsonValue, stream: Any, args: tuple[Any, ...], kwargs: dict[
         return _at(args, kwargs, template)
     if isinstance(template, dict):
         ((kind, content),) = template.items()
+        if kind == "value":
+            return content
         if isinstance(content, dict):
             return {key: _fill(item, stream, args, kwargs) for key, item in content.items()}
         assert isinstance(content, list)

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rba_compress.batches import Batch, Split, main_output
-from rba_compress.calibration import ChainProfile, Profile
-from rba_compress.chains import unwrap
+from rba_compress.batches import Batch, main_output
+from rba_compress.calibration import ChainProfile, Profile, fingerprint
 from rba_compress.errors import ActivationError, BudgetError, PlanError
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
 from rba_compress.measure import Cost, divergence
 from rba_compress.plan import Budget, Candidate, Chain, Plan, Replacement
-from rba_compress.recorder import evaluating
+from rba_compress.recorder import evaluating, unwrap
 from rba_compress.surgery import splice_shared
 
 DEFAULT_BUDGET = Budget(macs=0.75)
@@ -95,6 +94,7 @@ class Judge:
         return mean if math.isfinite(mean) else math.inf
 
 
+@torch.inference_mode(False)
 def search(
     model: nn.Module,
     profile: Profile,
@@ -119,12 +119,14 @@ def search(
     model = unwrap(model)
     if type(model).__name__ != profile.model:
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
+    if fingerprint(model) != profile.weights:
+        raise PlanError(f"the profile is of a {profile.model} with other weights: profile this one")
     limits = budget.limits(profile.dense.macs, profile.dense.params)
     base = Plan(refusals=profile.refusals, budget=budget, config=config, divergence=profile.divergence)
     if _meets(profile.dense, limits):
         return Solution(base, {})
     options = list(_options(profile, limits))
-    judge = Judge(model, Split(loader, config.seed).part("choose"), profile)
+    judge = Judge(model, profile.split(loader).part("choose"), profile)
     judged: list[tuple[Candidate, Solution]] = []
     for profiled, start, stop, spec in tqdm(options, "search", unit="span", disable=None):
         replacement, fit = fit_span(profiled, start, stop, spec)
@@ -143,6 +145,8 @@ def search(
         judged.append((candidate, solution))
     # On a tie the cheaper map, hence the identity, is taken.
     judged.sort(key=lambda pair: (pair[0].divergence, pair[0].macs))
+    if not math.isfinite(judged[0][0].divergence):
+        raise ActivationError("every candidate makes the model's output NaN or infinite")
     best = judged[0][1]
     plan = best.plan.model_copy(
         update={
@@ -188,4 +192,5 @@ def _options(
             f"{profile.dense.params:,} params): the cheapest reachable is {cheapest.macs:,} macs "
             f"({cheapest.macs / profile.dense.macs:.3f}) and {cheapest.params:,} params "
             f"({cheapest.params / profile.dense.params:.3f})"
+            + (". An int is absolute: 1.0 keeps all" if 1 in limits.values() else "")
         )

@@ -45,6 +45,8 @@ class Call:
     end: int = -1
     inputs: dict[Path, fx.Node] = field(default_factory=dict)
     """Tensor leaves of (args, kwargs); empty in a GraphModule, whose calls have no arguments."""
+    constants: dict[Path, Any] = field(default_factory=dict)
+    """Leaves of (args, kwargs) that are numbers or strings."""
     outputs: dict[Path, fx.Node] = field(default_factory=dict)
     result: Any = None
     """The output's structure, tensors replaced by their nodes."""
@@ -230,6 +232,31 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
             yield from (t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`.
+
+    Raises:
+        ModelError: the model is no `nn.Module`, or one whose forward pass cannot be rewritten.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is a ScriptModule, which cannot be rewritten: pass the original")
+    if not isinstance(model, nn.Module):  # whatever the annotation says, users pass it
+        kind = type(model).__name__  # type: ignore[unreachable]
+        hint = ": pass its .module()" if kind == "ExportedProgram" else ": pass an nn.Module"
+        raise ModelError(f"the model is a {kind}{hint}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        raise ModelError(
+            "the model was compiled in place by its compile() method: pass a copy that was not, and "
+            "compile the slim one"
+        )
+    return model
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards.
@@ -283,7 +310,11 @@ def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
     def hooks(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = recorder.open(path, type(module).__name__)
-            call.inputs = recorder.leaves({"args": args, "kwargs": kwargs})
+            given = {"args": args, "kwargs": kwargs}
+            call.inputs = recorder.leaves(given)
+            flat, _ = pytree.tree_flatten_with_path(given)
+            simple = (bool, int, float, str)
+            call.constants = {key_path(p): leaf for p, leaf in flat if isinstance(leaf, simple)}
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = recorder.close()

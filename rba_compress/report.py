@@ -19,7 +19,7 @@ PICTURED: tuple[Metric, ...] = ("cosine", "cka", "r2")
 class Report(BaseModel):
     """Cost and fidelity, before and after, on samples that nothing was chosen on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     model: str
     plan: str
@@ -35,8 +35,8 @@ class Report(BaseModel):
         """One table for a terminal: each measure before, after, and what is left of it."""
         f, t = self.fidelity, self.latency
         rows = [("", "before", "after", "after/before")]
-        if f.accuracy_dense and f.accuracy_slim is not None:
-            share = f.accuracy_slim / f.accuracy_dense
+        if f.accuracy_dense is not None and f.accuracy_slim is not None:
+            share = f.accuracy_slim / f.accuracy_dense if f.accuracy_dense else None
             rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}", share))
         if f.agreement is not None:
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))

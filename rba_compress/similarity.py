@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rba_compress.maps import solve_gram
-from rba_compress.moments import Moments
+from rba_compress.moments import Moments, full_precision
 
 Metric = Literal["redundancy", "cosine", "angular", "cka", "r2"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -36,9 +36,10 @@ class RowSimilarity:
 
     def update(self, streams: Sequence[Tensor], read: Sequence[Tensor]) -> None:
         """Fold in one batch: each boundary's rows (rows, d) and its read-out rows (samples, d)."""
-        stacked = torch.stack([h.float() for h in streams])
-        unit = torch.nn.functional.normalize(stacked, dim=-1)  # (B, rows, d)
-        cosine = torch.einsum("bnd,cnd->nbc", unit, unit).clamp(-1, 1)
+        dtype = torch.promote_types(streams[0].dtype, torch.float32)
+        unit = torch.nn.functional.normalize(torch.stack([h.to(dtype) for h in streams]), dim=-1)
+        with full_precision(unit.device):
+            cosine = torch.einsum("bnd,cnd->nbc", unit, unit).clamp(-1, 1)
         self.cosine += cosine.sum(0, dtype=torch.float64)
         self.angle += cosine.arccos().sum(0, dtype=torch.float64) / torch.pi
         self.rows += len(cosine)

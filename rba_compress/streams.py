@@ -105,7 +105,11 @@ def as_rows(stream: Tensor, axis: int, mask: Tensor | None = None) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
-    """The padding mask (N, T) of a text batch, true at real tokens; None where there is none."""
-    mask = batch.kwargs.get("attention_mask")
+def attention_mask(batch: Batch, chain: Chain) -> Tensor | None:
+    """The padding mask (N, T) of a text batch, true at real tokens; None where there is none.
+
+    A decoder that has an input of its own has a mask of its own.
+    """
+    decoder = "decoder_input_ids" in batch.kwargs and "decoder" in chain.blocks[0].path
+    mask = batch.kwargs.get("decoder_attention_mask" if decoder else "attention_mask")
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None

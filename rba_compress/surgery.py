@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
 from rba_compress.plan import Block, Plan, Replacement, Signature
-from rba_compress.recorder import module_stack
+from rba_compress.recorder import module_stack, unwrap
 
 
 class Spliced(nn.Module):
@@ -70,7 +70,13 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
     nodes = {node.name: node for node in graph.nodes}
     before, after = nodes[first.nodes[0]], nodes[last.nodes[1]]
     paths = {block.path for block in blocks}
-    dead = {n for n in graph.nodes if any(path in paths for _, path, _ in module_stack(n))}
+    dead = {
+        n
+        for n in graph.nodes
+        if any(path in paths for _, path, _ in module_stack(n))
+        # An exported program reads its weights outside of every module.
+        or (n.op == "get_attr" and any(str(n.target).startswith(f"{path}.") for path in paths))
+    }
     model.set_submodule(first.path, Spliced(module))
     with graph.inserting_after(before):
         spliced = graph.call_module(first.path, (before,))
@@ -131,6 +137,7 @@ def _build(replacement: Replacement) -> nn.Module:
         )
 
 
+@torch.inference_mode(False)
 def splice(
     model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, inplace: bool = False
 ) -> nn.Module:
@@ -148,6 +155,7 @@ def splice(
             model is unchanged.
         ModelError: the model cannot be copied.
     """
+    model = unwrap(model)
     return _splice(model if inplace else copy_model(model), plan, tensors)
 
 

@@ -16,6 +16,7 @@ from rba_compress import (
     Architecture,
     ArtifactError,
     Budget,
+    Config,
     PlanError,
     Report,
     Result,
@@ -70,10 +71,10 @@ def test_other_dtypes_come_back_bit_equal(
 def test_a_timm_model_tells_its_own_architecture(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "vit_tiny_patch16_224", num_classes=7, img_size=32, in_chans=1)
     data = [x.mean(1, keepdim=True) for x in images(30).split(10)]
-    compress(model, data, budget=Budget(macs=0.9)).save(tmp_path / "slim")
+    compress(model, data, budget=Budget(macs=0.95)).save(tmp_path / "slim")
     known = read_manifest(tmp_path / "slim").architecture
     assert known == Architecture(
-        name="vit_tiny_patch16_224",
+        name="vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         arguments={"num_classes": 7, "img_size": [32, 32], "in_chans": 1},
     )
     assert load(tmp_path / "slim")(data[0]).shape == (10, 7)
@@ -84,7 +85,8 @@ def test_an_architecture_that_cannot_be_rebuilt_is_asked_for(tmp_path: Path) -> 
     model = seeded(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=4)
     data = list(images(30).split(10))
     found = compress(model, data, budget=Budget(macs=0.8))
-    found.save(tmp_path / "slim")
+    with pytest.warns(UserWarning, match=r"is not this network .* pass save\(architecture=...\), or"):
+        found.save(tmp_path / "slim")
     assert read_manifest(tmp_path / "slim").architecture is None
     with pytest.raises(ArtifactError, match=r"how to build a VisionTransformer: pass the dense arch"):
         load(tmp_path / "slim")
@@ -142,7 +144,7 @@ def test_a_directory_that_is_taken_is_left_alone(result: Result, tmp_path: Path)
         result.save(tmp_path / "note.txt")
     assert (tmp_path / "note.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    result.save(tmp_path / "empty", architecture=DIGITS)
+    save(result, tmp_path / "empty", architecture=DIGITS)
     assert load(tmp_path / "empty")
 
 
@@ -154,7 +156,7 @@ def test_a_save_that_is_cut_off_leaves_nothing(
 
     monkeypatch.setattr("rba_compress.artifact._flush", full)
     with pytest.raises(ArtifactError, match=r"cannot write .*slim: .*No space left on device"):
-        result.save(tmp_path / "slim")
+        result.save(tmp_path / "slim", architecture=DIGITS)
     assert not list(tmp_path.iterdir())
 
 
@@ -233,3 +235,49 @@ def test_a_result_is_a_value(result: Result) -> None:
     assert "blocks[" in repr(result)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.plan = None  # type: ignore[misc, assignment]
+
+
+class Buffered(Chain):
+    """A float32 buffer that no state dict holds, whatever the dtype of the weights."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(depth)
+        self.register_buffer("shift", torch.linspace(0, 1, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x + self.shift).to(x.dtype))
+
+
+def test_buffers_that_no_state_dict_holds_keep_their_dtype(tmp_path: Path) -> None:
+    model = seeded(Buffered).to(torch.bfloat16)
+    model.shift = torch.linspace(0, 1, 4)
+    found = compress(model, loader(), budget=Budget(macs=0.8))
+    found.save(tmp_path / "slim")
+    x = rows(5).to(torch.bfloat16)
+    for skeleton in (model, seeded(Buffered)):
+        loaded = load(tmp_path / "slim", model=skeleton)
+        assert loaded.shift.dtype == torch.float32
+        assert torch.equal(loaded(x), found.model(x))
+
+
+def test_a_fit_without_a_finite_condition_is_saved_and_read(tmp_path: Path) -> None:
+    model = seeded(Chain, width=32)  # fewer rows than channels: the plain Gram matrix is singular
+    found = compress(model, loader(20), budget=Budget(macs=0.8), config=Config(maps=("linear",)))
+    (chosen,) = found.plan.replacements
+    assert chosen.diagnostics is not None
+    assert chosen.diagnostics.condition == float("inf")
+    found.save(tmp_path / "slim")
+    assert read_manifest(tmp_path / "slim").plan == found.plan
+    assert load(tmp_path / "slim", model=model)
+
+
+def test_base_must_be_the_network_that_was_compressed(tmp_path: Path) -> None:
+    model = seeded(Chain)
+    found = compress(model, loader(), budget=Budget(macs=0.8))
+    found.save(tmp_path / "slim")
+    assert torch.equal(load(tmp_path / "slim", base=model)(rows(3)), found.model(rows(3)))
+    assert load(tmp_path / "slim", model=nn.DataParallel(model))
+    with torch.no_grad():
+        model.head.bias += 1
+    with pytest.raises(WeightsError, match="base is not the Chain that .*slim was made from"):
+        load(tmp_path / "slim", base=model)

@@ -108,6 +108,58 @@ def test_a_samples_part_depends_on_its_place_and_the_seed_alone() -> None:
     assert dealt(list(samples.split(16))) != dealt(list(samples.split(16)), seed=1)
 
 
+def read_twice(loader: Any) -> None:
+    split = Split(loader, 0)
+    for part in PARTS:
+        list(split.part(part))
+
+
+class Gone:
+    """Its second iterator is the first one, used up."""
+
+    def __init__(self, *batches: torch.Tensor) -> None:
+        self.batches = iter(batches)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from self.batches
+
+
+class Shrinking:
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.reads += 1
+        return iter(list(torch.arange(40.0)[:, None].split(10))[: 5 - self.reads])
+
+
+def test_a_loader_that_gives_other_samples_when_read_again_is_refused() -> None:
+    data = TensorDataset(torch.arange(200.0)[:, None])
+    shuffled = DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(LoaderError, match=r"batch 0 is another one .* shuffles .* Pass shuffle=False"):
+        read_twice(shuffled)
+    with pytest.raises(LoaderError, match="a Gone, gives nothing when it is read again"):
+        read_twice(Gone(torch.arange(40.0)[:, None]))
+    with pytest.raises(LoaderError, match="gave 4 batches at first and another number when read again"):
+        read_twice(Shrinking())
+    read_twice(DataLoader(data, 16))
+
+
+def test_labels_in_other_forms() -> None:
+    for labels in (LABELS.tolist(), LABELS.numpy(), LABELS[:, None]):
+        found = as_batch((X, labels)).labels
+        assert found is not None
+        assert found.tolist() == LABELS.tolist()
+    for none in ("path", ["a"] * 6, torch.nn.functional.one_hot(LABELS), None):
+        assert as_batch((X, none)).labels is None
+
+
+def test_a_setting_beside_the_input_is_no_sample() -> None:
+    batch = as_batch({"scale": torch.tensor(1.0), "x": X})
+    assert len(batch) == 6
+    assert batch.select([0]).kwargs["scale"].ndim == 0
+
+
 def test_too_few_samples_to_hold_out_are_refused() -> None:
     with pytest.raises(LoaderError, match=r"has 1 samples, none of them dealt to .*: pass at least 10"):
         for part in PARTS:

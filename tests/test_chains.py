@@ -61,12 +61,15 @@ def test_the_class_tokens_that_the_head_reads() -> None:
     assert supports(pooled, images(2)).chains[0].class_tokens == ()
 
 
-def test_an_exported_program() -> None:
-    model = seeded(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=3)
+@pytest.mark.parametrize("row", [TIMM[0], TIMM[4], TIMM[6]], ids=["vit", "convnext", "resnet"])
+def test_an_exported_program(row: tuple[str, dict[str, Any], list[tuple[str, int, int]]]) -> None:
+    name, arguments, expected = row
+    model = seeded(timm.create_model, name, **arguments)
+    x = images(4, arguments.get("img_size", 64))
     batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},), strict=False)
-    (chain,) = supports(program.module(), images(4)).chains
-    assert [b.path for b in chain.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},), strict=False)
+    chains = supports(program.module(), x).chains
+    assert [(c.name, len(c), c.axis) for c in chains] == expected
     with pytest.raises(ModelError, match=r"the model is a ExportedProgram: pass its .module\(\)"):
         supports(program, images(4))  # type: ignore[arg-type]
 
@@ -213,6 +216,74 @@ def test_each_refusal_carries_its_reason(model: nn.Module, reason: str) -> None:
 def test_a_block_that_is_refused_parts_the_chain() -> None:
     found = supports(shared_with_head(), rows(4))
     assert [[b.path for b in c.blocks] for c in found.chains] == [["blocks.2", "blocks.3"]]
+
+
+class First(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.blocks[0].up.weight.shape[0] / 16)
+
+
+def test_a_first_block_that_its_parent_asks_is_left_out() -> None:
+    found = supports(seeded(First), rows(4))
+    assert [[b.path for b in c.blocks] for c in found.chains] == [["blocks.1", "blocks.2", "blocks.3"]]
+    assert "blocks.0 (Block): the code around it reads its attribute 'up'" in str(found)
+
+
+class Other(Block):
+    pass
+
+
+def test_pairs_of_blocks_in_containers_of_the_containers_class() -> None:
+    def pair() -> nn.Module:
+        return nn.Sequential(Block(8), Other(8))
+
+    model = seeded(
+        nn.Sequential, nn.Linear(4, 8), nn.Sequential(pair(), pair(), pair()), nn.Linear(8, 3)
+    )
+    (chain,) = supports(model, rows(4)).chains
+    assert [b.path for b in chain.blocks] == ["1.0", "1.1", "1.2"]
+
+
+class Sized(Block):
+    def forward(self, x: Tensor, size: list[int]) -> tuple[Tensor, list[int], str]:  # type: ignore[override]
+        return super().forward(x), [size[0], size[1]], "kept"
+
+
+class SizedNet(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        x, size, word = self.stem(x), [x.shape[0], x.shape[0]], ""
+        for block in self.blocks:
+            x, size, word = block(x, size)
+        return self.head(x).reshape(size[0], -1)[:, : len(word)]
+
+
+def test_sizes_and_constants_are_handed_on() -> None:
+    (chain,) = supports(seeded(SizedNet, block=Sized), rows(4)).chains
+    assert len(chain) == 4
+    signature = chain.blocks[0].signature
+    assert signature is not None
+    assert signature.output == {
+        "tuple": ["stream", {"list": [["args", 1, 0], ["args", 1, 1]]}, {"value": "kept"}]
+    }
+
+
+class Halves(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([half.tanh() for half in x.chunk(2, dim=-1)], -1) + super().forward(x)
+
+
+def test_the_channel_axis_is_followed_through_a_split() -> None:
+    (chain,) = supports(seeded(Chain, block=Halves), rows(4)).chains
+    assert chain.axis == 1
+
+
+def test_compiled_in_place_is_refused_by_name_and_inference_mode_is_handled() -> None:
+    model = seeded(Chain)
+    with torch.inference_mode():
+        assert len(supports(model, rows(4)).chains[0]) == 4
+    model.compile(backend="eager")
+    with pytest.raises(ModelError, match=r"compiled in place by its compile\(\) method: pass a copy"):
+        supports(model, rows(4))
 
 
 def test_control_flow_that_differs_between_batches() -> None:

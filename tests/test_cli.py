@@ -84,6 +84,11 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
         ({"weights": "absent.safetensors"}, 2, "is not a readable safetensors file"),
         ({"images": "absent"}, 2, "absent is not a folder of images"),
         ({"split": "absent.txt"}, 2, "absent.txt is not a file of image paths"),
+        ({"test-split": "absent.txt"}, 2, "absent.txt is not a file of image paths"),
+        ({"split": "{folder}/weights.safetensors"}, 2, "is not a text file of image paths"),
+        ({"batch-size": "0"}, 2, "a batch of 0 images"),
+        ({"shrink": "2"}, 2, "shrink: Input should be less than or equal to 1"),
+        ({"device": "no_such_device"}, 2, "the device 'no_such_device' cannot be used"),
         ({"out": "{folder}/images"}, 4, "images is not empty: name a new directory"),
     ],
 )
@@ -95,7 +100,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     changed = {k: v.format(folder=folder) for k, v in changed.items()}
-    assert main(arguments(folder, device="cpu", **changed)) == code
+    assert main(arguments(folder, **({"device": "cpu"} | changed))) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("rba-compress: ")
     assert message in error
@@ -110,6 +115,15 @@ def test_images_that_are_absent_are_named(folder: Path) -> None:
     (folder / "void").mkdir()
     with pytest.raises(LoaderError, match=r"no images in .*void: expected .*<class>/<image>"):
         ImageFiles(folder / "void", None, model)
+    (folder / "images" / "root.png").write_bytes(b"no image")
+    (folder / "shallow.txt").write_text("root.png\n")
+    with pytest.raises(LoaderError, match=r"root.png lies in no class folder: expected"):
+        ImageFiles(folder / "images", folder / "shallow.txt", model)
+    (folder / "images" / "class0" / "deep").mkdir()
+    (folder / "images" / "root.png").rename(folder / "images" / "class0" / "deep" / "x.png")
+    (folder / "deep.txt").write_text("class0/deep/x.png  \n")
+    with pytest.raises(LoaderError, match=r"x.png is not a readable image"):
+        ImageFiles(folder / "images", folder / "deep.txt", model)[0]
     everything = ImageFiles(folder / "images", None, model)
     assert len(everything) == 20
     assert {int(everything[i][1]) for i in range(20)} == {0, 1}
@@ -123,5 +137,5 @@ def test_an_interrupt_is_clean(
 
     monkeypatch.setattr("rba_compress.cli.compress", interrupted)
     assert main(arguments(folder, device="cpu")) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "interrupted; no artefact is half-written" in capsys.readouterr().err
     assert not (folder / "slim").exists()

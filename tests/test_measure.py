@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import pytest
 import torch
 from scipy.special import rel_entr, softmax
-from torch import nn
+from torch import Tensor, nn
 
 from rba_compress import Plan, benchmark, splice, supports
 from rba_compress.batches import as_batch, read
@@ -46,6 +49,15 @@ def test_fidelity_by_hand() -> None:
     assert features.accuracy_slim is None
 
 
+def test_scores_of_every_token() -> None:
+    dense = torch.eye(3).repeat(2, 1, 1) * 5  # (N, T, classes)
+    slim = dense.clone()
+    slim[0, 0] = torch.tensor([0.0, 5.0, 0.0])
+    found = compare_outputs("kl", [(dense, slim, torch.tensor([0, 1]))])
+    assert found.agreement == pytest.approx((2 / 3 + 1) / 2)
+    assert found.accuracy_dense is None  # a label a sample says nothing of a token
+
+
 def test_predicted_costs_are_the_measured_ones() -> None:
     model = seeded(Chain)
     seen = profile(model, loader())
@@ -63,6 +75,11 @@ def test_predicted_costs_are_the_measured_ones() -> None:
         assert cost(slim, batch) == span_cost(seen.dense, profiled.chain, 1, 3, spec)
 
 
+class Averaged(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return ((super().forward(x) + super().forward(x)) / 2).log_softmax(-1)
+
+
 class Normed(Chain):
     def __init__(self, depth: int = 4, width: int = 8) -> None:
         super().__init__(depth, width)
@@ -71,6 +88,7 @@ class Normed(Chain):
 
 def test_the_graph_tells_class_scores_from_features() -> None:
     assert output_kind(record(seeded(Chain), as_batch(rows(2)))) == "kl"
+    assert output_kind(record(seeded(Averaged), as_batch(rows(2)))) == "kl"
     assert output_kind(record(seeded(Normed), as_batch(rows(2)))) == "nse"
 
 
@@ -81,6 +99,8 @@ def test_latency_is_paired_and_keeps_the_mode() -> None:
     assert found.batch == 64
     assert found.ratio_low <= found.ratio <= found.ratio_high < 0.6
     assert dense.training
+    itself = benchmark(half, copy.deepcopy(half).to(torch.bfloat16), rows(64), seconds=0, pairs=1)
+    assert itself.pairs == 2
     itself = benchmark(half, half, rows(64), seconds=0.2)
     assert 0.7 < itself.ratio < 1.4
 

@@ -110,6 +110,16 @@ def test_products_are_float32_or_better_whatever_the_streams_and_the_global_sett
         assert float((x - y).norm() / y.norm()) < 1e-6
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9")
+def test_the_newer_precision_setting_is_kept() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert folded(streams(10)).n == 10
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 def test_a_large_mean_costs_no_precision() -> None:
     whole = [h.float() + 1000 for h in streams(500)]
     found, exact = folded(whole), folded([h.double() for h in whole])

@@ -218,6 +218,41 @@ def test_a_profile_of_another_model_is_refused(digits: nn.Module) -> None:
         search(digits, seen, loader())
 
 
+def test_a_profile_of_other_weights_is_refused() -> None:
+    seen = profile(seeded(Chain), loader())
+    other = seeded(Chain)
+    with torch.no_grad():
+        other.head.bias += 1
+    with pytest.raises(PlanError, match="of a Chain with other weights: profile this one"):
+        search(other, seen, loader())
+
+
+def test_a_network_that_no_candidate_leaves_finite_is_named() -> None:
+    class Needing(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.stem(x)
+            for block in self.blocks:
+                hidden = block(hidden)
+            skipped = (hidden == self.stem(x)).all()
+            return self.head(hidden).masked_fill(skipped, float("inf"))
+
+    model = seeded(Needing)
+    config = Config(maps=("identity",))
+    with pytest.raises(ActivationError, match="every candidate makes the model's output NaN"):
+        compress(model, loader(), budget=Budget(macs=100), config=config)
+
+
+def test_a_decoder_has_a_mask_of_its_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 3}
+    model = seeded(transformers.T5Model, transformers.T5Config(vocab_size=50, **sizes))
+    ids = torch.randint(1, 50, (10, 6), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(6) < 3).long().expand(10, -1)
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    rows_seen = {p.chain.name: p.moments.n for p in profile(model, [batch]).chains}
+    assert rows_seen == {"encoder.block": 7 * 3, "decoder.block": 7 * 6}
+
+
 def test_loader_errors_reach_the_user_of_compress() -> None:
     with pytest.raises(LoaderError, match="one-shot generator"):
         compress(seeded(Chain), (x for x in loader()))

@@ -60,9 +60,15 @@ def test_row_metrics_equal_a_direct_computation() -> None:
             assert matrix("cosine", moments, rows)[i, j] == pytest.approx(
                 float(cosine.mean()), abs=1e-6
             )
-            # arccos of a float32 cosine near 1 is good to the square root of its rounding
-            assert matrix("angular", moments, rows)[i, j] == pytest.approx(float(angle), abs=5e-4)
+            assert matrix("angular", moments, rows)[i, j] == pytest.approx(float(angle), abs=1e-7)
             assert matrix("redundancy", moments, rows)[i, j] == pytest.approx(-float(distance))
+
+
+def test_cosines_are_float32_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, rows = seen(streams(torch.float32))
+    exact = matrix("cosine", *seen(streams()))
+    torch.testing.assert_close(rows.cosine / rows.rows, exact, atol=1e-6, rtol=0)
 
 
 def test_halves_merge_to_the_whole() -> None:
