@@ -1,8 +1,8 @@
 """Claim: every map fitted from moments equals an independent oracle on the rows behind them, to 1e-6.
 
 Oracles: numpy's lstsq (minimum norm where singular), scikit-learn's Ridge, scipy's Procrustes, and
-reduced-rank regression by SVD, in float64, on random, ill-conditioned (1e4 after scaling of the channels) and
-singular inputs; moments carry the square of that number, so that 1e6 leaves 1e-5.
+reduced-rank regression by SVD, in float64, on random, ill-conditioned (1e4 after scaling of the
+channels) and singular inputs; moments carry the square of that number, so that 1e6 leaves 1e-5.
 `python -m benchmarks.map_oracles` prints the largest relative difference of each map.
 """
 
