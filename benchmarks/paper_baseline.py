@@ -20,10 +20,10 @@ from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress.batches import main_output, read
 from rba_compress.calibration import calibrate
 from rba_compress.chains import supports
+from rba_compress.drafts import fit_span, keyed, span_cost
 from rba_compress.maps import MapSpec
 from rba_compress.measure import compare_outputs, cost
 from rba_compress.plan import Plan
-from rba_compress.planner import fit_span, keyed, span_cost
 from rba_compress.recorder import evaluating
 from rba_compress.surgery import splice_shared
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rba_compress.plan import Block, Chain, Path, Refusal, Signature
+from rba_compress.plan import Block, Branch, Chain, Path, Refusal, Signature
 from rba_compress.recorder import Call, Recording
 
 _aten = torch.ops.aten
@@ -31,6 +31,7 @@ _CHANNELS_SECOND = _CONVOLUTIONS | {
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0, _aten.mkldnn_rnn_layer: 0}
 _SPLITS = {_aten.split, _aten.split_with_sizes}
 _RESHAPES = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.clone, _aten._to_copy}
+_PASSED = _RESHAPES | {_aten.mul}
 
 
 @dataclass(eq=False)
@@ -281,6 +282,62 @@ def _has_residual(candidate: _Candidate) -> bool:
     return False
 
 
+def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
+    """The block as a sum: stream + linear layers' outputs, or nothing where it is no such sum."""
+    assert member.entry is not None
+    assert member.stream is not None
+    terms, wanted = [], [member.stream]
+    derived = _derived(member)
+    while wanted:
+        node = wanted.pop()
+        packet = getattr(node.target, "_overloadpacket", None)
+        if packet in (_aten.add, _aten.add_) and all(n in derived for n in node.args[:2]):
+            wanted += node.args[:2]  # type: ignore[arg-type]
+        else:
+            terms.append(node)
+    if terms.count(member.entry) != 1:
+        return ()
+    modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found: list[tuple[int, Branch]] = []
+    for term in terms:
+        if term is not member.entry:
+            branch = _branch(term, modules)
+            if branch is None:
+                return ()
+            found.append((term.meta["index"], branch))
+    return tuple(branch for _, branch in sorted(found, key=lambda pair: pair[0]))
+
+
+def _branch(term: fx.Node, linears: set[str]) -> Branch | None:
+    """The linear layer whose output a term is, times a layer scale or not."""
+    scale = None
+    node: Any = term
+    while getattr(node.target, "_overloadpacket", None) in _PASSED:
+        if node.target._overloadpacket is _aten.mul:
+            weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            if scale is not None or len(weights) != 1:
+                return None
+            scale = str(weights[0].target)
+            node = next(n for n in node.all_input_nodes if n is not weights[0])
+        else:
+            node = node.args[0]
+    if getattr(node.target, "_overloadpacket", None) not in _PRODUCTS:
+        return None
+    weights = [n.args[0] if "aten.t." in str(n.target) else n for n in node.all_input_nodes]
+    paths = {str(n.target).removesuffix(".weight") for n in weights if n.op == "get_attr"} & linears
+    return Branch(path=paths.pop(), scale=scale) if len(paths) == 1 else None
+
+
+def _derived(member: _Candidate) -> set[fx.Node]:
+    """Nodes of the block that come from its stream, and the stream."""
+    assert member.entry is not None
+    derived = {member.entry}
+    for node in _inside(member.call, member.entry.graph):
+        if any(n in derived for n in node.all_input_nodes):
+            derived.add(node)
+    return derived
+
+
 def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Chain | str:
     """The chain of a run, or the reason why there is none."""
     head, tail = run[0], run[-1]
@@ -334,7 +391,12 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         ]
         if len(before) != 1 or len(after) != 1:
             return "its stream has several names in the graph"
-        return Block(path=call.path, type=call.type, nodes=(before[0], after[0]))
+        return Block(
+            path=call.path,
+            type=call.type,
+            nodes=(before[0], after[0]),
+            branches=_branches(model, member),
+        )
     place = next((p for p, node in call.inputs.items() if node is entry), None)
     if place is None:
         return "its stream is not among its arguments"
@@ -342,7 +404,12 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         template = _template(call, stream)
     except TypeError as error:
         return str(error)
-    return Block(path=call.path, type=call.type, signature=Signature(stream=place, output=template))
+    return Block(
+        path=call.path,
+        type=call.type,
+        signature=Signature(stream=place, output=template),
+        branches=_branches(model, member),
+    )
 
 
 def _runs_in(node: fx.Node, path: str) -> bool:

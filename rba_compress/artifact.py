@@ -293,7 +293,7 @@ def _restore(
     buffers: Mapping[str, str],
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
-    keys = tuple(r.key for r in plan.replacements)
+    keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
     maps = {name: tensor for name, tensor in state.items() if name.startswith(keys)} if keys else {}
     splice(skeleton, plan, maps, inplace=True)
     for name, buffer in skeleton.named_buffers():

@@ -76,6 +76,20 @@ class Batch:
 
         return self._map(pick)
 
+    @classmethod
+    def join(cls, batches: list[Batch]) -> Batch:
+        """One batch of all samples; tensors of one name must agree in all dimensions but the first."""
+        first = batches[0]
+
+        def joined(values: list[Any]) -> Any:
+            return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+        return cls(
+            tuple(joined([b.args[i] for b in batches]) for i in range(len(first.args))),
+            {key: joined([b.kwargs[key] for b in batches]) for key in first.kwargs},
+            joined([b.labels for b in batches]),
+        )
+
     def to(self, model: nn.Module) -> Batch:
         """On the model's device, floating-point inputs in its dtype; labels stay where they are."""
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)

@@ -63,8 +63,10 @@ class Compress:
     """Share of parameters to keep."""
     maps: tuple[Kind, ...] = Config().maps
     """Maps to try beside the identity."""
-    shrink: float = Config().shrink
-    """a of the shrunk map (1 - a) I + a T."""
+    shrinks: tuple[float, ...] = Config().shrinks
+    """The dial a of the shrunk map (1 - a) I + a T, and of folded corrections."""
+    refit: bool = True
+    """Re-solve kept layers behind a replaced span where that helps."""
     batch_size: int = 16
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
@@ -81,7 +83,7 @@ class Compress:
             macs=0.75 if self.macs is None and self.params is None else self.macs,
             params=self.params,
         )
-        config = Config(maps=self.maps, shrink=self.shrink, seed=self.seed)
+        config = Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
         loader = image_loader(self.images, self.split, dense, batch_size=self.batch_size)
         tests = None
         if self.test_split is not None:

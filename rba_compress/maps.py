@@ -11,6 +11,8 @@ the uncentred sums G0, R0:
                                                        reduced-rank regression, Izenman 1975
     orthogonal  W = U V^T of R = U S V^T               Procrustes, Schoenemann 1966
     shrunk      (1 - a) I + a W_affine, bias a b       a = 0 skips, a = 1 is the affine map
+    folded      no module: the last linear layer before the span moves by a times its correction
+                towards the span's target (`correction`); a = 0 skips
 
 W acts on rows from the right (y = x W); modules store its transpose, as torch does. l is `damping`
 times the mean diagonal of the Gram matrix. The solve is a Cholesky factorisation in float64 of the
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 from rba_compress.moments import PairMoments
 
-Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal", "shrunk"]
+Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal", "shrunk", "folded"]
 
 
 class MapSpec(BaseModel):
@@ -45,17 +47,17 @@ class MapSpec(BaseModel):
     rank: int | None = Field(None, gt=0)
     """low_rank only."""
     shrink: float | None = Field(None, ge=0, le=1)
-    """shrunk only: a in (1 - a) I + a T."""
+    """shrunk and folded: a in (1 - a) I + a T, and the share of the correction."""
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> Self:
-        for setting, kind in (("rank", "low_rank"), ("shrink", "shrunk")):
-            if (getattr(self, setting) is not None) != (self.kind == kind):
-                raise ValueError(f"`{setting}` is set for the map {kind!r} and for no other")
+        for setting, kinds in (("rank", ("low_rank",)), ("shrink", ("shrunk", "folded"))):
+            if (getattr(self, setting) is not None) != (self.kind in kinds):
+                raise ValueError(f"`{setting}` is set for the map {kinds[0]!r} and none but {kinds}")
         return self
 
     def __str__(self) -> str:
-        setting = {"low_rank": self.rank, "shrunk": self.shrink}.get(self.kind)
+        setting = self.rank if self.kind == "low_rank" else self.shrink
         return self.kind if setting is None else f"{self.kind}({setting:g})"
 
 
@@ -202,6 +204,7 @@ _FITS: dict[Kind, Callable[[PairMoments, MapSpec], _Solution]] = {
     "low_rank": _low_rank,
     "orthogonal": _orthogonal,
     "shrunk": _shrunk,
+    "folded": _identity,
 }
 
 
@@ -217,9 +220,25 @@ def fit_map(spec: MapSpec, pair: PairMoments) -> Fit:
     return Fit(spec, solution.tensors, _diagnose(solution, pair))
 
 
+def correction(pair: PairMoments, damping: float, *, bias: bool = True) -> tuple[Tensor, Tensor]:
+    """What a linear layer's weight and bias have to change by, to close a gap in its output.
+
+    With x the layer's inputs and y the gap (the target minus what the layer gives now), the ridge
+    solution around the present weights: D = (G + l m I)^-1 R, m the mean of G's diagonal. Far from 0
+    only where the data says so: `damping` l is about 1, not a rounding's size.
+
+    Returns:
+        (d_y, d_x) in torch's layout, and (d_y,), zero where `bias` is false.
+    """
+    gram, cross = (pair.xx, pair.xy) if bias else (pair.raw_xx, pair.raw_xy)
+    change = solve_gram(gram, cross, _ridge(gram, damping))
+    shift = pair.mean_y - pair.mean_x @ change
+    return change.T, shift if bias else torch.zeros_like(shift)
+
+
 def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     weight = solution.weight
-    total = pair.yy.trace()
+    total = pair.yy.sum()
     centred = total - 2 * (weight * pair.xy).sum() + (weight * (pair.xx @ weight)).sum()
     offset = pair.mean_y - pair.mean_x @ weight - solution.bias
     residual = centred.clamp_min(0) / pair.n + offset.square().sum()
@@ -267,7 +286,7 @@ def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
         return _CONVOLUTIONS[ndim](inputs, outputs, 1, bias=bias)
 
     match spec.kind:
-        case "identity":
+        case "identity" | "folded":
             return nn.Identity()
         case "scale":
             return ChannelScale(width, 0 if last else ndim - 2)
@@ -281,7 +300,7 @@ def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
 def map_macs(spec: MapSpec, width: int) -> int:
     """Multiply-accumulates per position of the map."""
     match spec.kind:
-        case "identity" | "scale":  # as torch counts: products of matrices only
+        case "identity" | "folded" | "scale":  # as torch counts: products of matrices only
             return 0
         case "low_rank":
             assert spec.rank is not None

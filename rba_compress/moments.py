@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ _FLOAT64 = torch.float64
 class PairMoments:
     """Weighted first and second moments of paired rows x (rows, d_x) and y (rows, d_y), float64.
 
-    `xx`, `xy` and `yy` are centred sums (not divided by n): (d_x, d_x), (d_x, d_y), (d_y, d_y).
+    `xx` (d_x, d_x), `xy` (d_x, d_y) and `yy` (d_y,), of which fits need the diagonal alone, are
+    centred sums, not divided by n. Moments of disjoint rows add up.
     """
 
     n: float
@@ -43,11 +44,49 @@ class PairMoments:
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairMoments:
-        """The moments of stored rows, in float64; for tests and small data."""
-        x, y = x.to(_FLOAT64), y.to(_FLOAT64)
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        return cls(float(len(x)), mean_x, mean_y, x.T @ x, x.T @ y, y.T @ y)
+        """The moments of rows x (rows, d_x) and y (rows, d_y), one row or more."""
+        x, y = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, y))
+        mean_x, mean_y = x.mean(0, dtype=_FLOAT64), y.mean(0, dtype=_FLOAT64)
+        # The mean, rounded: what that leaves is in the products and taken out again.
+        shift_x, shift_y = mean_x.to(x.dtype), mean_y.to(y.dtype)
+        rest_x, rest_y = mean_x - shift_x, mean_y - shift_y
+        x, y, n = x - shift_x, y - shift_y, float(len(x))
+        with full_precision(x.device):
+            xx, xy = (x.T @ x).to(_FLOAT64), (x.T @ y).to(_FLOAT64)
+        return cls(
+            n,
+            mean_x,
+            mean_y,
+            xx - n * torch.outer(rest_x, rest_x),
+            xy - n * torch.outer(rest_x, rest_y),
+            y.square().sum(0, dtype=_FLOAT64) - n * rest_y.square(),
+        )
+
+    def __add__(self, other: PairMoments) -> PairMoments:
+        """The moments of both sets of rows."""
+        n = self.n + other.n
+        if self.n == 0 or other.n == 0:
+            return other if self.n == 0 else self
+        gap_x, gap_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        between = self.n * other.n / n
+        return PairMoments(
+            n,
+            self.mean_x + gap_x * (other.n / n),
+            self.mean_y + gap_y * (other.n / n),
+            self.xx + other.xx + between * torch.outer(gap_x, gap_x),
+            self.xy + other.xy + between * torch.outer(gap_x, gap_y),
+            self.yy + other.yy + between * gap_y.square(),
+        )
+
+    def weighted(self, weight: float) -> PairMoments:
+        """The moments with every row counted `weight` times."""
+        return replace(
+            self, n=self.n * weight, xx=self.xx * weight, xy=self.xy * weight, yy=self.yy * weight
+        )
+
+    def targets(self, columns: slice) -> PairMoments:
+        """The moments of x and some of y's columns."""
+        return replace(self, mean_y=self.mean_y[columns], xy=self.xy[:, columns], yy=self.yy[columns])
 
     @property
     def raw_xx(self) -> Tensor:
@@ -208,7 +247,7 @@ class Moments:
             self.mean[j],
             self.comoments(i, i),
             self.comoments(i, j),
-            self.comoments(j, j),
+            self.comoments(j, j).diagonal(),
         )
 
     def mean_square_distance(self, i: int, j: int) -> float:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from rba_compress.errors import BudgetError
 from rba_compress.maps import Diagnostics, Kind, MapSpec
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 Path = tuple[str | int, ...]
 """Where a tensor sits in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
@@ -66,10 +68,24 @@ class Budget(_Frozen):
 class Config(_Frozen):
     """How to search; every field has a measured or stated default."""
 
-    maps: tuple[Kind, ...] = ("identity", "shrunk", "linear")
+    maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
-    shrink: float = Field(0.6, ge=0, le=1)
-    """a of the shrunk map (1 - a) I + a T; 0.6 is best on most blocks of a DeiT-tiny."""
+    shrinks: tuple[Share, ...] = (0.4, 0.6, 0.8)
+    """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
+    fold_damping: float = Field(0.01, ge=0)
+    """Ridge of folded corrections, relative to the Gram matrix's mean diagonal."""
+    refit: bool = True
+    """Re-solve kept layers behind a replaced span where held-out divergence falls."""
+    refit_dampings: tuple[float, ...] = (0.3, 1.0, 10.0)
+    """Ridge of refits, relative to the Gram matrix's mean diagonal."""
+    refit_steps: tuple[float, ...] = (0.5, 1.0)
+    """Shares of a refit's correction to try."""
+    tolerance: float = Field(0.005, ge=0)
+    """A refit or swap is taken if it lowers the held-out divergence by this share."""
+    swaps: int = Field(1, ge=0)
+    """Rounds in which each span is undone and chosen again."""
+    class_weight: float | None = Field(None, gt=0)
+    """How often a class token's row counts in a fit; None counts it as much as all other rows."""
     rank: int | None = Field(None, gt=0)
     """Rank of low_rank maps; None is a quarter of the width."""
     damping: float = Field(1e-4, ge=0)
@@ -81,15 +97,16 @@ class Config(_Frozen):
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
 
-    def spec(self, kind: Kind, width: int) -> MapSpec:
-        """The map of that kind with this configuration's settings."""
-        damped = kind in ("affine", "shrunk", "low_rank")
-        return MapSpec(
-            kind=kind,
-            damping=self.damping if damped else 0.0,
-            rank=min(self.rank or max(1, width // 4), width) if kind == "low_rank" else None,
-            shrink=self.shrink if kind == "shrunk" else None,
-        )
+    def specs(self, width: int) -> list[MapSpec]:
+        """Every map to try, the identity first."""
+        found = []
+        for kind in dict.fromkeys(("identity", *self.maps)):
+            damped = kind in ("affine", "shrunk", "low_rank")
+            damping = self.fold_damping if kind == "folded" else self.damping if damped else 0.0
+            rank = min(self.rank or max(1, width // 4), width) if kind == "low_rank" else None
+            dial = self.shrinks if kind in ("shrunk", "folded") else (None,)
+            found += [MapSpec(kind=kind, damping=damping, rank=rank, shrink=a) for a in dial]
+        return found
 
 
 class Signature(_Frozen):
@@ -156,6 +173,14 @@ def _fill(template: JsonValue, stream: Any, args: tuple[Any, ...], kwargs: dict[
     return None
 
 
+class Branch(_Frozen):
+    """The last linear layer of a residual branch: its output, times `scale`, is added to the stream."""
+
+    path: str
+    scale: str | None = None
+    """A parameter (d,), the layer scale."""
+
+
 class Block(_Frozen):
     """A replaceable block: its module path, and how it is wired."""
 
@@ -165,6 +190,8 @@ class Block(_Frozen):
     """In a plain module: how it is called."""
     nodes: tuple[str, str] | None = None
     """In a GraphModule: the fx nodes of the stream before and after it."""
+    branches: tuple[Branch, ...] = ()
+    """Its residual branches in order; empty where they cannot be told apart."""
 
 
 class Chain(_Frozen):
@@ -226,6 +253,27 @@ class Replacement(_Frozen):
         return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
 
 
+class Refit(_Frozen):
+    """A kept linear layer with a new weight and bias, solved towards the original stream."""
+
+    chain: str
+    block: int
+    path: str
+    damping: float
+    step: float
+    """Share of the correction that was taken."""
+    folded: bool = False
+    """Whether it stands in for the span right behind its block."""
+
+    @property
+    def key(self) -> str:
+        """Prefix of its tensors in a state dict."""
+        return f"{self.path}."
+
+    def __str__(self) -> str:
+        return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
+
+
 class Refusal(_Frozen):
     """A candidate that is not replaced, and why."""
 
@@ -241,13 +289,30 @@ class Refusal(_Frozen):
 
 
 class Candidate(_Frozen):
-    """One plan that the search evaluated on the held-out samples it chooses on."""
+    """One change that the search judged on all samples that it chooses on."""
 
+    step: int
+    """Steps with one number were judged behind the same network."""
     chain: str
     start: int
     stop: int
     map: MapSpec
     divergence: float
+    """Of the output, with the change."""
+    macs: int
+    params: int
+
+
+class Step(_Frozen):
+    """One decision of the search, and what it came to."""
+
+    action: str
+    """What was done: take, settle, swap, or refit."""
+    change: str
+    divergence: float
+    """Of the output behind it."""
+    margin: float
+    """How far the divergence would have been above with the next best choice, or without the change."""
     macs: int
     params: int
 
@@ -256,15 +321,21 @@ class Plan(_Frozen):
     """What is replaced by what, and why the rest was not. Holds no tensors."""
 
     replacements: tuple[Replacement, ...] = ()
+    refits: tuple[Refit, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    steps: tuple[Step, ...] = ()
+    """The decisions, in order."""
     candidates: tuple[Candidate, ...] = ()
-    """Everything that was evaluated, best first."""
+    """Every finalist that was judged for them."""
     budget: Budget | None = None
     config: Config = Config()
     divergence: Literal["kl", "nse"] = "nse"
     """The divergence that was minimised."""
-    forward_passes: int = 0
-    """Samples sent through a network by the search, over the samples it chose on."""
+    forward_passes: float = 0.0
+    """Samples that the search sent through a whole network's worth of blocks, over the loader's."""
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.replacements)) or "nothing replaced"
+        in_order = sorted(self.replacements, key=lambda r: (r.chain, r.start))
+        text = "; ".join(map(str, in_order)) or "nothing replaced"
+        kept = sum(not refit.folded for refit in self.refits)
+        return text + (f"; kept layers re-solved: {kept}" if kept else "")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from rba_compress.batches import Batch
 from rba_compress.errors import ModelError
@@ -14,39 +16,89 @@ from rba_compress.plan import Chain
 from rba_compress.recorder import graph_arguments
 
 
-def run_with_streams(
-    model: nn.Module, chains: Sequence[Chain], batch: Batch
-) -> tuple[Any, list[list[Tensor]]]:
-    """The model's output, and for each chain its streams h_0 .. h_L, as the model made them.
+class _Reached(Exception):  # noqa: N818  not an error: it ends a pass that has seen enough
+    pass
+
+
+@dataclass
+class Observed:
+    """What one forward pass showed."""
+
+    output: Any = None
+    """None where the pass was stopped early."""
+    streams: list[dict[int, Tensor]] = field(default_factory=list)
+    """For each chain: boundary -> stream. In a rewritten GraphModule, not those inside of a span."""
+    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """For each layer that ran as a module: its input and its output."""
+
+
+def observe(
+    model: nn.Module,
+    chains: Sequence[Chain],
+    batch: Batch,
+    *,
+    layers: Sequence[str] = (),
+    stop: tuple[int, int] | None = None,
+) -> Observed:
+    """Run a model, rewritten or not, and keep the streams of its chains as the model made them.
+
+    Args:
+        layers: paths of modules whose inputs and outputs are kept, too.
+        stop: (chain, boundary) after which the pass is ended.
 
     Raises:
         ModelError: a block writes into its input, so that a boundary is gone when it is read.
     """
-    streams: list[dict[int, Tensor]] = [{} for _ in chains]
+    seen = Observed(streams=[{} for _ in chains])
     versions: list[tuple[Tensor, int, str]] = []
 
     def keep(chain: int, boundary: int, tensor: Tensor) -> None:
         blocks = chains[chain].blocks
-        streams[chain][boundary] = tensor
+        seen.streams[chain][boundary] = tensor
         if boundary < len(blocks):
             versions.append((tensor, tensor._version, blocks[boundary].path))
+        if stop == (chain, boundary):
+            raise _Reached
 
-    if isinstance(model, fx.GraphModule):
-        output = _run_graph(model, chains, batch, keep)
-    else:
-        output = _run_module(model, chains, batch, keep)
+    def keep_layer(path: str) -> Callable[..., None]:
+        def after(_: Any, args: Any, output: Tensor) -> None:
+            seen.layers[path] = (args[0], output)
+
+        return after
+
+    handles = [model.get_submodule(p).register_forward_hook(keep_layer(p)) for p in layers]
+    try:
+        if isinstance(model, fx.GraphModule):
+            seen.output = _run_graph(model, chains, batch, keep)
+        else:
+            handles += _hook_blocks(model, chains, keep)
+            seen.output = batch.run(model)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
     for tensor, version, path in versions:
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
-    return output, [[found[j] for j in range(len(found))] for found in streams]
+    return seen
 
 
-def _run_module(
-    model: nn.Module,
-    chains: Sequence[Chain],
-    batch: Batch,
-    keep: Callable[[int, int, Tensor], None],
-) -> Any:
+def run_with_streams(
+    model: nn.Module, chains: Sequence[Chain], batch: Batch
+) -> tuple[Any, list[list[Tensor]]]:
+    """The output of a model that is not rewritten, and each chain's streams h_0 .. h_L.
+
+    Raises:
+        ModelError: as `observe`.
+    """
+    seen = observe(model, chains, batch)
+    return seen.output, [[found[j] for j in range(len(found))] for found in seen.streams]
+
+
+def _hook_blocks(
+    model: nn.Module, chains: Sequence[Chain], keep: Callable[[int, int, Tensor], None]
+) -> list[RemovableHandle]:
     handles = []
     for c, chain in enumerate(chains):
         for b, block in enumerate(chain.blocks):
@@ -63,11 +115,7 @@ def _run_module(
                 keep(c, b + 1, s.stream_out(out))
 
             handles.append(module.register_forward_hook(after))
-    try:
-        return batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    return handles
 
 
 def _run_graph(

@@ -80,6 +80,7 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
     model.set_submodule(first.path, Spliced(module))
     with graph.inserting_after(before):
         spliced = graph.call_module(first.path, (before,))
+    name = after.name
     spliced.meta = {**before.meta, "nn_module_stack": {first.path: (first.path, Spliced)}}
     after.replace_all_uses_with(spliced)
     for node in reversed(list(graph.nodes)):
@@ -87,6 +88,7 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
             # What only the span read, a bias table say, is dead with it.
             dead.update(n for n in node.all_input_nodes if n.op != "placeholder")
             graph.erase_node(node)
+    spliced.name = name  # the stream after the span keeps its name, which is free now
     for block in blocks[1:]:
         model.delete_submodule(block.path)
     graph.lint()
@@ -124,9 +126,25 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
         wanted |= set(expected)
+    wanted |= _check_refits(model, plan, tensors)
     stray = sorted(set(tensors) - wanted)
     if stray:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
+
+
+def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of the refitted layers' tensors."""
+    modules, wanted = dict(model.named_modules()), set()
+    for refit in plan.refits:
+        layer = modules.get(refit.path)
+        if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+            raise PlanError(f"{type(model).__name__} has no layer {refit.path!r} to refit")
+        for name, value in layer.named_parameters(recurse=False):
+            given = tensors.get(f"{refit.key}{name}")
+            if given is None or given.shape != value.shape:
+                raise PlanError(f"{refit}: its tensor {name!r} is missing or of another shape")
+            wanted.add(f"{refit.key}{name}")
+    return wanted
 
 
 def _build(replacement: Replacement) -> nn.Module:
@@ -184,7 +202,12 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.M
         }
         module.load_state_dict(state)
         built.append((replacement, module))
-    # From the end, so that a GraphModule's stream nodes before a span are still there.
-    for replacement, module in sorted(built, key=lambda pair: -pair[0].start):
+    for replacement, module in built:
         replace_blocks(model, replacement.blocks, module)
+    for refit in plan.refits:
+        layer = model.get_submodule(refit.path)
+        for name, old in list(layer.named_parameters(recurse=False)):
+            # A new parameter: the old one may be shared with the original.
+            value = tensors[f"{refit.key}{name}"].to(old.device, old.dtype)
+            setattr(layer, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
     return model

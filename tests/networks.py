@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rba_compress import Config
+
 
 def seeded(build: type[nn.Module] | object, *args: object, **kwargs: object) -> nn.Module:
     """A module with weights drawn from seed 0, in eval mode, without touching the global state."""
@@ -15,6 +17,10 @@ def seeded(build: type[nn.Module] | object, *args: object, **kwargs: object) -> 
 
 def images(n: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+LIGHT = Config(maps=("folded",), shrinks=(0.6,), swaps=0, refit=False)
+"""A quick search, for tests of what comes before and behind it."""
 
 
 class Block(nn.Module):

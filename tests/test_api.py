@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rba_compress
 from rba_compress import Budget, Result, compress, supports
 from rba_compress.digits import digits_model
-from tests.networks import Chain, loader, rows, seeded
+from tests.networks import LIGHT, Chain, loader, rows, seeded
 
 
 def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor, Tensor]) -> None:
@@ -42,7 +42,9 @@ def modes(model: nn.Module) -> list[bool]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, digits_loader: list[Any]) -> None:
     model = digits_model().to(dtype)
-    slim = compress(model, digits_loader, budget=Budget(macs=0.8))  # the loader yields float32
+    slim = compress(
+        model, digits_loader, budget=Budget(macs=0.8), config=LIGHT
+    )  # the loader yields float32
     assert {p.dtype for p in slim.model.parameters()} == {dtype}
     assert slim.report.fidelity.agreement is not None
     assert slim.report.fidelity.agreement > 0.9
@@ -108,8 +110,10 @@ def test_features_without_classes_are_measured_by_their_error() -> None:
 
 def test_random_state_is_not_touched(digits_loader: list[Any]) -> None:
     before = torch.get_rng_state()
+    assert torch.is_grad_enabled()
     compress(seeded(Chain), loader(), budget=Budget(macs=0.8))
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
 
 
 def test_the_public_names() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rba_compress import Plan, benchmark, splice, supports
 from rba_compress.batches import as_batch, read
 from rba_compress.calibration import profile
+from rba_compress.drafts import fit_span, keyed, span_cost
 from rba_compress.maps import MapSpec
 from rba_compress.measure import Cost, compare_outputs, cost, divergence, fidelity, output_kind
-from rba_compress.planner import fit_span, keyed, span_cost
 from rba_compress.recorder import record
 from tests.networks import Chain, loader, rows, seeded
 

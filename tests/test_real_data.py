@@ -57,9 +57,9 @@ def test_the_command_line_compresses_the_real_deit_tiny(
 def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     from rba_compress.calibration import calibrate
     from rba_compress.chains import supports
+    from rba_compress.drafts import fit_span, keyed
     from rba_compress.maps import MapSpec
     from rba_compress.plan import Plan
-    from rba_compress.planner import fit_span, keyed
     from rba_compress.surgery import splice
 
     committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"

@@ -1,0 +1,143 @@
+"""Networks in work, as values: what a search has chosen so far, and what it may do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rba_compress.calibration import ChainProfile
+from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
+from rba_compress.measure import Cost
+from rba_compress.plan import Chain, Plan, Refit, Replacement
+
+Span = tuple[int, int, int]
+"""(chain, start, stop)."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and the tensors beside it, keyed as in the slim model's state dict."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A network in work: a point between the dense one and the budget."""
+
+    solution: Solution
+    cost: Cost
+    divergence: Tensor
+    """Of each sample to choose on, (samples,)."""
+
+    @property
+    def mean(self) -> float:
+        return float(self.divergence.mean())
+
+
+@dataclass(frozen=True)
+class Move:
+    """A span and a map for it, fitted behind a draft."""
+
+    chain: int
+    replacement: Replacement
+    tensors: dict[str, Tensor]
+    saving: Cost
+    refit: Refit | None = None
+    """Of the layer before the span, where the map is folded into it."""
+
+    @property
+    def span(self) -> Span:
+        return self.chain, self.replacement.start, self.replacement.stop
+
+    @property
+    def boundary(self) -> int:
+        """Up to here the stream is the draft's."""
+        return self.replacement.start - (self.refit is not None)
+
+
+def fit_span(profiled: ChainProfile, start: int, stop: int, spec: MapSpec) -> tuple[Replacement, Fit]:
+    """Fit one map over the span `start:stop` of a profiled chain, on the original streams."""
+    fit = fit_map(spec, profiled.moments.pair(start, stop))
+    return replacement_of(profiled.chain, start, stop, fit), fit
+
+
+def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:
+    """The fit's tensors by their key in the slim model's state dict."""
+    return {f"{replacement.key}{name}": tensor for name, tensor in fit.tensors.items()}
+
+
+def span_saving(chain: Chain, start: int, stop: int, spec: MapSpec) -> Cost:
+    """What the network no longer costs with that span replaced."""
+    return Cost(
+        macs=sum(chain.macs[start:stop]) - chain.positions * map_macs(spec, chain.width),
+        params=sum(chain.params[start:stop]) - map_parameters(spec, chain.width),
+    )
+
+
+def span_cost(dense: Cost, chain: Chain, start: int, stop: int, spec: MapSpec) -> Cost:
+    """What the network costs with that span replaced."""
+    return less(dense, span_saving(chain, start, stop, spec))
+
+
+def less(cost: Cost, saving: Cost) -> Cost:
+    """What is left of a cost."""
+    return Cost(macs=cost.macs - saving.macs, params=cost.params - saving.params)
+
+
+def replacement_of(chain: Chain, start: int, stop: int, fit: Fit) -> Replacement:
+    """The decision behind a fit."""
+    return Replacement(
+        chain=chain.name,
+        start=start,
+        stop=stop,
+        blocks=chain.blocks[start:stop],
+        map=fit.spec,
+        width=chain.width,
+        ndim=chain.ndim,
+        axis=chain.axis,
+        diagnostics=fit.diagnostics,
+    )
+
+
+def changed(
+    solution: Solution,
+    *,
+    drop: Sequence[Replacement | Refit] = (),
+    add: Sequence[Replacement | Refit] = (),
+    tensors: dict[str, Tensor] | None = None,
+) -> Solution:
+    """The solution without some of its parts and their tensors, and with others."""
+    plan, keys = solution.plan, tuple(part.key for part in drop)
+    parts = [p for p in (*plan.replacements, *plan.refits) if p not in drop] + list(add)
+    kept = {k: v for k, v in solution.tensors.items() if not k.startswith(keys)}
+    plan = plan.model_copy(
+        update={
+            "replacements": tuple(p for p in parts if isinstance(p, Replacement)),
+            "refits": tuple(p for p in parts if isinstance(p, Refit)),
+        }
+    )
+    return Solution(plan, kept | (tensors or {}))
+
+
+def with_move(draft: Draft, move: Move) -> Solution:
+    """The draft's solution with a move; what was refitted in blocks that it replaces is dropped."""
+    new = move.replacement
+    gone = [
+        r
+        for r in draft.solution.plan.refits
+        if (r.chain == new.chain and new.start <= r.block < new.stop)
+        or (move.refit is not None and r.path == move.refit.path)
+    ]
+    added: list[Replacement | Refit] = [new]
+    if move.refit is not None:
+        added.append(move.refit)
+    return changed(draft.solution, drop=gone, add=added, tensors=move.tensors)
+
+
+def folded_for(plan: Plan, old: Replacement) -> list[Refit]:
+    """The refit that a folded span stands on."""
+    return [r for r in plan.refits if r.folded and r.chain == old.chain and r.block == old.start - 1]

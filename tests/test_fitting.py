@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from rba_compress import Budget, Plan, PlanError, profile, splice
+from rba_compress.drafts import with_move
+from rba_compress.fitting import Walk
+from rba_compress.maps import correction
+from rba_compress.moments import PairMoments
+from rba_compress.plan import Refit
+from rba_compress.planner import Search
+from rba_compress.streams import run_with_streams
+from tests.networks import LIGHT, images, seeded
+
+
+def pairs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64) + 2
+    return x, torch.randn(n, 3, generator=generator, dtype=torch.float64) - 1
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 50))
+def test_pair_moments_add_up_and_are_weighted(a: int, b: int, weight: float) -> None:
+    x, y = pairs(a + b)
+    parts = PairMoments.from_rows(x[:a], y[:a]) + PairMoments.from_rows(x[a:], y[a:])
+    whole = PairMoments.from_rows(x, y)
+    for name in ("mean_x", "mean_y", "xx", "xy", "yy"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+    w = np.r_[np.ones(a), np.full(b, weight)]
+    mixed = PairMoments.from_rows(x[:a], y[:a]) + PairMoments.from_rows(x[a:], y[a:]).weighted(weight)
+    mean = np.average(x.numpy(), axis=0, weights=w)
+    expected = (x.numpy() - mean).T * w @ (x.numpy() - mean)
+    np.testing.assert_allclose(mixed.xx, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_correction_is_ridge_regression_of_the_gap(bias: bool) -> None:
+    x, y = pairs(40)
+    change, shift = correction(PairMoments.from_rows(x, y), 0.5, bias=bias)
+    a, b = x.numpy(), y.numpy()
+    if bias:
+        a, b = a - a.mean(0), b - b.mean(0)
+    gram = a.T @ a
+    ridge = 0.5 * np.diag(gram).mean()
+    expected = np.linalg.solve(gram + ridge * np.eye(6), a.T @ b)
+    np.testing.assert_allclose(change.T, expected, rtol=1e-9)
+    offset = y.numpy().mean(0) - x.numpy().mean(0) @ expected if bias else np.zeros(3)
+    np.testing.assert_allclose(shift, offset, rtol=1e-9)
+
+
+def small_vit() -> tuple[nn.Module, list[torch.Tensor]]:
+    arguments: dict[str, Any] = {"img_size": 32, "depth": 5, "embed_dim": 48, "num_heads": 3}
+    model = seeded(timm.create_model, "deit3_small_patch16_224", **arguments)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):  # a layer scale as a trained network has it
+            nn.init.constant_(parameter, 0.3)
+    return model, list(images(30).split(10))
+
+
+@pytest.mark.parametrize("form", [lambda m: m, fx.symbolic_trace], ids=["module", "graph"])
+def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: Any) -> None:
+    model, data = small_vit()
+    model = form(model)
+    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    draft = run.advance(run.start)
+    for move in run.moves(draft, run.spans(draft)):
+        resumed = run.judge_move(draft, move)
+        whole = run.judge(run.slim(with_move(draft, move)))
+        torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
+
+
+def test_the_gap_of_a_layer_by_hand() -> None:
+    """With a layer scale: what `mlp.fc2` lacks is (h - g) / gamma behind its block."""
+    model, data = small_vit()
+    seen = profile(model, data, config=LIGHT)
+    run = Search(model, seen, data, Budget(macs=0.9))
+    found_move = run.best(run.start, [(0, 1, 2)])
+    assert found_move is not None
+    slim, chain, b = run.slim(with_move(run.start, found_move[0])), run.chains[0], 3
+    walk = Walk(model, run.chains, 0, run.fit)
+    walk.to(slim, b)
+    found = walk.gaps(slim, chain.blocks[b].branches).weighted(1.0)
+    assert torch.is_grad_enabled()
+    gaps = []
+    with torch.no_grad():
+        for batch in run.fit:
+            (h,), (g,) = (run_with_streams(m, run.chains, batch)[1] for m in (model, slim))
+            gamma = model.blocks[b].ls2.gamma
+            gaps.append(((h[b + 1] - g[b + 1]) / gamma).flatten(0, 1))
+    expected = torch.cat(gaps).double().mean(0)
+    torch.testing.assert_close(found.mean_y, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_refits_are_spliced_and_checked() -> None:
+    model, data = small_vit()
+    layer = model.blocks[1].mlp.fc2
+    refit = Refit(chain="blocks", block=1, path="blocks.1.mlp.fc2", damping=1.0, step=0.5)
+    plan = Plan(refits=(refit,))
+    tensors = {f"{refit.key}weight": layer.weight * 2, f"{refit.key}bias": layer.bias + 1}
+    before = layer.weight.clone()
+    slim = splice(model, plan, {k: v.detach() for k, v in tensors.items()})
+    assert torch.equal(slim.blocks[1].mlp.fc2.weight, before * 2)
+    assert torch.equal(layer.weight, before)
+    assert not torch.equal(slim(data[0]), model(data[0]))
+    with pytest.raises(PlanError, match=r"refitted \(1, 0.5\): its tensor 'weight' is missing"):
+        splice(model, plan, {})
+    far = Plan(refits=(refit.model_copy(update={"path": "blocks.9.mlp.fc2"}),))
+    with pytest.raises(PlanError, match="has no layer 'blocks.9.mlp.fc2' to refit"):
+        splice(model, far, tensors)
