@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from rba_compress.plan import Block, Branch, Chain, Path, Refusal, Signature
-from rba_compress.recorder import Call, Recording
+from rba_compress.recorder import Call, Recording, module_stack
 
 _aten = torch.ops.aten
 _ADDITIONS = {_aten.add, _aten.add_, _aten.addcmul, _aten.addcmul_}
@@ -271,15 +271,12 @@ def _inside(call: Call, graph: fx.Graph) -> Iterator[fx.Node]:
 
 def _has_residual(candidate: _Candidate) -> bool:
     assert candidate.entry is not None
-    derived = {candidate.entry}
-    for node in _inside(candidate.call, candidate.entry.graph):
-        operands = [n for n in node.all_input_nodes if n in derived]
-        if operands:
-            derived.add(node)
-            packet = getattr(node.target, "_overloadpacket", None)
-            if packet in _ADDITIONS and len(operands) > 1:
-                return True
-    return False
+    derived = _derived(candidate)
+    return any(
+        getattr(node.target, "_overloadpacket", None) in _ADDITIONS
+        and sum(operand in derived for operand in node.all_input_nodes) > 1
+        for node in _inside(candidate.call, candidate.entry.graph)
+    )
 
 
 def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
@@ -382,7 +379,7 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
     if isinstance(model, fx.GraphModule):
         before = [n for n, value in recording.values.items() if value is entry]
         after = [n for n, value in recording.values.items() if value is stream]
-        group = {n for n in model.graph.nodes if _runs_in(n, call.path)}
+        group = {n for n in model.graph.nodes if any(p == call.path for _, p, _ in module_stack(n))}
         named = {n.name: n for n in model.graph.nodes}
         outside = [n for n in before if named[n] not in group]
         before = [n for n in outside if any(user in group for user in named[n].users)]
@@ -410,10 +407,6 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         signature=Signature(stream=place, output=template),
         branches=_branches(model, member),
     )
-
-
-def _runs_in(node: fx.Node, path: str) -> bool:
-    return any(entry[0] == path for entry in (node.meta.get("nn_module_stack") or {}).values())
 
 
 def _template(call: Call, stream: fx.Node) -> Any:
