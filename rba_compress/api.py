@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from rba_compress.artifact import Architecture, write_artifact
 from rba_compress.batches import Batch
 from rba_compress.calibration import Profile, profile
-from rba_compress.measure import benchmark, cost, fidelity
+from rba_compress.drafts import Solution
+from rba_compress.front import Point
+from rba_compress.measure import Fidelity, Latency, benchmark, cost, fidelity
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
 from rba_compress.recorder import unwrap
 from rba_compress.report import Report
-from rba_compress.surgery import splice
+from rba_compress.surgery import splice, splice_shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,14 @@ class Result:
     tensors: dict[str, Tensor]
     """The fitted tensors of the plan's maps, by their key in the slim state dict."""
     profile: Profile
+    front: tuple[Point, ...] = ()
+    """The network of every step on the way there; `front[k].splice(model)` builds one."""
 
-    def save(self, directory: str | Path, *, architecture: Architecture | None = None) -> None:
+    def save(
+        self, directory: str | Path, *, architecture: Architecture | None = None, delta: bool = False
+    ) -> None:
         """As `rba_compress.save(result, directory)`."""
-        save(self, directory, architecture=architecture)
+        save(self, directory, architecture=architecture, delta=delta)
 
     def with_report(self, report: Report) -> Result:
         """The same result with another report, on a test set say."""
@@ -70,13 +77,32 @@ def compress(
     dense = unwrap(model)
     seen = profile(dense, loader, config=config)
     found = search(dense, seen, loader, budget=budget)
+    confirm = list(seen.split(loader).part("confirm"))
+    front = measure_front(dense, seen, found, confirm, samples="held out of the loader")
     slim = splice(dense, found.plan, found.tensors)
-    confirm = seen.split(loader).part("confirm")
     report = compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
-    return Result(slim, found.plan, report, found.tensors, seen)
+    return Result(slim, found.plan, report, found.tensors, seen, front)
 
 
-def save(result: Result, directory: str | Path, *, architecture: Architecture | None = None) -> None:
+def measure_front(
+    dense: nn.Module, seen: Profile, found: Solution, batches: Sequence[Batch], *, samples: str
+) -> tuple[Point, ...]:
+    """Compare the network of every step of a search with the dense one, as `compare`."""
+    points = []
+    for solution in tqdm(found.points, "front", unit="point", disable=None):
+        slim = splice_shared(dense, solution.plan, solution.tensors)
+        report = compare(dense, slim, batches, seen, solution.plan, samples=samples)
+        points.append(Point(solution.plan, report, solution.tensors))
+    return tuple(points)
+
+
+def save(
+    result: Result,
+    directory: str | Path,
+    *,
+    architecture: Architecture | None = None,
+    delta: bool = False,
+) -> None:
     """Write a result to a new directory; `load` reads it back, bit-equal.
 
     Args:
@@ -84,6 +110,7 @@ def save(result: Result, directory: str | Path, *, architecture: Architecture | 
         directory: must not exist, or be empty; it is written whole or not at all.
         architecture: the timm name and arguments of the dense network. By default what the model
             tells of itself; where that does not build this very network, `load` asks for `model=`.
+        delta: write what was fitted alone; `load(dir, base=...)` takes the original network.
 
     Raises:
         ArtifactError: the directory is taken or cannot be written.
@@ -97,6 +124,7 @@ def save(result: Result, directory: str | Path, *, architecture: Architecture | 
         dense_weights=result.profile.weights,
         report=result.report,
         architecture=architecture,
+        delta=delta,
     )
 
 
@@ -113,6 +141,7 @@ def compare(
     cost and latency on the first batch that was profiled.
     """
     found = fidelity(dense, slim, batches, seen.divergence)
+    timed = benchmark(dense, slim, seen.example)
     return Report(
         model=seen.model,
         plan=str(plan),
@@ -120,6 +149,20 @@ def compare(
         dense=seen.dense,
         slim=cost(slim, seen.example),
         fidelity=found,
-        latency=benchmark(dense, slim, seen.example),
-        warnings=seen.warnings,
+        latency=timed,
+        warnings=(*seen.warnings, *_missed(plan.budget, found, timed)),
     )
+
+
+def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]:
+    """Limits that held on the samples to choose on, or when it was timed, and do not hold here."""
+    if budget is None:
+        return []
+    drop = None
+    if found.accuracy_dense is not None and found.accuracy_slim is not None:
+        drop = found.accuracy_dense - found.accuracy_slim
+    missed = budget.broken(found.divergence, found.agreement, drop)
+    limit = budget.latency
+    if limit is not None and (timed.ratio if limit <= 1 else timed.slim_ms) > limit:
+        missed.append(f"latency <= {limit:g} (it is {timed.ratio:.3f}, {timed.slim_ms:.4g} ms)")
+    return [f"on these samples it does not hold that {text}" for text in missed]

@@ -1,6 +1,7 @@
 """The slim model as a directory, and back: nothing is pickled or unpickled.
 
-    model.safetensors   the state dict; tensors that share memory are stored once
+    model.safetensors   the state dict; tensors that share memory are stored once. In a delta, what
+                        was fitted alone: it is applied onto the original weights
     plan.json           a `Manifest`: plan, architecture, hashes, versions
     report.json         the `Report`, where there is one
 
@@ -17,7 +18,8 @@ import platform
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,8 @@ class Manifest(BaseModel):
     schema_version: int = SCHEMA
     architecture: Architecture | None
     """None: `load(dir, model=...)` is given the architecture."""
+    delta: bool = False
+    """Whether the weights are the fitted ones alone: `load(dir, base=...)` is given the original."""
     model: str
     """Class of the dense network."""
     plan: Plan
@@ -120,6 +124,7 @@ def write_artifact(
     dense_weights: str,
     report: Report | None = None,
     architecture: Architecture | None = None,
+    delta: bool = False,
 ) -> Manifest:
     """Write the slim model to a new directory, all of it or nothing.
 
@@ -133,6 +138,7 @@ def write_artifact(
         dense_weights: fingerprint of the original weights.
         report: written beside it.
         architecture: what builds the dense network; by default what the model tells of itself.
+        delta: write the fitted tensors alone, to be applied onto the original network.
 
     Raises:
         ArtifactError: the directory is not empty, is a file, or cannot be written.
@@ -141,23 +147,11 @@ def write_artifact(
     target = Path(directory).absolute()
     require_vacant(target)
     state, tied = _unique(model.state_dict())
-    given = architecture
-    architecture = given or timm_architecture(model)
-    if architecture is not None:
-        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
-        if flaw is not None and given is not None:
-            raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
-        if flaw is not None:
-            warnings.warn(
-                f"{architecture.name!r} with {architecture.arguments} is not this network ({flaw}), so "
-                "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
-                stacklevel=4,
-            )
-            architecture = None
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    if delta:
+        state, tied = _fitted(plan, state), {}
+    else:
+        architecture = _checked(architecture, model, plan, state, tied, example=example)
+    with written_whole(target) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         written = {WEIGHTS: sha256(temporary / WEIGHTS)}
         if report is not None:
@@ -165,6 +159,7 @@ def write_artifact(
             written[REPORT] = sha256(temporary / REPORT)
         manifest = Manifest(
             architecture=architecture,
+            delta=delta,
             model=type(model).__name__,
             plan=plan,
             tied=tied,
@@ -176,7 +171,22 @@ def write_artifact(
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         read_manifest(temporary)  # what is written can be read
         shutil.copymode(temporary / MANIFEST, temporary / WEIGHTS)  # safetensors writes 0600
-        for path in (*temporary.iterdir(), temporary):
+    return manifest
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` to write into; renamed to it at the end, or removed.
+
+    Raises:
+        ArtifactError: something cannot be written.
+    """
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         temporary.rename(target)
         _flush(target.parent)
@@ -184,7 +194,42 @@ def write_artifact(
         raise ArtifactError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+
+
+def _fitted(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a slim state dict that a plan brought."""
+    keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
+    return {name: tensor for name, tensor in state.items() if keys and name.startswith(keys)}
+
+
+def _checked(
+    given: Architecture | None,
+    model: nn.Module,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    *,
+    example: Batch,
+) -> Architecture | None:
+    """The architecture that builds this very network, the given one or the model's own, or None.
+
+    Raises:
+        WeightsError: the given one does not build it.
+    """
+    architecture = given or timm_architecture(model)
+    if architecture is None:
+        return None
+    flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
+    if flaw is None:
+        return architecture
+    if given is not None:
+        raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
+    warnings.warn(
+        f"{architecture.name!r} with {architecture.arguments} is not this network ({flaw}), so "
+        "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
+        stacklevel=5,
+    )
+    return None
 
 
 @torch.inference_mode(False)
@@ -210,6 +255,12 @@ def load(
     _require_intact(root, manifest)
     if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
         raise WeightsError(f"base is not the {manifest.model} that {root} was made from")
+    if manifest.delta:
+        if base is None:
+            raise ArtifactError(
+                f"{root} is a delta: pass the {manifest.model} that it was made of, load(dir, base=...)"
+            )
+        return splice(unwrap(base), manifest.plan, load_file(root / WEIGHTS)).cpu().eval()
     given = model if base is None else base
     if given is not None:
         skeleton = copy_model(unwrap(given)).cpu().eval()
@@ -293,9 +344,7 @@ def _restore(
     buffers: Mapping[str, str],
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
-    keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
-    maps = {name: tensor for name, tensor in state.items() if name.startswith(keys)} if keys else {}
-    splice(skeleton, plan, maps, inplace=True)
+    splice(skeleton, plan, _fitted(plan, state), inplace=True)
     for name, buffer in skeleton.named_buffers():
         if name in buffers:
             buffer.data = buffer.data.to(getattr(torch, buffers[name]))

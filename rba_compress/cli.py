@@ -7,24 +7,29 @@ failed.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from pydantic import ValidationError
 from torch import nn
+from torch.utils.data import DataLoader
 
-from rba_compress.api import compare, compress
+from rba_compress.api import compare, compress, measure_front
 from rba_compress.artifact import Architecture, load_weights, require_vacant
-from rba_compress.batches import read
+from rba_compress.batches import Batch, read
+from rba_compress.calibration import profile
 from rba_compress.chains import supports
 from rba_compress.demo import free_directory, run_demo
 from rba_compress.errors import ArtifactError, BudgetError, ModelError, RBAError
+from rba_compress.front import write_front
 from rba_compress.images import image_loader
 from rba_compress.maps import Kind
 from rba_compress.plan import Budget, Config
+from rba_compress.planner import search
 from rba_compress.report import plot_similarity
 
 
@@ -40,9 +45,7 @@ class Demo:
 
 
 @dataclass
-class Compress:
-    """Compress a timm model on your images and save the slim model."""
-
+class _Job:
     model: str
     """Name of a timm architecture."""
     weights: Path
@@ -58,9 +61,17 @@ class Compress:
     num_classes: int | None = None
     """Classes of a fine-tuned model."""
     macs: float | None = None
-    """Share of MACs to keep; 0.75 where neither limit is given."""
+    """Share of MACs to keep; 0.75 where no limit is given."""
     params: float | None = None
     """Share of parameters to keep."""
+    latency: float | None = None
+    """Share of the latency of one batch to keep, as measured here; above 1, milliseconds."""
+    divergence: float | None = None
+    """The highest divergence of the output."""
+    agreement: float | None = None
+    """The lowest share of equal predictions."""
+    accuracy_drop: float | None = None
+    """The most that accuracy may fall; 0.01 is one point. Folders are the classes."""
     maps: tuple[Kind, ...] = Config().maps
     """Maps to try beside the identity."""
     shrinks: tuple[float, ...] = Config().shrinks
@@ -72,39 +83,74 @@ class Compress:
     seed: int = 0
     """Deals the images to fit, choose and confirm."""
 
-    def run(self) -> None:
+    def prepare(self) -> tuple[Architecture, nn.Module]:
+        """The dense model, once all that can be checked before is checked."""
         require_vacant(self.out)
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         dense = architecture.build()
         load_weights(dense, self.weights)
         _to_device(dense, self.device)
-        budget = Budget(
-            macs=0.75 if self.macs is None and self.params is None else self.macs,
-            params=self.params,
-        )
-        config = Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
-        loader = image_loader(self.images, self.split, dense, batch_size=self.batch_size)
-        tests = None
-        if self.test_split is not None:
-            tests = image_loader(self.images, self.test_split, dense, batch_size=self.batch_size)
-        result = compress(dense, loader, budget=budget, config=config)
+        return architecture, dense
+
+    @property
+    def budget(self) -> Budget | None:
+        given = {name: getattr(self, name) for name in Budget.model_fields}
+        return Budget(**given) if any(v is not None for v in given.values()) else None
+
+    @property
+    def config(self) -> Config:
+        return Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
+
+    def loader(self, dense: nn.Module, split: Path | None) -> DataLoader[Any]:
+        return image_loader(self.images, split, dense, batch_size=self.batch_size)
+
+    def tests(self, dense: nn.Module, held_out: Iterable[Batch]) -> tuple[list[Batch], str]:
+        """The samples to report on, and what they are."""
+        if self.test_split is None:
+            return list(held_out), "held out of the loader"
+        batches = list(read(self.loader(dense, self.test_split)))
+        return batches, f"test split {self.test_split.name}"
+
+
+@dataclass
+class Compress(_Job):
+    """Compress a timm model on your images and save the slim model."""
+
+    def run(self) -> None:
+        architecture, dense = self.prepare()
+        result = compress(dense, self.loader(dense, self.split), budget=self.budget, config=self.config)
         report = result.report
-        if tests is not None and self.test_split is not None:
-            report = compare(
-                dense,
-                result.model,
-                read(tests),
-                result.profile,
-                result.plan,
-                samples=f"test split {self.test_split.name}",
-            )
+        if self.test_split is not None:
+            batches, name = self.tests(dense, ())
+            report = compare(dense, result.model, batches, result.profile, result.plan, samples=name)
         result.with_report(report).save(self.out, architecture=architecture)
         for profiled in result.profile.chains:
             name = profiled.chain.name.replace(".", "_")
             plot_similarity(profiled).savefig(self.out / f"similarity_{name}.png", dpi=120)
         print(report.table())
         print(f"saved to {self.out}")
+
+
+@dataclass
+class Search(_Job):
+    """Search a timm model on your images and save what was found as a delta of its weights."""
+
+    front: bool = False
+    """Save the network of every step, with their measures as JSON, CSV and PNG."""
+
+    def run(self) -> None:
+        _, dense = self.prepare()
+        loader = self.loader(dense, self.split)
+        seen = profile(dense, loader, config=self.config)
+        found = search(dense, seen, loader, budget=self.budget)
+        kept = found if self.front else replace(found, points=found.points[-1:])
+        batches, name = self.tests(dense, seen.split(loader).part("confirm"))
+        points = measure_front(dense, seen, kept, batches, samples=name)
+        write_front(points, dense, seen, self.out)
+        for point in points:
+            print(f"{point.report.table()}\n")
+        print(f"saved to {self.out}; load({str(self.out / 'point-01')!r}, base=model) gives the first")
 
 
 @dataclass
@@ -131,6 +177,7 @@ def _to_device(model: nn.Module, name: str) -> None:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Supports, tyro.conf.subcommand("supports")]
 )
 

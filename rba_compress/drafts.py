@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rba_compress.calibration import ChainProfile
+from rba_compress.judge import Judged
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
-from rba_compress.measure import Cost
 from rba_compress.plan import Chain, Plan, Refit, Replacement
 
 Span = tuple[int, int, int]
@@ -22,6 +22,24 @@ class Solution:
 
     plan: Plan
     tensors: dict[str, Tensor]
+    points: tuple[Solution, ...] = ()
+    """The networks on the way from the dense one, in the order in which they were found."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a network costs, or what a move saves."""
+
+    macs: int
+    params: int
+    latency: float = 0.0
+    """Share of the dense network's time; followed only where the budget asks for it."""
+
+    def __sub__(self, saving: Load) -> Load:
+        return Load(self.macs - saving.macs, self.params - saving.params, self.latency - saving.latency)
+
+    def __add__(self, saving: Load) -> Load:
+        return Load(self.macs + saving.macs, self.params + saving.params, self.latency + saving.latency)
 
 
 @dataclass(frozen=True)
@@ -29,13 +47,12 @@ class Draft:
     """A network in work: a point between the dense one and the budget."""
 
     solution: Solution
-    cost: Cost
-    divergence: Tensor
-    """Of each sample to choose on, (samples,)."""
+    load: Load
+    judged: Judged
 
     @property
     def mean(self) -> float:
-        return float(self.divergence.mean())
+        return self.judged.mean
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class Move:
     chain: int
     replacement: Replacement
     tensors: dict[str, Tensor]
-    saving: Cost
+    saving: Load
     refit: Refit | None = None
     """Of the layer before the span, where the map is folded into it."""
 
@@ -70,22 +87,27 @@ def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:
     return {f"{replacement.key}{name}": tensor for name, tensor in fit.tensors.items()}
 
 
-def span_saving(chain: Chain, start: int, stop: int, spec: MapSpec) -> Cost:
-    """What the network no longer costs with that span replaced."""
-    return Cost(
-        macs=sum(chain.macs[start:stop]) - chain.positions * map_macs(spec, chain.width),
+def span_saving(
+    chain: Chain, start: int, stop: int, spec: MapSpec, *, times: Sequence[float] = ()
+) -> Load:
+    """What the network no longer costs with that span replaced.
+
+    `times` are the shares of each block in the network's time; a map is taken to run as fast, per MAC,
+    as the blocks it replaces.
+    """
+    blocks = sum(chain.macs[start:stop])
+    macs = blocks - chain.positions * map_macs(spec, chain.width)
+    return Load(
+        macs=macs,
         params=sum(chain.params[start:stop]) - map_parameters(spec, chain.width),
+        latency=sum(times[start:stop]) * macs / blocks if times and blocks else 0.0,
     )
 
 
-def span_cost(dense: Cost, chain: Chain, start: int, stop: int, spec: MapSpec) -> Cost:
-    """What the network costs with that span replaced."""
-    return less(dense, span_saving(chain, start, stop, spec))
-
-
-def less(cost: Cost, saving: Cost) -> Cost:
-    """What is left of a cost."""
-    return Cost(macs=cost.macs - saving.macs, params=cost.params - saving.params)
+def replaced_blocks(plan: Plan, chain: Chain) -> set[int]:
+    """Blocks of a chain that are replaced."""
+    replaced = [r for r in plan.replacements if r.chain == chain.name]
+    return {b for r in replaced for b in range(r.start, r.stop)}
 
 
 def replacement_of(chain: Chain, start: int, stop: int, fit: Fit) -> Replacement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,29 @@ from torch import Tensor, nn
 from rba_compress.batches import Batch, main_output
 from rba_compress.errors import ActivationError
 from rba_compress.fitting import resume
-from rba_compress.measure import Divergence, divergence
+from rba_compress.measure import Divergence, compare_outputs, divergence
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
 
 SCREEN = 2
 """One sample of so many is screened on. A quarter of 100 images missed the best span of a DeiT-tiny."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How far a network's output is from the dense one's, on the samples to choose on."""
+
+    divergence: Tensor
+    """Of each sample, (samples,) float64, infinite where it is not finite."""
+    agreement: float | None = None
+    """Share of equal argmax; None where the output is no class scores."""
+    accuracy_drop: float | None = None
+    """None where there are no labels."""
+
+    @property
+    def mean(self) -> float:
+        return float(self.divergence.mean())
 
 
 class Judge:
@@ -51,16 +68,22 @@ class Judge:
         """Samples to choose on."""
         return sum(len(batch) for batch in self.batches)
 
-    def rebase(self, slim: nn.Module) -> Tensor:
-        """Make `slim` the network that candidates change; returns its divergences, (samples,)."""
-        self._streams, found = [], []
+    def rebase(self, slim: nn.Module) -> Judged:
+        """Make `slim` the network that candidates change; returns how far it is from the dense one."""
+        self._streams, outputs = [], []
         with evaluating(slim):
-            for batch, dense in zip(self.batches, self.dense, strict=True):
+            for batch in self.batches:
                 seen = observe(slim, self.chains, batch)
                 self._streams.append(seen.streams)
-                found.append(divergence(self.kind, dense, main_output(seen.output)))
+                outputs.append(main_output(seen.output))
         self.samples += self.held
-        return _finite(torch.cat(found))
+        triples = list(zip(self.dense, outputs, (b.labels for b in self.batches), strict=True))
+        found = compare_outputs(self.kind, triples)
+        drop = None
+        if found.accuracy_dense is not None and found.accuracy_slim is not None:
+            drop = found.accuracy_dense - found.accuracy_slim
+        each = [divergence(self.kind, dense, output) for dense, output, _ in triples]
+        return Judged(_finite(torch.cat(each)), found.agreement, drop)
 
     def __call__(
         self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from scipy import stats
 from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, main_output
+from rba_compress.plan import Chain
 from rba_compress.recorder import Recording, evaluating, record
+from rba_compress.streams import observe
 
 Divergence = Literal["kl", "nse"]
 
@@ -70,6 +74,9 @@ class Fidelity(_Measured):
     kind: Divergence
     divergence: float
     """Mean over samples of KL(dense || slim) in nats, or of ||dense - slim||^2 / ||dense||^2."""
+    divergence_low: float | None = None
+    """Its 95 % interval, by the bootstrap over samples."""
+    divergence_high: float | None = None
     agreement: float | None
     """Share of equal argmax; None where the output is no class scores."""
     cosine: float
@@ -126,11 +133,12 @@ def compare_outputs(
     Accuracy is reported where every batch has labels and the outputs are class scores.
     """
     samples = labelled = right_dense = right_slim = 0
-    agreed = diverged = cosine = 0.0
+    agreed = cosine = 0.0
+    diverged: list[Tensor] = []
     for dense, slim, labels in outputs:
         a, b = dense.float().cpu(), slim.float().cpu()
         samples += len(a)
-        diverged += float(divergence(kind, a, b).sum())
+        diverged.append(divergence(kind, a, b))
         cosine += float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
         if kind == "kl":
             first, second = a.argmax(-1), b.argmax(-1)
@@ -140,15 +148,34 @@ def compare_outputs(
                 right_dense += int((first == labels.cpu()).sum())
                 right_slim += int((second == labels.cpu()).sum())
     known = labelled == samples
+    each = torch.cat(diverged)
+    low, high = interval(each)
     return Fidelity(
         samples=samples,
         kind=kind,
-        divergence=diverged / samples,
+        divergence=float(each.mean()),
+        divergence_low=low,
+        divergence_high=high,
         agreement=agreed / samples if kind == "kl" else None,
         cosine=cosine / samples,
         accuracy_dense=right_dense / samples if known else None,
         accuracy_slim=right_slim / samples if known else None,
     )
+
+
+def interval(values: Tensor) -> tuple[float | None, float | None]:
+    """The 95 % percentile bootstrap interval of a mean over samples (Efron 1979); 2,000 resamples."""
+    if len(values) < 2 or not bool(torch.isfinite(values).all()):
+        return None, None
+    found = stats.bootstrap(
+        (values.numpy(),),
+        np.mean,
+        n_resamples=2000,
+        method="percentile",
+        batch=max(1, 10_000_000 // len(values)),
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def fidelity(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: Divergence) -> Fidelity:
@@ -178,12 +205,12 @@ def benchmark(
     inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
     device = next((p.device for p in dense.parameters()), torch.device("cpu"))
 
+    clock = _clock(dense)
+
     def once(model: nn.Module) -> float:
-        start = time.perf_counter()
+        start = clock()
         inputs[id(model)].run(model)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     times: list[tuple[float, float]] = []
     with evaluating(dense), evaluating(slim):
@@ -204,3 +231,34 @@ def benchmark(
         batch=len(batch),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
+
+
+def block_times(
+    model: nn.Module, chains: Sequence[Chain], batch: Batch, *, passes: int = 7
+) -> list[list[float]]:
+    """Of each chain, the shares of its blocks in the network's time: medians over passes."""
+    moved, clock = batch.to(model), _clock(model)
+    runs: list[list[list[float]]] = []
+    with evaluating(model):
+        for _ in range(passes + 1):
+            start = clock()
+            reached = observe(model, chains, moved, clock=clock).times
+            whole = clock() - start
+            runs.append([[(at[b + 1] - at[b]) / whole for b in range(len(at) - 1)] for at in reached])
+    warm = runs[1:]
+    return [
+        [statistics.median(run[c][b] for run in warm) for b in range(len(chain))]
+        for c, chain in enumerate(chains)
+    ]
+
+
+def _clock(model: nn.Module) -> Callable[[], float]:
+    """Seconds, read when the model's device has done its work."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock

@@ -5,11 +5,20 @@ All of them are frozen and read and write JSON (`model_dump_json`, `model_valida
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rba_compress.errors import BudgetError
 from rba_compress.maps import Diagnostics, Kind, MapSpec
@@ -25,37 +34,62 @@ class _Frozen(BaseModel):
 
 
 class Budget(_Frozen):
-    """What the slim network may cost: a float up to 1 is the share to keep, an int is absolute.
+    """What the slim network may cost, and how far it may fall; several limits hold together.
 
-    Several limits hold together. MACs are multiply-accumulates of one sample.
+    Costs: a float up to 1 is the share to keep, an int is absolute. With limits of quality alone the
+    search goes on for as long as they hold, and returns the cheapest network that it found.
 
     Raises:
-        BudgetError: no limit is given, or one that is neither a share nor a positive count.
+        BudgetError: no limit is given, or one that means nothing.
     """
 
     macs: float | int | None = None
+    """Multiply-accumulates of one sample."""
     params: float | int | None = None
+    """Parameters, shared ones once."""
+    latency: float | int | None = None
+    """Of the loader's first batch on the model's device, as a paired ratio to the dense network's;
+    above 1 in milliseconds. Timings vary from run to run, and so may plans."""
+    divergence: float | None = None
+    """The highest mean divergence of the output, on the samples that the search chooses on."""
+    agreement: float | None = None
+    """The lowest share of equal argmax, on the same samples."""
+    accuracy_drop: float | None = None
+    """The most that accuracy may fall, 0.01 for one point, on the same samples; needs labels."""
 
     @field_validator("macs", "params", mode="before")
     @classmethod
     def _share_or_count(cls, value: Any) -> Any:
-        if value is None:
-            return value
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise BudgetError(f"{value!r} is no limit: give a share (float up to 1) or a count (int)")
-        limit = int(value) if isinstance(value, numbers.Integral) else float(value)
-        if limit <= 0 or (isinstance(limit, float) and limit > 1):
+        limit = _number(value, "a share (float up to 1) or a count (int)")
+        if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
             raise BudgetError(f"{value!r} is neither a share in (0, 1] nor a positive count (int)")
         return limit
 
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _share_or_milliseconds(cls, value: Any) -> Any:
+        limit = _number(value, "a share (float up to 1) or milliseconds")
+        if limit is not None and not 0 < limit < math.inf:
+            raise BudgetError(f"{value!r} is no latency: give a share in (0, 1] or milliseconds")
+        return limit
+
+    @field_validator("divergence", "agreement", "accuracy_drop", mode="before")
+    @classmethod
+    def _quality(cls, value: Any, info: ValidationInfo) -> Any:
+        limit = _number(value, "a number such as 0.05")
+        top = math.inf if info.field_name == "divergence" else 1
+        if limit is not None and not 0 <= limit <= top:
+            raise BudgetError(f"{info.field_name}={value!r} is not between 0 and {top}")
+        return None if limit is None else float(limit)
+
     @model_validator(mode="after")
     def _something_is_asked(self) -> Self:
-        if self.macs is None and self.params is None:
+        if all(getattr(self, name) is None for name in type(self).model_fields):
             raise BudgetError("a budget needs a limit, such as Budget(macs=0.75)")
         return self
 
     def limits(self, macs: int, params: int) -> dict[str, float]:
-        """The absolute limits, for a dense network of that cost."""
+        """The absolute limits of macs and params, for a dense network of that cost."""
         dense = {"macs": macs, "params": params}
         limits = {}
         for name, whole in dense.items():
@@ -63,6 +97,29 @@ class Budget(_Frozen):
             if value is not None:
                 limits[name] = value * whole if isinstance(value, float) else value
         return limits
+
+    def broken(
+        self, divergence: float, agreement: float | None, accuracy_drop: float | None
+    ) -> list[str]:
+        """Which limits of quality do not hold, in words."""
+        found = []
+        if self.divergence is not None and not divergence <= self.divergence:
+            found.append(f"divergence <= {self.divergence:g} (it is {divergence:.4g})")
+        if self.agreement is not None and agreement is not None and agreement < self.agreement:
+            found.append(f"agreement >= {self.agreement:g} (it is {agreement:.4g})")
+        # Shares of counts: 0.29 - 0.28 is above 0.01 in floats.
+        allowed = None if self.accuracy_drop is None else self.accuracy_drop + 1e-9
+        if allowed is not None and accuracy_drop is not None and accuracy_drop > allowed:
+            found.append(f"accuracy_drop <= {self.accuracy_drop:g} (it is {accuracy_drop:.4g})")
+        return found
+
+
+def _number(value: Any, wanted: str) -> float | int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise BudgetError(f"{value!r} is no limit: give {wanted}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 class Config(_Frozen):

@@ -30,6 +30,8 @@ class Observed:
     """For each chain: boundary -> stream. In a rewritten GraphModule, not those inside of a span."""
     layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """For each layer that ran as a module: its input and its output."""
+    times: list[dict[int, float]] = field(default_factory=list)
+    """For each chain: boundary -> what the clock showed there."""
 
 
 def observe(
@@ -39,22 +41,26 @@ def observe(
     *,
     layers: Sequence[str] = (),
     stop: tuple[int, int] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Observed:
     """Run a model, rewritten or not, and keep the streams of its chains as the model made them.
 
     Args:
         layers: paths of modules whose inputs and outputs are kept, too.
         stop: (chain, boundary) after which the pass is ended.
+        clock: read at every boundary.
 
     Raises:
         ModelError: a block writes into its input, so that a boundary is gone when it is read.
     """
-    seen = Observed(streams=[{} for _ in chains])
+    seen = Observed(streams=[{} for _ in chains], times=[{} for _ in chains])
     versions: list[tuple[Tensor, int, str]] = []
 
     def keep(chain: int, boundary: int, tensor: Tensor) -> None:
         blocks = chains[chain].blocks
         seen.streams[chain][boundary] = tensor
+        if clock is not None:
+            seen.times[chain][boundary] = clock()
         if boundary < len(blocks):
             versions.append((tensor, tensor._version, blocks[boundary].path))
         if stop == (chain, boundary):

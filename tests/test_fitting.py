@@ -12,7 +12,6 @@ from torch import fx, nn
 
 from rba_compress import Budget, Plan, PlanError, profile, splice
 from rba_compress.drafts import with_move
-from rba_compress.fitting import Walk
 from rba_compress.maps import correction
 from rba_compress.moments import PairMoments
 from rba_compress.plan import Refit
@@ -70,10 +69,11 @@ def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: An
     model, data = small_vit()
     model = form(model)
     run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
-    draft = run.advance(run.start)
-    for move in run.moves(draft, run.spans(draft)):
+    draft = run.step(run.start)
+    assert draft is not None
+    for move in run.fitter.moves(draft, run.spans(draft)):
         resumed = run.judge_move(draft, move)
-        whole = run.judge(run.slim(with_move(draft, move)))
+        whole = run.judge(run.fitter.slim(with_move(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -84,14 +84,14 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     run = Search(model, seen, data, Budget(macs=0.9))
     found_move = run.best(run.start, [(0, 1, 2)])
     assert found_move is not None
-    slim, chain, b = run.slim(with_move(run.start, found_move[0])), run.chains[0], 3
-    walk = Walk(model, run.chains, 0, run.fit)
+    slim, chain, b = run.fitter.slim(with_move(run.start, found_move[0])), run.chains[0], 3
+    walk = run.fitter.walk(0)
     walk.to(slim, b)
     found = walk.gaps(slim, chain.blocks[b].branches).weighted(1.0)
     assert torch.is_grad_enabled()
     gaps = []
     with torch.no_grad():
-        for batch in run.fit:
+        for batch in run.fitter.batches:
             (h,), (g,) = (run_with_streams(m, run.chains, batch)[1] for m in (model, slim))
             gamma = model.blocks[b].ls2.gamma
             gaps.append(((h[b + 1] - g[b + 1]) / gamma).flatten(0, 1))

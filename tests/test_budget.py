@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from rba_compress import Budget, BudgetError, Config, compress
+from rba_compress.batches import Split, as_batch
+from rba_compress.calibration import profile
+from rba_compress.digits import digits_data
+from rba_compress.measure import Latency, benchmark, block_times, fidelity
+from rba_compress.planner import Search
+from tests.networks import LIGHT, Chain, loader, rows, seeded
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, r"a budget needs a limit, such as Budget\(macs=0.75\)"),
+        ({"macs": 1.5}, r"1.5 is neither a share in \(0, 1\] nor a positive count"),
+        ({"macs": -3}, "-3 is neither"),
+        ({"params": 0.0}, "0.0 is neither"),
+        ({"params": "half"}, "'half' is no limit: give a share"),
+        ({"latency": 0}, r"0 is no latency: give a share in \(0, 1\] or milliseconds"),
+        ({"latency": float("nan")}, "nan is no latency"),
+        ({"divergence": -0.1}, "divergence=-0.1 is not between 0 and inf"),
+        ({"agreement": 1.1}, "agreement=1.1 is not between 0 and 1"),
+        ({"agreement": True}, "True is no limit: give a number such as 0.05"),
+        ({"accuracy_drop": 2}, "accuracy_drop=2 is not between 0 and 1"),
+    ],
+)
+def test_a_contradictory_budget_is_named(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Budget(**limits)
+
+
+def test_limits_of_quality_alone_take_what_they_allow(
+    digits: nn.Module, digits_loader: list[Any]
+) -> None:
+    """The cheapest network on the greedy path whose output still holds, and no cheaper one."""
+    found = {}
+    for limit in (0.01, 0.1):
+        slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=LIGHT)
+        choose = list(Split(digits_loader, 0).part("choose"))
+        assert fidelity(digits, slim.model, choose, "kl").divergence <= limit
+        stop = slim.plan.steps[-1]
+        assert stop.action == "stop"
+        assert stop.divergence > limit
+        assert stop.change == f"divergence <= {limit:g} (it is {stop.divergence:.4g})"
+        found[limit] = slim.report.slim.macs
+    assert found[0.1] < found[0.01] < slim.report.dense.macs
+
+
+@pytest.mark.parametrize("limits", [{"agreement": 0.97}, {"accuracy_drop": 0.05}])
+def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
+    limits: dict[str, float], digits: nn.Module, digits_loader: list[Any]
+) -> None:
+    slim = compress(digits, digits_loader, budget=Budget(**limits), config=LIGHT)
+    assert slim.plan.replacements
+    found = fidelity(digits, slim.model, Split(digits_loader, 0).part("choose"), "kl")
+    assert found.agreement is not None
+    assert found.accuracy_dense is not None
+    assert found.accuracy_slim is not None
+    if "agreement" in limits:
+        assert found.agreement >= limits["agreement"]
+    else:
+        assert found.accuracy_dense - found.accuracy_slim <= limits["accuracy_drop"]
+
+
+def test_cost_and_quality_together(digits: nn.Module, digits_loader: list[Any]) -> None:
+    both = Budget(macs=0.9, divergence=0.2)
+    slim = compress(digits, digits_loader, budget=both, config=LIGHT)
+    assert slim.report.slim.macs <= 0.9 * slim.report.dense.macs
+    message = (
+        r"no plan was found that reaches macs <= .* within divergence <= 0.001 \(it is .*\): the best "
+        r"within it has .* macs \(.*\), .* params \(.*\) at divergence .*; the next step, .* breaks it"
+    )
+    with pytest.raises(BudgetError, match=message):
+        compress(digits, digits_loader, budget=Budget(macs=0.6, divergence=0.001), config=LIGHT)
+
+
+def test_what_does_not_hold_on_the_held_out_samples_is_said(digits: nn.Module) -> None:
+    (images, labels), _ = digits_data()
+    data = list(zip(images[:60].split(20), labels[:60].split(20), strict=True))
+    slim = compress(digits, data, budget=Budget(divergence=0.3), config=LIGHT)
+    holds = slim.report.fidelity.divergence <= 0.3
+    said = [w for w in slim.report.warnings if "does not hold that divergence <= 0.3" in w]
+    assert holds is not bool(said)
+
+
+def test_latency_is_measured_and_met(digits: nn.Module, digits_loader: list[Any]) -> None:
+    slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=LIGHT)
+    timed = benchmark(digits, slim.model, digits_loader[0], seconds=3)
+    assert slim.plan.replacements
+    assert timed.ratio < 0.85  # met when it was measured; machines are noisy
+    dense = benchmark(digits, digits, digits_loader[0]).dense_ms
+    run = Search(
+        digits, profile(digits, digits_loader[:2]), digits_loader[:2], Budget(latency=dense * 0.7)
+    )
+    assert 0.4 < run.limits["latency"] < 1.3
+
+
+def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, **__: Any) -> Latency:
+        return Latency(
+            dense_ms=10,
+            slim_ms=9,
+            ratio=0.9,
+            ratio_low=0.9,
+            ratio_high=0.9,
+            pairs=7,
+            batch=1,
+            device="cpu",
+        )
+
+    monkeypatch.setattr("rba_compress.planner.benchmark", slow)
+    message = (
+        r"brings the network to latency <= 0.100: the best reachable has .*, 0.900 of the latency at"
+    )
+    with pytest.raises(BudgetError, match=message):
+        compress(seeded(Chain), loader(), budget=Budget(latency=1 - 0.9), config=LIGHT)
+
+
+def test_block_times_are_shares_of_one_pass(digits: nn.Module, digits_loader: list[Any]) -> None:
+    seen = profile(digits, digits_loader[:2])
+    (times,) = block_times(digits, [seen.chains[0].chain], seen.example)
+    assert len(times) == 12
+    assert all(0 < share < 0.5 for share in times)
+    assert 0.5 < sum(times) < 1
+
+
+def test_limits_that_cannot_be_measured_are_refused() -> None:
+    class Regression(Chain):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).tanh()
+
+    with pytest.raises(BudgetError, match="are of class scores; Regression gives none: limit"):
+        compress(seeded(Regression), loader(), budget=Budget(agreement=0.9))
+    with pytest.raises(
+        BudgetError, match=r"accuracy_drop needs labels: let the loader yield \(input, l"
+    ):
+        compress(seeded(Chain), loader(), budget=Budget(accuracy_drop=0.01))
+
+
+def test_a_budget_of_several_limits_meets_each() -> None:
+    model = seeded(Chain)
+    budget = Budget(macs=0.8, params=600, divergence=50.0)
+    slim = compress(model, loader(), budget=budget, config=Config(shrinks=(0.6,)))
+    assert slim.report.slim.macs <= 0.8 * slim.report.dense.macs
+    assert slim.report.slim.params <= 600
+    as_batch(rows(2)).run(slim.model)
