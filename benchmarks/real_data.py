@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rba_compress.artifact import Architecture, load_weights
@@ -38,3 +40,67 @@ def imagenet(model: nn.Module, split: str, batch_size: int = 25) -> list[tuple[T
             strict=True,
         )
     )
+
+
+class ShortcutA(nn.Module):
+    """The parameter-free shortcut of He et al. 2015: every second pixel, new channels zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = (self.channels - x.shape[1]) // 2
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new, new))
+
+
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x))))))."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == channels else 2
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Identity() if inputs == channels else ShortcutA(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.shortcut(x) + self.bn2(self.conv2(hidden)))
+
+
+class ResNet20(nn.Module):
+    """The CIFAR network of He et al. 2015, section 4.2: (N, 3, 32, 32) -> (N, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(*(BasicBlock(w, 32) for w in (16, 32, 32)))
+        self.layer3 = nn.Sequential(*(BasicBlock(w, 64) for w in (32, 64, 64)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits
+
+
+def resnet20() -> nn.Module:
+    """The CIFAR-10 ResNet-20."""
+    model = ResNet20().eval()
+    found = model.load_state_dict(load_file(data_root() / "resnet20_cifar10.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in found.missing_keys)
+    return model
+
+
+def cifar10() -> tuple[Tensor, Tensor]:
+    """4,000 CIFAR-10 images, normalised (N, 3, 32, 32), and their labels."""
+    with np.load(data_root() / "cifar10_train_4k.npz", allow_pickle=False) as stored:
+        images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), labels

@@ -65,8 +65,8 @@ def compress(
         model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
             DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off.
         loader: an iterable of batches that can be read more than once: tensors, tuples whose first
-            item is the input and whose second may be integer labels, or dicts of keywords. Seven
-            samples of ten fit the maps, two choose, one confirms.
+            item is the input and whose second may be integer labels, or dicts of keywords. Five
+            samples of ten fit the maps, four choose, one confirms.
         budget: what the slim network may cost; by default three quarters of the MACs.
         config: how to search.
 

@@ -24,7 +24,7 @@ from rba_compress.errors import LoaderError, ModelError
 
 Part = Literal["fit", "choose", "confirm"]
 
-_PATTERN: tuple[Part, ...] = ("fit",) * 7 + ("choose",) * 2 + ("confirm",)
+_PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("choose",) * 4 + ("confirm",)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _describe(kinds: dict[str, torch.dtype]) -> str:
 class Split:
     """Deals the samples of a loader to the three parts, one by one.
 
-    Every run of ten samples is dealt in an order of its own, drawn from `seed`: seven to fit, two to
+    Every run of ten samples is dealt in an order of its own, drawn from `seed`: five to fit, four to
     choose, one to confirm. So a loader sorted by class gives every part every class, and a sample's
     part depends only on its position and the seed. Parts are disjoint only if the loader gives the
     same samples in the same order at every read: this is checked on the first sample of each batch.

@@ -90,7 +90,7 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
 
     Args:
         model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
-        loader: batches as in `rba_compress.batches`; seven samples of ten are used, the rest is
+        loader: batches as in `rba_compress.batches`; half of the samples is used, the rest is
             held out for `search` and the report.
         config: `window`, `divergence` and `seed` matter here.
 

@@ -55,7 +55,7 @@ class Draft:
         return self.judged.mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Move:
     """A span and a map for it, fitted behind a draft."""
 

@@ -118,15 +118,19 @@ class Fitter:
     def refits(
         self, walk: Walk, solution: Solution, block: int, branch: int
     ) -> Iterator[tuple[Refit, Solution]]:
-        """Every correction of the last layer of a kept block's branch, on a walk down its chain."""
+        """Every correction of the last layer of a kept block's branch, on a walk down its chain; the
+        first is of the middle damping and the least step.
+        """
         chain, c = walk.chain, walk.index
         before, slim = walk.samples, self.slim(solution)
         walk.to(slim, block)
         branches = chain.blocks[block].branches[: branch + 1]
         gap = walk.gaps(slim, branches).weighted(self.class_weight(c))
         self.samples += (walk.samples - before) * len(chain) / sum(map(len, self.chains))
-        for damping in self.config.refit_dampings:
-            for step in self.config.refit_steps:
+        dampings = sorted(self.config.refit_dampings)
+        middle = dampings[len(dampings) // 2]
+        for damping in sorted(dampings, key=lambda damping: damping != middle):
+            for step in sorted(self.config.refit_steps):
                 path = branches[-1].path
                 refit = Refit(chain=chain.name, block=block, path=path, damping=damping, step=step)
                 tensors = _corrected(slim, refit, gap)

@@ -127,7 +127,7 @@ class Config(_Frozen):
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
-    shrinks: tuple[Share, ...] = (0.4, 0.6, 0.8)
+    shrinks: tuple[Share, ...] = (0.4, 0.7, 1.0)
     """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
     fold_damping: float = Field(0.01, ge=0)
     """Ridge of folded corrections, relative to the Gram matrix's mean diagonal."""
@@ -138,7 +138,8 @@ class Config(_Frozen):
     refit_steps: tuple[float, ...] = (0.5, 1.0)
     """Shares of a refit's correction to try."""
     tolerance: float = Field(0.005, ge=0)
-    """A refit or swap is taken if it lowers the held-out divergence by this share."""
+    """A refit or swap is taken if it lowers the held-out divergence by this share, and by more than one
+    standard error of the difference."""
     swaps: int = Field(1, ge=0)
     """Rounds in which each span is undone and chosen again."""
     class_weight: float | None = Field(None, gt=0)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from matplotlib.image import imread
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rba_compress import LoaderError, load
 from rba_compress.artifact import read_manifest
@@ -49,12 +51,12 @@ def folder(tmp_path: Path) -> Path:
         names.append(f"class{index % 2}/{index}.png")
     (tmp_path / "split.txt").write_text("\n".join(names[:12]) + "\n")
     (tmp_path / "test.txt").write_text("\n".join(names[12:]) + "\n")
-    model = seeded(__import__("timm").create_model, "test_vit", num_classes=2)
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     return tmp_path
 
 
-def arguments(folder: Path, **changed: str) -> list[str]:
+def arguments(folder: Path, command: str = "compress", **changed: str) -> list[str]:
     options = {
         "model": "test_vit",
         "weights": str(folder / "weights.safetensors"),
@@ -64,7 +66,7 @@ def arguments(folder: Path, **changed: str) -> list[str]:
         "macs": "0.95",
         "out": str(folder / "slim"),
     }
-    return ["compress"] + [part for k, v in (options | changed).items() for part in (f"--{k}", v)]
+    return [command] + [part for k, v in (options | changed).items() for part in (f"--{k}", v)]
 
 
 def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +77,26 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "accuracy" in printed
     assert (folder / "slim" / "similarity_blocks.png").is_file()
     assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+
+
+def test_search_writes_the_front(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "front"
+    more = {"out": str(out), "macs": "0.8", "device": "cpu"}
+    assert main([*arguments(folder, "search", **more), "--front"]) == 0
+    rows = json.loads((out / "front.json").read_text())
+    assert f"saved to {out}" in capsys.readouterr().out
+    assert len((out / "front.csv").read_text().splitlines()) == len(rows) + 1
+    assert imread(out / "front.png").std() > 0.05
+    dense = timm.create_model("test_vit", num_classes=2)
+    dense.load_state_dict(load_file(folder / "weights.safetensors"))
+    for row in rows:
+        assert load(out / row["point"], base=dense)(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+    assert rows[-1]["macs_kept"] <= 0.8
+
+    last = folder / "last"
+    assert main(arguments(folder, "search", **(more | {"out": str(last)}))) == 0
+    (row,) = json.loads((last / "front.json").read_text())
+    assert row["plan"] == rows[-1]["plan"]
 
 
 @pytest.mark.parametrize(

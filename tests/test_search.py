@@ -41,8 +41,8 @@ def test_profile_sees_what_stored_activations_say(digits: nn.Module, digits_load
             for kept, h in zip(stored, streams, strict=True):
                 kept.append(h)
     whole = [torch.cat(kept).double() for kept in stored]  # (N, 17, 64) each
-    assert seen.samples == len(whole[0]) == 224
-    assert profiled.moments.n == 224 * 17
+    assert seen.samples == len(whole[0]) == 160
+    assert profiled.moments.n == 160 * 17
     x, y = whole[3].reshape(-1, 64), whole[6].reshape(-1, 64)
     expected = (x - x.mean(0)).T @ (y - y.mean(0))
     error = (profiled.moments.comoments(3, 6) - expected).norm() / expected.norm()
@@ -118,23 +118,19 @@ def test_the_logged_divergence_is_the_measured_one(
 
 
 def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: list[Any]) -> None:
+    """In held-out divergence, over all 78 spans of the chain."""
     seen = profile(digits, digits_loader[:2])
     run = Search(digits, seen, digits_loader[:2], Budget(macs=0.5))
-    dense = run.start.judged.divergence
-    for span in seen.chains[0].chain.spans(2):
-        found = run.best(run.start, [(0, *span)])
-        assert found is not None
-        move, judged, _ = found
-        skip = MapSpec(kind="identity")
-        (identity,) = (
-            m for m in run.fitter.moves(run.start, [(0, *span)]) if m.replacement.map == skip
-        )
-        saved = {"best": move.saving.macs, "skip": identity.saving.macs}
-        rise = {
-            "best": float((judged - dense).mean()) / saved["best"],
-            "skip": float((run.judge_move(run.start, identity) - dense).mean()) / saved["skip"],
-        }
-        assert rise["best"] <= rise["skip"] * (1 + 1e-9)
+    spans = [(0, *span) for span in seen.chains[0].chain.spans()]
+    moves = run.fitter.moves(run.start, spans)
+    better = 0
+    for span in spans:
+        of_span = [m for m in moves if m.span == span]
+        results = run.judge_moves(run.start, of_span, lambda _, judged: float(judged.mean()))
+        (skip,) = (score for score, _, m, _ in results if m.replacement.map.kind == "identity")
+        assert results[0][0] <= skip
+        better += results[0][0] < skip
+    assert better > 39  # and mostly better
 
 
 def test_a_folded_plan_is_a_stock_network(digits: nn.Module, digits_loader: list[Any]) -> None:
