@@ -11,13 +11,18 @@ network, number of blocks, method and split seed. The rivals:
                          input and output are skipped
     cosine ranking       the paper's map over the span whose ends have the highest cosine
     CKA ranking          the paper's map over the span whose ends have the highest linear CKA
-    ReplaceMe            (arXiv 2505.02819): the span with the highest cosine is skipped, and the
-                         least-squares map of the last layer before it is folded into that layer
+    ReplaceMe            (arXiv 2505.02819, its least-squares variant): the span with the highest cosine
+                         is skipped, and the map of what the last layer before it gives is folded into
+                         that layer
     random spans         the paper's map over a random span, mean of five
     ours                 the steps of one search with the default `Config`
 
+Every method fits on the half of the calibration samples that is dealt to fit on; those that choose by
+held-out divergence choose on the same two fifths.
+
 `python -m benchmarks.methods` writes `benchmarks/results/methods.jsonl` and its table; the
-differences to ours carry 95 % intervals of a paired bootstrap over the test samples.
+differences to ours carry 95 % intervals of a paired bootstrap over the test samples, of the mean over
+the seeds.
 """
 
 from __future__ import annotations
@@ -315,14 +320,11 @@ def table(rows: dict[str, dict[str, Any]], samples: dict[str, np.ndarray]) -> st
         "the random spans), [least, most] over them; the last two columns are the method minus ours on "
         "the same test samples, with the 95 % interval of a bootstrap over them.",
     ]
+    rows = {key: row for key, row in rows.items() if key in samples}
     for network, gone in sorted({tuple(key.split("/")[:2]) for key in rows}):
         of_case = {key: row for key, row in rows.items() if key.startswith(f"{network}/{gone}/")}
         dense = next(iter(of_case.values()))["top1_dense"]
-        size = (
-            next(iter(samples.values())).shape[1]
-            if not of_case
-            else samples[next(iter(of_case))].shape[1]
-        )
+        size = samples[next(iter(of_case))].shape[1]
         lines += [
             "",
             f"## {network}, {gone} {'block' if gone == '1' else 'blocks'} gone",

@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks.real_data import data_root, deit_tiny
 from rba_compress import profile
-from rba_compress.images import image_loader
+from rba_compress.images import ImageFiles, image_loader
 
 
 @dataclass
@@ -44,7 +44,7 @@ class First:
 def peak(images: int) -> dict[str, float]:
     """Peak resident memory in MB of profiling so many images, this process' start included."""
     model, root = deit_tiny(), data_root() / "imagenet_sample"
-    loader = image_loader(root, root / "calibration.txt", model, batch_size=20)
+    loader = image_loader(ImageFiles(root, root / "calibration.txt", model), batch_size=20)
     seen = profile(model, First(loader, images // 20))
     moments = sum(c.nbytes for c in seen.chains[0].moments.comoment)
     return {

@@ -32,6 +32,7 @@ def imagenet(model: nn.Module, split: str, batch_size: int = 25) -> list[tuple[T
     """The `calibration` or `test` images, decoded once, as a loader of (images, labels)."""
     root = data_root() / "imagenet_sample"
     files = ImageFiles(root, root / f"{split}.txt", model)
+    assert files.labelled
     images, labels = zip(*(files[i] for i in range(len(files))), strict=True)
     return list(
         zip(

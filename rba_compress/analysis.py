@@ -295,24 +295,25 @@ def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
     if terms.count(member.entry) != 1:
         return ()
     modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tensors = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
     found: list[tuple[int, Branch]] = []
     for term in terms:
         if term is not member.entry:
-            branch = _branch(term, modules)
+            branch = _branch(term, modules, tensors)
             if branch is None:
                 return ()
             found.append((term.meta["index"], branch))
     return tuple(branch for _, branch in sorted(found, key=lambda pair: pair[0]))
 
 
-def _branch(term: fx.Node, linears: set[str]) -> Branch | None:
-    """The linear layer whose output a term is, times a layer scale or not."""
+def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | None:
+    """The linear layer whose output a term is, times a layer scale (one of `tensors`) or not."""
     scale = None
     node: Any = term
     while getattr(node.target, "_overloadpacket", None) in _PASSED:
         if node.target._overloadpacket is _aten.mul:
             weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            if scale is not None or len(weights) != 1:
+            if scale is not None or len(weights) != 1 or str(weights[0].target) not in tensors:
                 return None
             scale = str(weights[0].target)
             node = next(n for n in node.all_input_nodes if n is not weights[0])

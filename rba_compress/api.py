@@ -80,7 +80,11 @@ def compress(
     confirm = list(seen.split(loader).part("confirm"))
     front = measure_front(dense, seen, found, confirm, samples="held out of the loader")
     slim = splice(dense, found.plan, found.tensors)
-    report = compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
+    report = (
+        front[-1].report
+        if front
+        else compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
+    )
     return Result(slim, found.plan, report, found.tensors, seen, front)
 
 
@@ -150,6 +154,7 @@ def compare(
         slim=cost(slim, seen.example),
         fidelity=found,
         latency=timed,
+        forward_passes=plan.forward_passes,
         warnings=(*seen.warnings, *_missed(plan.budget, found, timed)),
     )
 

@@ -148,7 +148,7 @@ def write_artifact(
     require_vacant(target)
     state, tied = _unique(model.state_dict())
     if delta:
-        state, tied = _fitted(plan, state), {}
+        state, tied, architecture = _fitted(plan, state), {}, None
     else:
         architecture = _checked(architecture, model, plan, state, tied, example=example)
     with written_whole(target) as temporary:

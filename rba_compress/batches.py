@@ -78,16 +78,20 @@ class Batch:
 
     @classmethod
     def join(cls, batches: list[Batch]) -> Batch:
-        """One batch of all samples; tensors of one name must agree in all dimensions but the first."""
+        """One batch of all samples; tensors of one name must agree in all dimensions but the first.
+
+        It has labels where every batch has them.
+        """
         first = batches[0]
 
         def joined(values: list[Any]) -> Any:
             return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
 
+        labelled = all(b.labels is not None for b in batches)
         return cls(
             tuple(joined([b.args[i] for b in batches]) for i in range(len(first.args))),
             {key: joined([b.kwargs[key] for b in batches]) for key in first.kwargs},
-            joined([b.labels for b in batches]),
+            joined([b.labels for b in batches]) if labelled else None,
         )
 
     def to(self, model: nn.Module) -> Batch:

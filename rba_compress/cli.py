@@ -7,7 +7,6 @@ failed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +19,13 @@ from torch.utils.data import DataLoader
 
 from rba_compress.api import compare, compress, measure_front
 from rba_compress.artifact import Architecture, load_weights, require_vacant
-from rba_compress.batches import Batch, read
+from rba_compress.batches import read
 from rba_compress.calibration import profile
 from rba_compress.chains import supports
 from rba_compress.demo import free_directory, run_demo
-from rba_compress.errors import ArtifactError, BudgetError, ModelError, RBAError
+from rba_compress.errors import ArtifactError, BudgetError, LoaderError, ModelError, RBAError
 from rba_compress.front import write_front
-from rba_compress.images import image_loader
+from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
 from rba_compress.plan import Budget, Config
 from rba_compress.planner import search
@@ -83,34 +82,51 @@ class _Job:
     seed: int = 0
     """Deals the images to fit, choose and confirm."""
 
-    def prepare(self) -> tuple[Architecture, nn.Module]:
-        """The dense model, once all that can be checked before is checked."""
+    def prepare(self) -> _Ready:
+        """Everything that the work needs, once all that can be checked before it is checked.
+
+        Raises:
+            RBAError: one of its subclasses, with what is wrong.
+        """
         require_vacant(self.out)
+        given = {name: getattr(self, name) for name in Budget.model_fields}
+        budget = Budget(**given) if any(v is not None for v in given.values()) else None
+        config = Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         dense = architecture.build()
         load_weights(dense, self.weights)
         _to_device(dense, self.device)
-        return architecture, dense
+        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
+        files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
+        if self.accuracy_drop is not None and not files.labelled:
+            raise LoaderError(
+                f"{self.images} has {len(files.labels)} class folders, the model other classes: "
+                "accuracy_drop needs a folder for each class, in their order"
+            )
+        return _Ready(
+            architecture,
+            dense,
+            budget,
+            config,
+            image_loader(files, batch_size=self.batch_size),
+            None if tests is None else image_loader(tests, batch_size=self.batch_size),
+            "held out of the loader"
+            if self.test_split is None
+            else f"test split {self.test_split.name}",
+        )
 
-    @property
-    def budget(self) -> Budget | None:
-        given = {name: getattr(self, name) for name in Budget.model_fields}
-        return Budget(**given) if any(v is not None for v in given.values()) else None
 
-    @property
-    def config(self) -> Config:
-        return Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
-
-    def loader(self, dense: nn.Module, split: Path | None) -> DataLoader[Any]:
-        return image_loader(self.images, split, dense, batch_size=self.batch_size)
-
-    def tests(self, dense: nn.Module, held_out: Iterable[Batch]) -> tuple[list[Batch], str]:
-        """The samples to report on, and what they are."""
-        if self.test_split is None:
-            return list(held_out), "held out of the loader"
-        batches = list(read(self.loader(dense, self.test_split)))
-        return batches, f"test split {self.test_split.name}"
+@dataclass
+class _Ready:
+    architecture: Architecture
+    dense: nn.Module
+    budget: Budget | None
+    config: Config
+    loader: DataLoader[Any]
+    tests: DataLoader[Any] | None
+    samples: str
+    """What is reported on."""
 
 
 @dataclass
@@ -118,13 +134,19 @@ class Compress(_Job):
     """Compress a timm model on your images and save the slim model."""
 
     def run(self) -> None:
-        architecture, dense = self.prepare()
-        result = compress(dense, self.loader(dense, self.split), budget=self.budget, config=self.config)
+        job = self.prepare()
+        result = compress(job.dense, job.loader, budget=job.budget, config=job.config)
         report = result.report
-        if self.test_split is not None:
-            batches, name = self.tests(dense, ())
-            report = compare(dense, result.model, batches, result.profile, result.plan, samples=name)
-        result.with_report(report).save(self.out, architecture=architecture)
+        if job.tests is not None:
+            report = compare(
+                job.dense,
+                result.model,
+                read(job.tests),
+                result.profile,
+                result.plan,
+                samples=job.samples,
+            )
+        result.with_report(report).save(self.out, architecture=job.architecture)
         for profiled in result.profile.chains:
             name = profiled.chain.name.replace(".", "_")
             plot_similarity(profiled).savefig(self.out / f"similarity_{name}.png", dpi=120)
@@ -134,20 +156,22 @@ class Compress(_Job):
 
 @dataclass
 class Search(_Job):
-    """Search a timm model on your images and save what was found as a delta of its weights."""
+    """Search a timm model on your images and save what was found as deltas of its weights."""
 
     front: bool = False
-    """Save the network of every step, with their measures as JSON, CSV and PNG."""
+    """Save the network of every step, not of the last alone."""
 
     def run(self) -> None:
-        _, dense = self.prepare()
-        loader = self.loader(dense, self.split)
-        seen = profile(dense, loader, config=self.config)
-        found = search(dense, seen, loader, budget=self.budget)
+        job = self.prepare()
+        seen = profile(job.dense, job.loader, config=job.config)
+        found = search(job.dense, seen, job.loader, budget=job.budget)
         kept = found if self.front else replace(found, points=found.points[-1:])
-        batches, name = self.tests(dense, seen.split(loader).part("confirm"))
-        points = measure_front(dense, seen, kept, batches, samples=name)
-        write_front(points, dense, seen, self.out)
+        if not kept.points:
+            print("nothing was replaced: the network meets its budget, or no step keeps within it")
+            return
+        batches = seen.split(job.loader).part("confirm") if job.tests is None else read(job.tests)
+        points = measure_front(job.dense, seen, kept, list(batches), samples=job.samples)
+        write_front(points, job.dense, seen, self.out)
         for point in points:
             print(f"{point.report.table()}\n")
         print(f"saved to {self.out}; load({str(self.out / 'point-01')!r}, base=model) gives the first")

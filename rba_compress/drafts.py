@@ -146,7 +146,9 @@ def changed(
 
 
 def with_move(draft: Draft, move: Move) -> Solution:
-    """The draft's solution with a move; what was refitted in blocks that it replaces is dropped."""
+    """The draft's solution with a move; what was refitted in blocks that it replaces is dropped, and a
+    span that was folded into them is skipped from then on.
+    """
     new = move.replacement
     gone = [
         r
@@ -154,10 +156,16 @@ def with_move(draft: Draft, move: Move) -> Solution:
         if (r.chain == new.chain and new.start <= r.block < new.stop)
         or (move.refit is not None and r.path == move.refit.path)
     ]
-    added: list[Replacement | Refit] = [new]
+    skip = {"map": MapSpec(kind="identity"), "diagnostics": None}
+    lost = [
+        r
+        for r in draft.solution.plan.replacements
+        if set(folded_for(draft.solution.plan, r)).intersection(gone)
+    ]
+    added: list[Replacement | Refit] = [new, *(r.model_copy(update=skip) for r in lost)]
     if move.refit is not None:
         added.append(move.refit)
-    return changed(draft.solution, drop=gone, add=added, tensors=move.tensors)
+    return changed(draft.solution, drop=[*gone, *lost], add=added, tensors=move.tensors)
 
 
 def folded_for(plan: Plan, old: Replacement) -> list[Refit]:

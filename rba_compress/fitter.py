@@ -127,14 +127,15 @@ class Fitter:
         branches = chain.blocks[block].branches[: branch + 1]
         gap = walk.gaps(slim, branches).weighted(self.class_weight(c))
         self.samples += (walk.samples - before) * len(chain) / sum(map(len, self.chains))
+        path = branches[-1].path
+        before_it = [r for r in solution.plan.refits if r.path == path]
         dampings = sorted(self.config.refit_dampings)
         middle = dampings[len(dampings) // 2]
         for damping in sorted(dampings, key=lambda damping: damping != middle):
             for step in sorted(self.config.refit_steps):
-                path = branches[-1].path
                 refit = Refit(chain=chain.name, block=block, path=path, damping=damping, step=step)
                 tensors = _corrected(slim, refit, gap)
-                yield refit, changed(solution, add=[refit], tensors=tensors)
+                yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
 
 def _corrected(slim: nn.Module, refit: Refit, gap: PairMoments) -> dict[str, Tensor]:

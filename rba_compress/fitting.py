@@ -34,15 +34,16 @@ class Rows:
         """Of inputs x and targets y, channels on the chain's axis; features may be of another width."""
         y = y.movedim(chain.axis, -1)
         x = x.movedim(chain.axis, -1).reshape(*y.shape[:-1], -1)
-        if mask is not None and y.ndim == 3 and mask.shape == y.shape[:2]:
-            return cls(PairMoments.from_rows(x[mask], y[mask]))
+        counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
+        if mask is not None and mask.shape == counted.shape:
+            counted = mask
         if not chain.class_tokens:
-            return cls(PairMoments.from_rows(x.flatten(0, -2), y.flatten(0, -2)))
-        tokens = torch.zeros(y.shape[1], dtype=torch.bool, device=y.device)
-        tokens[list(chain.class_tokens)] = True
+            return cls(PairMoments.from_rows(x[counted], y[counted]))
+        tokens = torch.zeros_like(counted)
+        tokens[:, list(chain.class_tokens)] = True
+        others, tokens = counted & ~tokens, counted & tokens
         return cls(
-            PairMoments.from_rows(x[:, ~tokens].flatten(0, 1), y[:, ~tokens].flatten(0, 1)),
-            PairMoments.from_rows(x[:, tokens].flatten(0, 1), y[:, tokens].flatten(0, 1)),
+            PairMoments.from_rows(x[others], y[others]), PairMoments.from_rows(x[tokens], y[tokens])
         )
 
     def __add__(self, other: Rows) -> Rows:
@@ -130,8 +131,8 @@ def span_rows(
     return found
 
 
-class Resumed(nn.Module):
-    """Ignores its input and gives back `value`, the stream at a boundary that was seen before."""
+class _Held(nn.Module):
+    """Ignores its input and gives back `value`, a stream that was seen before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,37 +143,62 @@ class Resumed(nn.Module):
         return self.value
 
 
-def resume(model: nn.Module, chains: Sequence[Chain], chain: int, boundary: int) -> Resumed | None:
-    """Make `model` start at a boundary of a chain, from the stream that is set on what is returned.
+Streams = Sequence[dict[int, Tensor]]
+"""For each chain: boundary -> stream, as in `Observed`."""
 
-    In place: pass a copy. Earlier blocks of the chain and all blocks of earlier chains are passed over.
-    At boundary 0 there is nothing to put the stream in place of: the whole model runs.
+
+class Resumed:
+    """A model that starts at a boundary of a chain, from streams seen before.
+
+    Blocks before the boundary and all earlier chains are passed over: their last streams are held, for
+    more than the next chain may read them (a decoder reads its encoder, a head two towers).
+
+    Args:
+        model: changed in place: pass a copy.
+        chains: in the order in which they run.
+        chain, boundary: where it starts; at boundary 0 of the first chain the whole model runs.
+        known: streams of one batch, to see which earlier chains were reached.
     """
-    if boundary == 0:
-        return None
-    for earlier in chains[:chain]:
-        replace_blocks(model, earlier.blocks, nn.Identity())
-    start = Resumed()
-    replace_blocks(model, chains[chain].blocks[:boundary], start)
-    return start
+
+    def __init__(
+        self, model: nn.Module, chains: Sequence[Chain], chain: int, boundary: int, known: Streams
+    ) -> None:
+        self.model = model
+        self._held: list[tuple[int, int, _Held]] = []
+        places = [(c, len(chains[c])) for c in range(chain) if len(chains[c]) in known[c]]
+        for c, stop in [*places, (chain, boundary)]:
+            if stop:
+                held = _Held()
+                replace_blocks(model, chains[c].blocks[:stop], held)
+                self._held.append((c, stop, held))
+
+    def start(self, streams: Streams) -> nn.Module:
+        """The model, ready to run on the batch that the streams were seen on."""
+        for c, boundary, held in self._held:
+            held.value = streams[c][boundary]
+        return self.model
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A model that runs from streams that are held, and stops at a boundary."""
+class _Pass:
+    """One model over batches, from streams that are held up to where it stops."""
 
-    model: nn.Module
-    start: Resumed | None
-    held: list[Tensor]
-    chain: Chain
+    resumed: Resumed
+    held: Sequence[Streams]
+    chains: Sequence[Chain]
     batches: Sequence[Batch]
-    stop: int
+    stop: tuple[int, int]
+    layers: Sequence[str]
 
-    def run(self, k: int, layers: Sequence[str]) -> Observed:
-        """Batch `k`, within `evaluating(self.model)`."""
-        if self.start is not None:
-            self.start.value = self.held[k]
-        return observe(self.model, [self.chain], self.batches[k], layers=layers, stop=(0, self.stop))
+    def __call__(self, k: int) -> Observed:
+        """Batch `k`, within `evaluating(self.resumed.model)`."""
+        model = self.resumed.start(self.held[k])
+        return observe(model, self.chains, self.batches[k], layers=self.layers, stop=self.stop)
+
+    def reached(self, k: int, boundaries: Sequence[int]) -> Streams:
+        """One stream of each chain, where it was reached."""
+        streams = self(k).streams
+        return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
 
 
 class Walk:
@@ -181,13 +207,13 @@ class Walk:
     def __init__(
         self, dense: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
     ) -> None:
-        self.dense, self.chains, self.index = dense, chains, chain
+        self.dense, self.chains, self.index = dense, chains[: chain + 1], chain
         self.batches = batches
         self.boundary = 0
         self.samples = 0.0
         """Samples sent through a whole network's worth of the chain."""
-        self._h: list[Tensor] = []
-        self._g: list[Tensor] = []
+        self._h: list[Streams] = []
+        self._g: list[Streams] = []
 
     @property
     def chain(self) -> Chain:
@@ -197,22 +223,25 @@ class Walk:
         """Go on to a boundary; what lies before it in `slim` must not have changed since."""
         if self._h and boundary == self.boundary:
             return
-        reached = []
+        last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
+        reached: list[list[Streams]] = []
         for model, held in ((self.dense, self._h), (slim, self._g)):
-            step = self._step(model, held, boundary)
-            with evaluating(step.model):
-                every = range(len(self.batches))
-                reached.append([step.run(k, ()).streams[0][boundary] for k in every])
+            run = self._pass(model, held, boundary)
+            with evaluating(run.resumed.model):
+                reached.append([run.reached(k, last) for k in range(len(self.batches))])
         self._h, self._g = reached
         self.boundary = boundary
 
-    def _step(self, model: nn.Module, held: list[Tensor], stop: int) -> _Step:
+    def _pass(
+        self, model: nn.Module, held: list[Streams], stop: int, layers: Sequence[str] = ()
+    ) -> _Pass:
+        """From the streams that are held to a boundary."""
         first = self.boundary if held else 0
-        resumed = copy_model(model, share=True)
-        start = resume(resumed, self.chains, self.index, first)
-        share = (stop - first) / len(self.chain)
-        self.samples += share * sum(len(batch) for batch in self.batches)
-        return _Step(resumed, start, held, self.chain, self.batches, stop)
+        self.samples += (stop - first) / len(self.chain) * sum(len(batch) for batch in self.batches)
+        streams = held or [[{} for _ in self.chains]] * len(self.batches)
+        copy = copy_model(model, share=True)
+        resumed = Resumed(copy, self.chains, self.index, first, streams[0])
+        return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
 
     def gaps(self, slim: nn.Module, branches: Sequence[Branch]) -> Rows:
         """(features of the last branch, what its output lacks), over the block at the boundary.
@@ -221,16 +250,17 @@ class Walk:
         stream behind that branch minus the stream there by now.
         """
         paths = [branch.path for branch in branches]
-        total: Rows | None = None
-        stop = self.boundary + 1
-        dense, light = (
-            self._step(model, held, stop) for model, held in ((self.dense, self._h), (slim, self._g))
-        )
         scales = [scale_of(self.dense, branch) for branch in branches]
-        with evaluating(dense.model), evaluating(light.model):
+        total: Rows | None = None
+        stop, b = self.boundary + 1, self.boundary
+        dense, light = (
+            self._pass(model, held, stop, paths)
+            for model, held in ((self.dense, self._h), (slim, self._g))
+        )
+        with evaluating(dense.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
-                ours, theirs = light.run(k, paths).layers, dense.run(k, paths).layers
-                gap = self._h[k] - self._g[k]
+                theirs, ours = dense(k).layers, light(k).layers
+                gap = self._h[k][self.index][b] - self._g[k][self.index][b]
                 for path, scale in zip(paths, scales, strict=True):
                     gap = gap + (theirs[path][1] - ours[path][1]).reshape(gap.shape) * scale
                 mask = attention_mask(batch, self.chain)

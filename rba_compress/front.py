@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Point:
             "latency_ratio": round(t.ratio, 4),
             "latency_low": round(t.ratio_low, 4),
             "latency_high": round(t.ratio_high, 4),
-            "divergence": f.divergence,
+            "divergence": f.divergence if math.isfinite(f.divergence) else None,
             "divergence_low": f.divergence_low,
             "divergence_high": f.divergence_high,
             "agreement": f.agreement,
@@ -108,7 +109,7 @@ def plot_front(points: Sequence[Point]) -> Figure:
     figure = Figure(figsize=(4.8 * (1 + bool(scores)), 4.2), layout="constrained")
     axes = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
     kept, latency = ([1.0, *(row[name] for row in rows)] for name in ("macs_kept", "latency_ratio"))
-    divergence = [0.0, *(row["divergence"] for row in rows)]
+    divergence = [0.0, *(math.nan if row["divergence"] is None else row["divergence"] for row in rows)]
     known = [row for row in rows if row["divergence_low"] is not None]
     axes[0].plot(kept, divergence, "o-", label="MACs")
     axes[0].plot(latency, divergence, "s:", label="measured latency")

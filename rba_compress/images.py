@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,19 +14,23 @@ from rba_compress.errors import LoaderError
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
-    """Images in `root/<class>/<image>`; labels are the places of the sorted class folders.
+class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
+    """Images in `root/<class>/<image>`; labels are the places of the sorted class folders, and there
+    are none (`labelled`) where the model has another number of classes.
 
     Args:
         root: the folder; labels count all of its class folders, whatever `split` names.
         split: a text file with one path relative to `root` a line; None takes every image.
         model: a timm model, whose own size, crop, mean and standard deviation are applied.
+        without: images that must not be among them; left out where there is no `split`.
 
     Raises:
-        LoaderError: there is no image, or `split` names one that is not there.
+        LoaderError: there is no image, or `split` names one that is not there or is in `without`.
     """
 
-    def __init__(self, root: Path, split: Path | None, model: nn.Module) -> None:
+    def __init__(
+        self, root: Path, split: Path | None, model: nn.Module, *, without: Sequence[Path] = ()
+    ) -> None:
         from timm.data import create_transform, resolve_model_data_config
 
         if not root.is_dir():
@@ -36,6 +41,15 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
             raise LoaderError(f"{split} is not a file of image paths")
         else:
             self.paths = [root / line.strip() for line in _lines(split) if line.strip()]
+        if split is None:
+            left_out = set(without)
+            self.paths = [path for path in self.paths if path not in left_out]
+        shared = sorted(set(self.paths).intersection(without))
+        if shared:
+            raise LoaderError(
+                f"{len(shared)} images are in {split} and in the test split, such as {shared[0]}: what "
+                "is reported on must not be calibrated on"
+            )
         absent = [path for path in self.paths if not path.is_file()]
         if absent:
             raise LoaderError(f"{split} names {len(absent)} images that {root} lacks: {absent[0]}")
@@ -47,12 +61,13 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         self.root = root
         classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         self.labels = {name: index for index, name in enumerate(classes)}
+        self.labelled = len(classes) == getattr(model, "num_classes", None)
         self.transform = create_transform(**resolve_model_data_config(model), is_training=False)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
         from PIL import Image
 
         path = self.paths[index]
@@ -61,6 +76,8 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
                 pixels: Tensor = self.transform(image.convert("RGB"))
         except OSError as error:
             raise LoaderError(f"{path} is not a readable image: {error}") from error
+        if not self.labelled:
+            return pixels
         return pixels, torch.tensor(self.labels[path.relative_to(self.root).parts[0]])
 
 
@@ -71,14 +88,12 @@ def _lines(split: Path) -> list[str]:
         raise LoaderError(f"{split} is not a text file of image paths: {error}") from error
 
 
-def image_loader(
-    root: Path, split: Path | None, model: nn.Module, *, batch_size: int
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """`ImageFiles` in batches, in the order of the split.
+def image_loader(files: ImageFiles, *, batch_size: int) -> DataLoader[tuple[Tensor, Tensor] | Tensor]:
+    """Files in batches, in the order of their split.
 
     Raises:
-        LoaderError: as `ImageFiles`, and where `batch_size` is not positive.
+        LoaderError: `batch_size` is not positive.
     """
     if batch_size < 1:
         raise LoaderError(f"a batch of {batch_size} images: the batch size is 1 or more")
-    return DataLoader(ImageFiles(root, split, model), batch_size=batch_size)
+    return DataLoader(files, batch_size=batch_size)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rba_compress.batches import Batch, main_output
 from rba_compress.errors import ActivationError
-from rba_compress.fitting import resume
-from rba_compress.measure import Divergence, compare_outputs, divergence
+from rba_compress.fitting import Resumed
+from rba_compress.measure import Divergence, divergence
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
@@ -77,13 +77,22 @@ class Judge:
                 self._streams.append(seen.streams)
                 outputs.append(main_output(seen.output))
         self.samples += self.held
-        triples = list(zip(self.dense, outputs, (b.labels for b in self.batches), strict=True))
-        found = compare_outputs(self.kind, triples)
-        drop = None
-        if found.accuracy_dense is not None and found.accuracy_slim is not None:
-            drop = found.accuracy_dense - found.accuracy_slim
-        each = [divergence(self.kind, dense, output) for dense, output, _ in triples]
-        return Judged(_finite(torch.cat(each)), found.agreement, drop)
+        each = [divergence(self.kind, *pair) for pair in zip(self.dense, outputs, strict=True)]
+        return Judged(_finite(torch.cat(each)), *self._scores(outputs))
+
+    def _scores(self, outputs: list[Tensor]) -> tuple[float | None, float | None]:
+        """Agreement and drop of accuracy, where they are defined."""
+        if self.kind != "kl":
+            return None, None
+        agreed, dropped, labelled = 0.0, 0, True
+        for batch, dense, slim in zip(self.batches, self.dense, outputs, strict=True):
+            first, second = dense.argmax(-1), slim.argmax(-1)
+            agreed += float((first == second).double().reshape(len(batch), -1).mean(1).sum())
+            labelled = labelled and batch.labels is not None and batch.labels.shape == first.shape
+            if labelled:
+                labels = batch.labels.to(first.device)  # type: ignore[union-attr]
+                dropped += int((first == labels).sum()) - int((second == labels).sum())
+        return agreed / self.held, dropped / self.held if labelled else None
 
     def __call__(
         self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
@@ -94,18 +103,16 @@ class Judge:
             slim: a candidate that is the network in work up to `boundary` of `chain`; used up.
             screen: judge on the first of `SCREEN` shares of the samples, which are spread evenly.
         """
-        start = resume(slim, self.chains, chain, boundary)
+        resumed = Resumed(slim, self.chains, chain, boundary, self._streams[0])
         taken = range(max(1, len(self.batches) // SCREEN) if screen else len(self.batches))
         found = []
         with evaluating(slim):
             for k in taken:
-                if start is not None:
-                    start.value = self._streams[k][chain][boundary]
-                output = main_output(self.batches[k].run(slim))
+                output = main_output(self.batches[k].run(resumed.start(self._streams[k])))
                 found.append(divergence(self.kind, self.dense[k], output))
         judged = _finite(torch.cat(found))
         blocks = sum(len(c) for c in self.chains)
-        passed = boundary + sum(len(c) for c in self.chains[:chain]) if boundary else 0
+        passed = boundary + sum(len(c) for c in self.chains[:chain])
         self.samples += len(judged) * (1 - passed / blocks)
         return judged
 

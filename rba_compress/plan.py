@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -77,9 +78,9 @@ class Budget(_Frozen):
     @classmethod
     def _quality(cls, value: Any, info: ValidationInfo) -> Any:
         limit = _number(value, "a number such as 0.05")
-        top = math.inf if info.field_name == "divergence" else 1
+        top = sys.float_info.max if info.field_name == "divergence" else 1
         if limit is not None and not 0 <= limit <= top:
-            raise BudgetError(f"{info.field_name}={value!r} is not between 0 and {top}")
+            raise BudgetError(f"{info.field_name}={value!r} is not between 0 and {top:g}")
         return None if limit is None else float(limit)
 
     @model_validator(mode="after")
@@ -127,15 +128,15 @@ class Config(_Frozen):
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
-    shrinks: tuple[Share, ...] = (0.4, 0.7, 1.0)
+    shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
     fold_damping: float = Field(0.01, ge=0)
     """Ridge of folded corrections, relative to the Gram matrix's mean diagonal."""
     refit: bool = True
     """Re-solve kept layers behind a replaced span where held-out divergence falls."""
-    refit_dampings: tuple[float, ...] = (0.3, 1.0, 10.0)
+    refit_dampings: tuple[float, ...] = Field((0.3, 1.0, 10.0), min_length=1)
     """Ridge of refits, relative to the Gram matrix's mean diagonal."""
-    refit_steps: tuple[float, ...] = (0.5, 1.0)
+    refit_steps: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
     """Shares of a refit's correction to try."""
     tolerance: float = Field(0.005, ge=0)
     """A refit or swap is taken if it lowers the held-out divergence by this share, and by more than one
@@ -319,7 +320,7 @@ class Refit(_Frozen):
     path: str
     damping: float
     step: float
-    """Share of the correction that was taken."""
+    """Share of the correction that was taken; of the last, where the layer was re-solved again."""
     folded: bool = False
     """Whether it stands in for the span right behind its block."""
 
@@ -350,7 +351,7 @@ class Candidate(_Frozen):
     """One change that the search judged on all samples that it chooses on."""
 
     step: int
-    """Steps with one number were judged behind the same network."""
+    """Decisions before it. To settle or swap a span, others were judged with that span undone."""
     chain: str
     start: int
     stop: int
@@ -365,12 +366,13 @@ class Step(_Frozen):
     """One decision of the search, and what it came to."""
 
     action: str
-    """What was done: take, settle, swap, or refit."""
+    """take, settle, swap or refit; or stop, before a step that breaks a limit of quality."""
     change: str
     divergence: float
     """Of the output behind it."""
     margin: float
-    """How far the divergence would have been above with the next best choice, or without the change."""
+    """How far the divergence would be above at the price of the next best span, or without the change;
+    where the search stopped, how far the step that was not taken raised it."""
     macs: int
     params: int
 

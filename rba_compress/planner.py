@@ -89,8 +89,6 @@ class Search:
         self.chains = [entry.chain for entry in profile.chains]
         self.limits = budget.limits(profile.dense.macs, profile.dense.params)
         self._require_reachable()
-        self.goal = self.limits or {"macs": float(self.floor.macs)}
-        """Where the search goes; with limits of quality alone, as far down as they let it."""
         split = profile.split(loader)
         fit = [batch.to(model) for batch in split.part("fit")]
         self.fitter = Fitter(model, self.chains, self.config, fit)
@@ -116,20 +114,31 @@ class Search:
             example = profile.example
             dense_ms = benchmark(model, model, example).dense_ms
             share = budget.latency if budget.latency <= 1 else budget.latency / dense_ms
-            self.limits["latency"] = self.goal["latency"] = share
+            self.limits["latency"] = share
             self.fitter.times = block_times(model, self.chains, example)
+        self.goal = self.limits or {"macs": float(self.floor.macs)}
+        """Where the search goes; with limits of quality alone, as far down as they let it."""
 
     def run(self) -> Solution:
         """Step by step to the budget, or for as long as the output is good enough."""
         draft, points = self.start, []
         with tqdm(total=100, desc="search", unit="%", disable=None) as bar:
             while self.lacking((draft := self.verified(draft)).load):
-                after = self.step(draft)
+                decided = len(self.steps)
+                after, longest = self.step(draft), sum(map(len, self.chains))
+                while after is not None and self.broken(after):
+                    longest = min(longest, self.longest_new(draft, after)) // 2
+                    if longest == 0:
+                        break
+                    # The best step goes too far: a shorter one may hold.
+                    del self.steps[decided:]
+                    after = self.step(draft, longest=longest)
                 broken = [] if after is None else self.broken(after)
                 if after is None or broken:
                     if self.limits:
                         raise BudgetError(self._unreached(draft, after, broken))
                     if after is not None:
+                        del self.steps[decided:]
                         self.note("stop", " and ".join(broken), after, after.mean - draft.mean)
                     break
                 draft = after
@@ -137,6 +146,12 @@ class Search:
                 bar.update(round(100 * (1 - self.share(draft.load))) - bar.n)
             bar.update(100 - bar.n)
         return replace(self.finished(draft), points=tuple(points))
+
+    @staticmethod
+    def longest_new(draft: Draft, after: Draft) -> int:
+        """The length of the longest span that a step took."""
+        new = [r for r in after.solution.plan.replacements if r not in draft.solution.plan.replacements]
+        return max(r.stop - r.start for r in new)
 
     # --- the budget
 
@@ -177,7 +192,9 @@ class Search:
                 "limit the divergence"
             )
         if judged.accuracy_drop is None and asked.accuracy_drop is not None:
-            raise BudgetError("accuracy_drop needs labels: let the loader yield (input, label)")
+            raise BudgetError(
+                "accuracy_drop needs labels: let every batch of the loader be (input, labels)"
+            )
 
     def _unreached(self, best: Draft, after: Draft | None, broken: list[str]) -> str:
         dense = self.profile.dense
@@ -209,12 +226,14 @@ class Search:
     def lacking(self, load: Load, goal: Load | None = None) -> dict[str, float]:
         """What must still be saved of what is limited, down to the limits or down to another load."""
         wanted = self.goal if goal is None else {k: getattr(goal, k) for k in self.goal}
+        if goal is not None and "latency" in wanted:
+            wanted["latency"] += 0.02  # of two spans that cost the same, none is timed the same
         return {k: getattr(load, k) - v for k, v in wanted.items() if getattr(load, k) > v}
 
     def share(self, load: Load) -> float:
         """How much of what was asked is still to be saved, 1 to 0."""
         asked, left = self.lacking(self.start.load), self.lacking(load)
-        return max((left[k] / asked[k] for k in left), default=0.0)
+        return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
 
     @staticmethod
     def progress(saving: Load, lacking: dict[str, float]) -> float:
@@ -244,7 +263,8 @@ class Search:
 
     def verified(self, draft: Draft) -> Draft:
         """The draft, and where it seems to be fast enough, timed for longer."""
-        return draft if self.lacking(draft.load) else self.timed(draft, seconds=3.0)
+        done = draft is not self.start and not self.lacking(draft.load)
+        return self.timed(draft, seconds=3.0) if done else draft
 
     def without(self, draft: Draft, old: Replacement) -> Draft:
         """The draft with a span, and what was folded for it, undone."""
@@ -281,13 +301,15 @@ class Search:
 
     # --- steps
 
-    def step(self, draft: Draft) -> Draft | None:
-        """Take the best move and refine what came of it; None where there is none.
+    def step(self, draft: Draft, *, longest: int | None = None) -> Draft | None:
+        """Take the best move over at most `longest` blocks and refine what came of it; None where there
+        is none.
 
         Raises:
             ActivationError: the output of every candidate holds NaN or infinity.
         """
-        found = self.best(draft, self.spans(draft))
+        spans = self.spans(draft)
+        found = self.best(draft, [s for s in spans if longest is None or s[2] - s[1] <= longest])
         if found is None:
             return None
         move, _, margin = found
@@ -326,7 +348,8 @@ class Search:
         goal: Load | None = None,
         finalists: int = FINALISTS,
     ) -> tuple[Move, Tensor, float] | None:
-        """The move with the least rise of divergence for its progress, and by how much it won.
+        """The move with the least rise of divergence for its progress, what it was judged, and how much
+        higher the divergence would be at the price of the next best span.
 
         Raises:
             ActivationError: the output of every candidate holds NaN or infinity.
@@ -343,8 +366,9 @@ class Search:
 
         spans = list(dict.fromkeys(m.span for m in moves))
         if len(spans) > finalists:
-            probes = [m for m in self.probes(moves) if m.replacement.map.kind in self.screened]
-            judged = [(score(m, self.judge_move(draft, m, screen=True)), m) for m in probes]
+            screened = [self.probes([m for m in moves if m.span == span]) for span in spans]
+            ends = [m for of_span in screened for m in dict.fromkeys((of_span[0], of_span[-1]))]
+            judged = [(score(m, self.judge_move(draft, m, screen=True)), m) for m in ends]
             judged.sort(key=lambda pair: pair[0])
             spans = list(dict.fromkeys(m.span for _, m in judged))[:finalists]
         results = self.judge_moves(draft, [m for m in moves if m.span in spans], score)
@@ -352,13 +376,9 @@ class Search:
         mean = float(judgement.mean())
         if not math.isfinite(mean):
             raise ActivationError("every candidate makes the model's output NaN or infinite")
-        rest = [float(j.mean()) for _, _, m, j in results if m.span != move.span]
-        return move, judgement, min(rest, default=math.inf) - mean
-
-    @property
-    def screened(self) -> tuple[str, str]:
-        """The kinds of map that spans are screened by: skipping, and the last that is asked for."""
-        return "identity", self.config.maps[-1] if self.config.maps else "identity"
+        won = results[0][0]
+        rest = next((other for other, _, m, _ in results if m.span != move.span), math.inf)
+        return move, judgement, (rest - won) * self.progress(move.saving, lacking)
 
     def probes(self, moves: Sequence[Move]) -> list[Move]:
         """One move for each span and kind of map: where a kind has a dial, its middle."""

@@ -29,6 +29,8 @@ class Report(BaseModel):
     slim: Cost
     fidelity: Fidelity
     latency: Latency
+    forward_passes: float | None = None
+    """Of the search, over the whole loader."""
     warnings: tuple[str, ...] = ()
 
     def table(self) -> str:
@@ -63,8 +65,14 @@ class Report(BaseModel):
             f"{self.model}: {self.plan}",
             f"on {f.samples} samples ({self.samples}); latency on {t.device}, median of {t.pairs} "
             f"pairs, quartiles {t.ratio_low:.3f} to {t.ratio_high:.3f}",
-            *(f"warning: {warning}" for warning in self.warnings),
         ]
+        if f.divergence_low is not None and f.divergence_high is not None:
+            lines.append(
+                f"95 % interval of the {name}: {f.divergence_low:.4f} to {f.divergence_high:.4f}"
+            )
+        if self.forward_passes is not None:
+            lines.append(f"the search took {self.forward_passes:.1f} forward passes over the loader")
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 

@@ -79,6 +79,34 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
 
 
+def test_what_is_reported_on_is_not_calibrated_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"test-split": str(folder / "test.txt"), "device": "cpu"}
+    both = arguments(folder, **(more | {"split": str(folder / "test.txt")}))
+    assert main(both) == 2
+    assert "8 images are in" in capsys.readouterr().err
+    everything = arguments(folder, **more)
+    at = everything.index("--split")
+    assert main(everything[:at] + everything[at + 2 :]) == 0
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
+    tests = ImageFiles(folder / "images", folder / "test.txt", model)
+    rest = ImageFiles(folder / "images", None, model, without=tests.paths)
+    assert len(rest) == 12
+    assert not set(rest.paths) & set(tests.paths)
+
+
+def test_labels_of_other_classes_are_no_labels(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = seeded(timm.create_model, "test_vit", num_classes=5)
+    assert isinstance(ImageFiles(folder / "images", None, model)[0], torch.Tensor)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    changed = {"num-classes": "5", "accuracy-drop": "0.1", "device": "cpu"}
+    assert main(arguments(folder, **changed)) == 2
+    assert "has 2 class folders, the model other classes" in capsys.readouterr().err
+
+
 def test_search_writes_the_front(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "front"
     more = {"out": str(out), "macs": "0.8", "device": "cpu"}
@@ -133,7 +161,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 
 
 def test_images_that_are_absent_are_named(folder: Path) -> None:
-    model = seeded(__import__("timm").create_model, "test_vit")
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
     (folder / "bad.txt").write_text("class0/0.png\nclass7/none.png\n")
     with pytest.raises(LoaderError, match=r"bad.txt names 1 images that .* lacks: .*none.png"):
         ImageFiles(folder / "images", folder / "bad.txt", model)

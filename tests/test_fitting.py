@@ -8,16 +8,17 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rba_compress import Budget, Plan, PlanError, profile, splice
 from rba_compress.drafts import with_move
+from rba_compress.fitting import Rows
 from rba_compress.maps import correction
 from rba_compress.moments import PairMoments
 from rba_compress.plan import Refit
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
-from tests.networks import LIGHT, images, seeded
+from tests.networks import LIGHT, Chain, images, loader, seeded
 
 
 def pairs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +76,84 @@ def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: An
         resumed = run.judge_move(draft, move)
         whole = run.judge(run.fitter.slim(with_move(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
+
+
+class Towers(nn.Module):
+    """Two chains side by side, both read by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Chain(), Chain()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.a(x), self.b(x)], 1))
+
+
+def t5() -> tuple[nn.Module, list[Any]]:
+    """A decoder whose every block reads the encoder."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 3}
+    model = seeded(transformers.T5Model, transformers.T5Config(vocab_size=50, **sizes))
+    ids = torch.randint(1, 50, (20, 6), generator=torch.Generator().manual_seed(0))
+    return model, [{"input_ids": part, "decoder_input_ids": part} for part in ids.split(10)]
+
+
+@pytest.mark.parametrize("networks", [lambda: (seeded(Towers), loader()), t5], ids=["towers", "t5"])
+def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(networks: Any) -> None:
+    model, data = networks()
+    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    assert len(run.chains) == 2
+    first = next(m for m in run.fitter.moves(run.start, [(0, 0, 1)]))
+    draft = run.draft(with_move(run.start, first), run.start.load - first.saving)
+    spans = [(1, start, stop) for start, stop in run.chains[1].spans()]
+    for move in run.fitter.moves(draft, spans):
+        resumed = run.judge_move(draft, move)
+        whole = run.judge(run.fitter.slim(with_move(draft, move)))
+        torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
+    walk = run.fitter.walk(1)
+    slim = run.fitter.slim(draft.solution)
+    for boundary in (1, 2):
+        walk.to(slim, boundary)
+        with torch.no_grad():
+            for k, batch in enumerate(run.fitter.batches):
+                for network, held in ((model, walk._h), (slim, walk._g)):
+                    expected = run_with_streams(network, run.chains, batch)[1][1][boundary]
+                    torch.testing.assert_close(held[k][1][boundary], expected)
+
+
+def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
+    model, data = small_vit()
+    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
+    moves = run.fitter.moves(run.start, [(0, 3, 4)])
+    folded = next(m for m in moves if m.replacement.map.kind == "folded")
+    draft = run.draft(with_move(run.start, folded), run.start.load - folded.saving)
+    taken = next(iter(run.fitter.moves(draft, [(0, 2, 3)])))
+    plan = with_move(draft, taken).plan
+    assert {(r.start, r.map.kind) for r in plan.replacements} == {(2, "identity"), (3, "identity")}
+    assert not plan.refits
+    splice(model, plan, with_move(draft, taken).tensors)
+
+
+def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
+    model, data = small_vit()
+    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
+    solution = run.start.solution
+    for _ in range(2):
+        _, solution = next(iter(run.fitter.refits(run.fitter.walk(0), solution, 2, 1)))
+    assert [r.path for r in solution.plan.refits] == ["blocks.2.mlp.fc2"]
+
+
+def test_class_tokens_are_told_apart_behind_a_mask() -> None:
+    model, data = small_vit()
+    chain = profile(model, data, config=LIGHT).chains[0].chain
+    x, y = images(4)[:, :2, :5, :17].mT.flatten(2), images(4, seed=1)[:, :2, :5, :17].mT.flatten(2)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    plain, masked = Rows.of(chain, x, y, None), Rows.of(chain, x, y, mask)
+    assert masked.class_tokens is not None
+    torch.testing.assert_close(plain.weighted(9.0).xx, masked.weighted(9.0).xx)
+    mask[:, 1] = False
+    assert Rows.of(chain, x, y, mask).others.n == masked.others.n - 4
 
 
 def test_the_gap_of_a_layer_by_hand() -> None:
