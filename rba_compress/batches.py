@@ -3,7 +3,7 @@
 A loader is any iterable of batches that can be read more than once. A batch is a tensor, a tuple or
 list whose first item is the input (a tensor or a dict), or a dict that is passed as keywords. A second
 integer item (N,) of a tuple, or the keys `labels` or `label` of a dict, is taken for labels; they are
-used to report accuracy and for nothing else.
+used to report accuracy, and for a budget of `accuracy_drop`.
 """
 
 from __future__ import annotations

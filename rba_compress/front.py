@@ -130,7 +130,8 @@ def plot_front(points: Sequence[Point]) -> Figure:
     axes[0].legend(frameon=False)
     for name in scores:
         first = 1.0 if name == "agreement" else rows[0]["accuracy_dense"]
-        axes[1].plot(kept, [first, *(row[name] for row in rows)], "o-", label=name)
+        style = "o-" if name == "agreement" else "s:"
+        axes[1].plot(kept, [first, *(row[name] for row in rows)], style, label=name)
         axes[1].set_ylabel("share of samples")
         axes[1].legend(frameon=False)
     for axis in axes:

@@ -10,6 +10,7 @@ from rba_compress import Budget, BudgetError, Config, compress
 from rba_compress.api import compare
 from rba_compress.batches import Split
 from rba_compress.calibration import profile
+from rba_compress.drafts import Draft, with_move
 from rba_compress.measure import Latency, benchmark, block_times, fidelity
 from rba_compress.planner import Search
 from tests.networks import LIGHT, Block, Chain, loader, seeded
@@ -144,17 +145,26 @@ def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.Monke
             compress(seeded(Chain), loader(), budget=budget, config=LIGHT)
 
 
-def test_a_step_that_goes_too_far_is_made_shorter() -> None:
-    """The best first move of this chain takes several blocks and breaks the limit; one block holds."""
-    model, config = seeded(Chain, depth=8), Config(swaps=0)
-    run = Search(model, profile(model, loader(), config=config), loader(), Budget(divergence=0.003))
-    first = run.best(run.start, run.spans(run.start))
-    assert first is not None
-    assert first[0].replacement.stop - first[0].replacement.start > 1
-    assert float(first[1].mean()) > 0.003
+def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the best step takes six blocks and breaks the limit, one of at most three is tried."""
+    model = seeded(Chain, depth=8)
+    run = Search(model, profile(model, loader(), config=LIGHT), loader(), Budget(divergence=0.003))
+    asked: list[int | None] = []
+
+    def step(draft: Draft, *, longest: int | None = None) -> Draft | None:
+        asked.append(longest)
+        if draft is not run.start:
+            return None
+        span = (0, 2, 8) if longest is None else (0, 5, 6)
+        move = run.fitter.moves(draft, [span])[-1]
+        taken = run.draft(with_move(draft, move), draft.load - move.saving)
+        return run.note("take", move.replacement, taken, 0.0)
+
+    monkeypatch.setattr(run, "step", step)
     found = run.run()
-    assert found.plan.replacements
-    assert [s.action for s in found.plan.steps].count("take") == len(found.points)
+    assert asked == [None, 3, None]
+    assert [(r.start, r.stop) for r in found.plan.replacements] == [(5, 6)]
+    assert [s.action for s in found.plan.steps] == ["take"]
 
 
 def test_block_times_are_shares_of_one_pass(digits: nn.Module, digits_loader: list[Any]) -> None:

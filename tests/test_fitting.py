@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rba_compress import Budget, Plan, PlanError, profile, splice
+from rba_compress import Budget, Plan, PlanError, compress, profile, splice
 from rba_compress.drafts import with_move
 from rba_compress.fitting import Rows
 from rba_compress.maps import correction
@@ -18,7 +18,7 @@ from rba_compress.moments import PairMoments
 from rba_compress.plan import Refit
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
-from tests.networks import LIGHT, Chain, images, loader, seeded
+from tests.networks import LIGHT, Block, Chain, images, loader, seeded
 
 
 def pairs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +120,21 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
                 for network, held in ((model, walk._h), (slim, walk._g)):
                     expected = run_with_streams(network, run.chains, batch)[1][1][boundary]
                     torch.testing.assert_close(held[k][1][boundary], expected)
+
+
+def test_a_scale_that_is_no_parameter_is_no_layer_scale() -> None:
+    class Scaled(Block):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__(width)
+            self.alpha = torch.full((width,), 0.5)  # in no state dict
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.alpha * self.down(torch.relu(self.up(x)))
+
+    model = seeded(Chain, block=Scaled)
+    slim = compress(model, loader(), budget=Budget(macs=0.6))
+    assert slim.plan.replacements
+    assert not any(b.branches for b in slim.profile.chains[0].chain.blocks)
 
 
 def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
