@@ -1,4 +1,4 @@
-"""Claim: the search keeps more of a real DeiT-tiny than the paper's map at the same cost.
+"""Claim: the main job on a real DeiT-tiny, from end to end, takes minutes, and this is what it decides.
 
 `compress` on the 500 calibration images of `RBA_DATA`, reported on its 500 test images, one JSON line a
 split seed, with the decisions and the seconds. `python -m benchmarks.deit_search --seeds 0 1 2` appends
