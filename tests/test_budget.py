@@ -15,6 +15,8 @@ from rba_compress.measure import Latency, benchmark, block_times, fidelity
 from rba_compress.planner import Search
 from tests.networks import LIGHT, Block, Chain, loader, seeded
 
+QUICK = LIGHT.model_copy(update={"window": 2})
+
 
 @pytest.mark.parametrize(
     ("limits", "message"),
@@ -43,7 +45,7 @@ def test_limits_of_quality_alone_take_what_they_allow(
     """The cheapest network on the greedy path whose output still holds, and no cheaper one."""
     found = {}
     for limit in (0.01, 0.1):
-        slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=LIGHT)
+        slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=QUICK)
         choose = list(Split(digits_loader, 0).part("choose"))
         assert fidelity(digits, slim.model, choose, "kl").divergence <= limit
         stop = slim.plan.steps[-1]
@@ -58,7 +60,7 @@ def test_limits_of_quality_alone_take_what_they_allow(
 def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
     limits: dict[str, float], digits: nn.Module, digits_loader: list[Any]
 ) -> None:
-    slim = compress(digits, digits_loader, budget=Budget(**limits), config=LIGHT)
+    slim = compress(digits, digits_loader, budget=Budget(**limits), config=QUICK)
     assert slim.plan.replacements
     found = fidelity(digits, slim.model, Split(digits_loader, 0).part("choose"), "kl")
     assert found.agreement is not None
@@ -72,14 +74,14 @@ def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
 
 def test_cost_and_quality_together(digits: nn.Module, digits_loader: list[Any]) -> None:
     both = Budget(macs=0.9, divergence=0.2)
-    slim = compress(digits, digits_loader, budget=both, config=LIGHT)
+    slim = compress(digits, digits_loader, budget=both, config=QUICK)
     assert slim.report.slim.macs <= 0.9 * slim.report.dense.macs
     message = (
         r"no plan was found that reaches macs <= .* within divergence <= 0.001 \(it is .*\): the best "
         r"within it has .* macs \(.*\), .* params \(.*\) at divergence .*; the next step, .* breaks it"
     )
     with pytest.raises(BudgetError, match=message):
-        compress(digits, digits_loader, budget=Budget(macs=0.6, divergence=0.001), config=LIGHT)
+        compress(digits, digits_loader, budget=Budget(macs=0.6, divergence=0.001), config=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_latency_is_followed_by_the_clock_and_no_further(
 
 
 def test_latency_is_measured_on_the_real_network(digits: nn.Module, digits_loader: list[Any]) -> None:
-    slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=LIGHT)
+    slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=QUICK)
     timed = benchmark(digits, slim.model, digits_loader[0], seconds=3)
     assert timed.ratio < 0.85  # met when it was measured; machines are noisy
     assert slim.report.slim.macs > 0.55 * slim.report.dense.macs
