@@ -166,10 +166,7 @@ def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]
     """Limits that held on the samples to choose on, or when it was timed, and do not hold here."""
     if budget is None:
         return []
-    drop = None
-    if found.accuracy_dense is not None and found.accuracy_slim is not None:
-        drop = found.accuracy_dense - found.accuracy_slim
-    missed = budget.broken(found.divergence, found.agreement, drop)
+    missed = budget.broken(found.divergence, found.agreement, found.accuracy_drop)
     limit = budget.latency
     if limit is not None and (timed.ratio if limit <= 1 else timed.slim_ms) > limit:
         missed.append(f"latency <= {limit:g} (it is {timed.ratio:.3f}, {timed.slim_ms:.4g} ms)")

@@ -20,7 +20,7 @@ from rba_compress.drafts import (
     replacement_of,
     span_saving,
 )
-from rba_compress.fitting import SpanRows, Walk, span_rows
+from rba_compress.fitting import Walk, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
 from rba_compress.moments import PairMoments
 from rba_compress.plan import Branch, Chain, Config, Refit
@@ -78,28 +78,29 @@ class Fitter:
             last = max(stop for _, stop in wanted) + max(start for start, _ in wanted)
             self.samples += self.held * last / len(chain)
             for start, stop in wanted:
+                of_start, columns, weight = rows[start], rows[start].columns(stop), self.class_weight(c)
+                pair = of_start.maps.weighted(weight).targets(columns)
+                lacking = None
+                if of_start.folds is not None:
+                    lacking = of_start.folds.weighted(weight).targets(columns)
                 for spec in self.config.specs(chain.width):
                     if spec.kind != "folded":
-                        found.append(self._map(c, start, stop, spec, rows[start]))
-                    elif start in folds:
-                        mapped = self._map(c, start, stop, spec, rows[start])
-                        found.append(self._folded(slim, mapped, rows[start], folds[start]))
+                        found.append(self._map((c, start, stop), spec, pair))
+                    elif lacking is not None:
+                        mapped = self._map((c, start, stop), spec, pair)
+                        found.append(self._folded(slim, mapped, lacking, folds[start]))
         return found
 
-    def _map(self, c: int, start: int, stop: int, spec: MapSpec, rows: SpanRows) -> Move:
-        chain = self.chains[c]
-        pair = rows.maps.weighted(self.class_weight(c)).targets(rows.columns(stop))
+    def _map(self, span: Span, spec: MapSpec, pair: PairMoments) -> Move:
+        c, start, stop = span
         fit = fit_map(spec, pair)
-        replacement = replacement_of(chain, start, stop, fit)
-        saving = self.saving((c, start, stop), spec)
-        return Move(c, replacement, keyed(replacement, fit), saving)
+        replacement = replacement_of(self.chains[c], start, stop, fit)
+        return Move(c, replacement, keyed(replacement, fit), self.saving(span, spec))
 
-    def _folded(self, slim: nn.Module, move: Move, rows: SpanRows, branch: Branch) -> Move:
-        """The move with its map folded into the layer before its span."""
+    def _folded(self, slim: nn.Module, move: Move, gap: PairMoments, branch: Branch) -> Move:
+        """The move with its map folded into the layer before its span, whose output lacks the gap."""
         new = move.replacement
-        assert rows.folds is not None
         assert new.map.shrink is not None
-        weighted = rows.folds.weighted(self.class_weight(move.chain))
         refit = Refit(
             chain=new.chain,
             block=new.start - 1,
@@ -108,7 +109,6 @@ class Fitter:
             step=new.map.shrink,
             folded=True,
         )
-        gap = weighted.targets(rows.columns(new.stop))
         return replace(move, refit=refit, tensors=_corrected(slim, refit, gap))
 
     def walk(self, chain: int) -> Walk:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rba_compress.batches import Batch, main_output
 from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
-from rba_compress.measure import Divergence, divergence
+from rba_compress.measure import Divergence, Tally, divergence
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
@@ -77,22 +77,12 @@ class Judge:
                 self._streams.append(seen.streams)
                 outputs.append(main_output(seen.output))
         self.samples += self.held
-        each = [divergence(self.kind, *pair) for pair in zip(self.dense, outputs, strict=True)]
-        return Judged(_finite(torch.cat(each)), *self._scores(outputs))
-
-    def _scores(self, outputs: list[Tensor]) -> tuple[float | None, float | None]:
-        """Agreement and drop of accuracy, where they are defined."""
-        if self.kind != "kl":
-            return None, None
-        agreed, dropped, labelled = 0.0, 0, True
-        for batch, dense, slim in zip(self.batches, self.dense, outputs, strict=True):
-            first, second = dense.argmax(-1), slim.argmax(-1)
-            agreed += float((first == second).double().reshape(len(batch), -1).mean(1).sum())
-            labelled = labelled and batch.labels is not None and batch.labels.shape == first.shape
-            if labelled:
-                labels = batch.labels.to(first.device)  # type: ignore[union-attr]
-                dropped += int((first == labels).sum()) - int((second == labels).sum())
-        return agreed / self.held, dropped / self.held if labelled else None
+        tally, each = Tally(), []
+        for batch, dense, output in zip(self.batches, self.dense, outputs, strict=True):
+            each.append(divergence(self.kind, dense, output))
+            if self.kind == "kl":
+                tally.add(dense, output, batch.labels)
+        return Judged(_finite(torch.cat(each)), tally.agreement, tally.accuracy_drop)
 
     def __call__(
         self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False

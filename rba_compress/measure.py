@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -85,6 +86,13 @@ class Fidelity(_Measured):
     """None where no labels came."""
     accuracy_slim: float | None
 
+    @property
+    def accuracy_drop(self) -> float | None:
+        """None where no labels came."""
+        if self.accuracy_dense is None or self.accuracy_slim is None:
+            return None
+        return self.accuracy_dense - self.accuracy_slim
+
 
 def cost(model: nn.Module, batch: Batch) -> Cost:
     """MACs of one sample and the number of parameters (shared ones once)."""
@@ -125,6 +133,42 @@ def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:
     return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
 
 
+@dataclass
+class Tally:
+    """Counts over batches of class scores (N, ..., classes) of two networks."""
+
+    samples: int = 0
+    agreed: float = 0.0
+    labelled: int = 0
+    right_dense: int = 0
+    right_slim: int = 0
+
+    def add(self, dense: Tensor, slim: Tensor, labels: Tensor | None) -> None:
+        """One batch; labels are (N,) integers, and count where a sample has one argmax."""
+        first, second = dense.argmax(-1), slim.argmax(-1)
+        self.samples += len(first)
+        self.agreed += float((first == second).float().reshape(len(first), -1).mean(1).sum())
+        if labels is not None and labels.shape == first.shape:
+            labels = labels.to(first.device)
+            self.labelled += len(labels)
+            self.right_dense += int((first == labels).sum())
+            self.right_slim += int((second == labels).sum())
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of equal argmax; None where nothing was counted."""
+        return self.agreed / self.samples if self.samples else None
+
+    def accuracy(self, right: int) -> float | None:
+        """`right` as a share; None where a sample had no label."""
+        return right / self.samples if self.samples and self.labelled == self.samples else None
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        """What the slim network gets right less, as a share."""
+        return self.accuracy(self.right_dense - self.right_slim)
+
+
 def compare_outputs(
     kind: Divergence, outputs: Iterable[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Fidelity:
@@ -132,34 +176,26 @@ def compare_outputs(
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
     """
-    samples = labelled = right_dense = right_slim = 0
-    agreed = cosine = 0.0
+    tally, cosine = Tally(), 0.0
     diverged: list[Tensor] = []
     for dense, slim, labels in outputs:
         a, b = dense.float().cpu(), slim.float().cpu()
-        samples += len(a)
         diverged.append(divergence(kind, a, b))
         cosine += float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
         if kind == "kl":
-            first, second = a.argmax(-1), b.argmax(-1)
-            agreed += float((first == second).float().reshape(len(a), -1).mean(1).sum())
-            if labels is not None and labels.shape == first.shape:
-                labelled += len(labels)
-                right_dense += int((first == labels.cpu()).sum())
-                right_slim += int((second == labels.cpu()).sum())
-    known = labelled == samples
+            tally.add(a, b, labels)
     each = torch.cat(diverged)
     low, high = interval(each)
     return Fidelity(
-        samples=samples,
+        samples=len(each),
         kind=kind,
         divergence=float(each.mean()),
         divergence_low=low,
         divergence_high=high,
-        agreement=agreed / samples if kind == "kl" else None,
-        cosine=cosine / samples,
-        accuracy_dense=right_dense / samples if known else None,
-        accuracy_slim=right_slim / samples if known else None,
+        agreement=tally.agreement,
+        cosine=cosine / len(each),
+        accuracy_dense=tally.accuracy(tally.right_dense),
+        accuracy_slim=tally.accuracy(tally.right_slim),
     )
 
 
