@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import fx, nn
 
-from rba_compress.plan import Block, Branch, Chain, Path, Refusal, Signature
+from rba_compress.demand import ALL, demand
+from rba_compress.plan import Block, Branch, Chain, Input, Path, Refusal, Signature
 from rba_compress.recorder import Call, Recording, module_stack
 
 _aten = torch.ops.aten
@@ -352,6 +354,7 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
         blocks.append(block)
     shape = head.entry.meta["shape"]
     width = shape[axis]
+    reads, unread = _read_positions(recording, tail.stream, axis)
     return Chain(
         name=head.call.path.rpartition(".")[0] or head.call.path,
         blocks=tuple(blocks),
@@ -360,6 +363,8 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
         axis=axis,
         positions=int(torch.Size(shape).numel()) // width // recording.samples,
         class_tokens=_class_tokens(tail.stream),
+        reads=reads,
+        unread=unread,
         macs=tuple(recording.macs_of(b.path) for b in blocks),
         params=tuple(sum(p.numel() for p in model.get_submodule(b.path).parameters()) for b in blocks),
     )
@@ -389,10 +394,14 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         ]
         if len(before) != 1 or len(after) != 1:
             return "its stream has several names in the graph"
+        outer = dict.fromkeys(n for g in model.graph.nodes if g in group for n in g.all_input_nodes)
+        sides = [n.name for n in outer if n not in group and n.op != "get_attr" and n.name != before[0]]
         return Block(
             path=call.path,
             type=call.type,
+            signature=_graph_signature(recording, [before[0], *sides]),
             nodes=(before[0], after[0]),
+            sides=tuple(sides),
             branches=_branches(model, member),
         )
     place = next((p for p, node in call.inputs.items() if node is entry), None)
@@ -405,7 +414,7 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
     return Block(
         path=call.path,
         type=call.type,
-        signature=Signature(stream=place, output=template),
+        signature=Signature(stream=place, output=template, **_arguments(call)),
         branches=_branches(model, member),
     )
 
@@ -432,6 +441,46 @@ def _template(call: Call, stream: fx.Node) -> Any:
         raise TypeError(f"it returns a {type(value).__name__}, which cannot be rebuilt")
 
     return encode(call.result)
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """What a block is called with, for a `Signature`; nothing where it cannot be written down."""
+    paths = {id(node): index for index, node in enumerate(call.inputs.values())}
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ["args", paths[id(value)]]
+        if type(value) in (tuple, list):
+            return {type(value).__name__: [encode(item) for item in value]}
+        if type(value) is dict:
+            return {"dict": {key: encode(item) for key, item in value.items()}}
+        if value is None:
+            return None
+        if isinstance(value, (bool, int, float, str)):
+            return {"value": value}
+        raise TypeError(f"it is called with a {type(value).__name__}")
+
+    try:
+        template = encode(call.given)
+    except TypeError:
+        return {}
+    inputs = tuple(_input(path, node) for path, node in call.inputs.items())
+    return {"arguments": template, "inputs": inputs}
+
+
+def _input(path: Path, node: fx.Node) -> Input:
+    dtype = str(node.meta["dtype"]).removeprefix("torch.")
+    return Input(path=path, shape=node.meta["shape"], dtype=dtype)
+
+
+def _graph_signature(recording: Recording, names: list[str]) -> Signature:
+    """Of a call with the values of a GraphModule's nodes, in order, the stream first."""
+    if any(name not in recording.values for name in names):
+        return Signature()  # one of them is a number
+    inputs = tuple(_input(("args", i), recording.values[n]) for i, n in enumerate(names))
+    places: list[JsonValue] = [["args", i] for i in range(len(names))]
+    arguments: JsonValue = {"dict": {"args": {"tuple": places}, "kwargs": {"dict": {}}}}
+    return Signature(arguments=arguments, inputs=inputs)
 
 
 def _channel_axis(candidate: _Candidate) -> int | None:
@@ -482,6 +531,22 @@ def _follow(
     if packet in _RESHAPES and shape[-1] == before[-1]:
         return [*[None] * (len(shape) - 1), order[-1]]
     return None
+
+
+def _read_positions(recording: Recording, stream: fx.Node, axis: int) -> tuple[int, str]:
+    """How many positions of a stream are read, the first ones; or 0, and why all are."""
+    shape = stream.meta["shape"]
+    if len(shape) != 3 or axis != 2:
+        return 0, "its positions are not tokens"
+    if shape[1] == 1:
+        return 0, "it has one position"
+    found = demand(recording.graph)
+    need = found.needs.get(stream, ALL)
+    if need.dim != 1:
+        return 0, found.reader(stream, 1)
+    if 2 * need.count > shape[1]:
+        return 0, f"position {need.count - 1} of {shape[1]} is read"
+    return need.count, ""
 
 
 def _class_tokens(stream: fx.Node) -> tuple[int, ...]:

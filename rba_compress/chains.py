@@ -6,7 +6,8 @@ cannot be replaced exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from rba_compress.analysis import analyse, nested
 from rba_compress.batches import Batch, as_batch, main_output
-from rba_compress.errors import NoChainError
-from rba_compress.plan import Block, Chain, Refusal, Signature
+from rba_compress.errors import ModelError, NoChainError
+from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
+from rba_compress.thinning import Traces, thin
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Support:
         for chain in self.chains:
             kind = chain.blocks[0].type
             lines.append(f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}")
+            if chain.reads:
+                lines.append(
+                    f"  behind it the first {chain.reads} of {chain.positions} positions are read"
+                )
+            else:
+                lines.append(f"  behind it every position is computed: {chain.unread}")
+            units = dict.fromkeys(u.unit for block in chain.blocks for u in block.units)
+            lines.append(f"  units: {', '.join(('span', *units))}")
         lines += [f"refused {refusal}" for refusal in self.refusals]
         return "\n".join(lines) or "no module maps a tensor to one of the same shape"
 
@@ -63,27 +73,74 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     batch = batch.to(model)
     first = batch.select(list(range(min(2, size))))
     recording = record(model, first)
-    analysis, again = analyse(model, recording), None
-    if size > 2:
-        other = record(model, batch.select(list(range(size))[-2:]))
-        again = [chain.blocks for chain in analyse(model, other).chains]
+    analysis = analyse(model, recording)
+    again = [analyse(model, record(model, other)).chains for other in _others(batch)]
     found: list[Chain] = []
     refusals: list[Refusal] = []
     for chain in analysis.chains:
         if any(nested(b.path, o.path) for b in chain.blocks for c in found for o in c.blocks):
             continue
-        if again is not None and chain.blocks not in again:
+        joined: Chain | None = chain
+        for others in again:
+            joined = None if joined is None else _joined(joined, others)
+        if joined is None:
             refusals.append(_refuse(chain, "its control flow differs between two batches"))
             continue
-        verified, refused = _verified(model, chain, first)
+        verified, refused = _verified(model, joined, first)
         refusals += refused
-        found += verified
+        found += [_with_units(model, each, first) for each in verified]
     order = [call.path for call in recording.calls]
     found.sort(key=lambda chain: order.index(chain.blocks[0].path))
     seen = [path for chain in found for path in (b.path for b in chain.blocks)]
     told = [path for refusal in refusals for path in refusal.paths]
     refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
     return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+
+
+def _others(batch: Batch) -> list[Batch]:
+    """Batches of two that may take other ways through the model than the first two samples."""
+    found = []
+    if len(batch) > 2:
+        found.append(batch.select([len(batch) - 2, len(batch) - 1]))
+    mask = batch.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # A mask of ones is often dropped on the way, one with a zero is not.
+        for last in (0, 1):
+            full = torch.ones_like(mask)
+            full[0, -1] = last
+            masked = replace(batch, kwargs={**batch.kwargs, "attention_mask": full})
+            found.append(masked.select(list(range(min(2, len(batch))))))
+    return found
+
+
+def _joined(chain: Chain, others: Sequence[Chain]) -> Chain | None:
+    """The chain, where it is among others, with every way in which its blocks are called there."""
+    other = next((o for o in others if [*map(_core, o.blocks)] == [*map(_core, chain.blocks)]), None)
+    if other is None:
+        return None
+    blocks = [_with_variant(a, b.signature) for a, b in zip(chain.blocks, other.blocks, strict=True)]
+    same = chain.reads == other.reads
+    return chain.model_copy(
+        update={
+            "blocks": tuple(blocks),
+            "reads": chain.reads if same else 0,
+            "unread": chain.unread if same else "which of its positions are read differs",
+        }
+    )
+
+
+def _core(block: Block) -> Block:
+    signature = Signature(stream=block.signature.stream, output=block.signature.output)
+    return block.model_copy(update={"signature": signature, "variants": ()})
+
+
+def _with_variant(block: Block, other: Signature) -> Block:
+    known = (block.signature, *block.variants)
+    if not all(signature.inputs for signature in (*known, other)):
+        return block.model_copy(update={"signature": _core(block).signature, "variants": ()})
+    if any(signature.arguments == other.arguments for signature in known):
+        return block
+    return block.model_copy(update={"variants": (*block.variants, other)})
 
 
 def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain], list[Refusal]]:
@@ -173,6 +230,84 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
         return f"the code around it reads its attribute {missing[0] if missing else error!r}"
     except Exception as error:  # noqa: BLE001  a chain that cannot be run is refused with its error
         return f"the rewritten model fails: {type(error).__name__}: {error}"
+    return None
+
+
+# --- what blocks can be thinned to
+
+
+def _with_units(model: nn.Module, chain: Chain, batch: Batch) -> Chain:
+    """The chain with the units of its blocks and what they cost, as far as surgery bears them out.
+
+    Blocks of one kind and size share what is found out about the first of them.
+    """
+    traces, known, blocks = Traces(), {}, []
+    reads, unread = chain.reads, chain.unread
+    if reads and (flaw := _flaw(model, chain, len(chain) - 1, "read_out", batch, traces)):
+        reads, unread = 0, flaw
+    for b, block in enumerate(chain.blocks):
+        key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
+        if key not in known:
+            known[key] = _units(model, chain, b, reads, batch, traces)
+        blocks.append(block.model_copy(update={"units": known[key]}))
+    return chain.model_copy(update={"blocks": tuple(blocks), "reads": reads, "unread": unread})
+
+
+def _units(
+    model: nn.Module, chain: Chain, b: int, reads: int, batch: Batch, traces: Traces
+) -> tuple[UnitCost, ...]:
+    block = chain.blocks[b]
+    flaw = _flaw(model, chain, b, "whole", batch, traces)
+    wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
+    if flaw is None:
+        wanted += [("attention_free", False), ("mlp_free", False)]
+        if reads:
+            wanted += [("read_out_mlp", False), ("attention_free", True), ("mlp_free", True)]
+    found = []
+    for unit, narrow in wanted:
+        exact = narrow and unit != "attention_free"
+        copy = copy_model(model, share=True)
+        try:
+            thinned = thin(copy, block, nn.Identity(), traces, unit=unit, reads=reads, exact=exact)
+        except ModelError:
+            continue
+        macs = _macs(thinned, block.signature, reads if narrow and not exact else None)
+        params = sum(p.numel() for p in thinned.parameters())
+        found.append(UnitCost(unit=unit, narrow=narrow, macs=macs, params=params))
+    whole = chain.macs[b]
+    return tuple(cost for cost in found if cost.macs < whole)
+
+
+def _macs(thinned: nn.Module, signature: Signature, reads: int | None) -> int:
+    """Of one sample, for all positions or for the read ones alone."""
+    parameter = next((p for p in thinned.parameters() if p.is_floating_point()), torch.empty(0))
+    tensors = [given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs]
+    if reads is not None:
+        tensors[signature.stream_index] = tensors[signature.stream_index][:, :reads]
+    args, kwargs = signature.call(tensors)
+    return record(thinned, Batch(args, kwargs, None)).macs
+
+
+def _flaw(
+    model: nn.Module, chain: Chain, b: int, unit: Unit, batch: Batch, traces: Traces
+) -> str | None:
+    """Why a block cannot be run from its graph, or None: it was, and the output stayed the same."""
+    exact, block = unit == "read_out", chain.blocks[b]
+    slim = copy_model(model, share=True)
+    try:
+        how = {"unit": unit, "reads": chain.reads, "exact": exact}
+        replace_blocks(slim, [block], thin(slim, block, nn.Identity(), traces, **how))  # type: ignore[arg-type]
+        with evaluating(model), evaluating(slim):
+            dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
+        return f"the thinned model fails: {type(error).__name__}: {error}"
+    if dense.shape != found.shape:
+        return "the model's output has another shape without them"
+    allowed = min(1000 * torch.finfo(dense.dtype).eps, 0.05) * dense.abs().max()
+    if not bool((dense - found).abs().max() <= allowed) and bool(torch.isfinite(dense).all()):
+        return "the model's output is another one without them"
     return None
 
 

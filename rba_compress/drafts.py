@@ -10,10 +10,10 @@ from torch import Tensor
 from rba_compress.calibration import ChainProfile
 from rba_compress.judge import Judged
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
-from rba_compress.plan import Chain, Plan, Refit, Replacement
+from rba_compress.plan import Chain, Plan, Refit, Replacement, Unit
 
-Span = tuple[int, int, int]
-"""(chain, start, stop)."""
+Site = tuple[int, int, int, Unit]
+"""(chain, start, stop, unit): where something may be done, and what."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """A span and a map for it, fitted behind a draft."""
+    """A unit at a site and its map, fitted behind a draft."""
 
     chain: int
     replacement: Replacement
@@ -67,8 +67,9 @@ class Move:
     """Of the layer before the span, where the map is folded into it."""
 
     @property
-    def span(self) -> Span:
-        return self.chain, self.replacement.start, self.replacement.stop
+    def site(self) -> Site:
+        new = self.replacement
+        return self.chain, new.start, new.stop, new.unit
 
     @property
     def boundary(self) -> int:
@@ -87,42 +88,103 @@ def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:
     return {f"{replacement.key}{name}": tensor for name, tensor in fit.tensors.items()}
 
 
-def span_saving(
-    chain: Chain, start: int, stop: int, spec: MapSpec, *, times: Sequence[float] = ()
-) -> Load:
-    """What the network no longer costs with that span replaced.
-
-    `times` are the shares of each block in the network's time; a map is taken to run as fast, per MAC,
-    as the blocks it replaces.
-    """
-    blocks = sum(chain.macs[start:stop])
-    macs = blocks - chain.positions * map_macs(spec, chain.width)
-    return Load(
-        macs=macs,
-        params=sum(chain.params[start:stop]) - map_parameters(spec, chain.width),
-        latency=sum(times[start:stop]) * macs / blocks if times and blocks else 0.0,
-    )
-
-
-def replaced_blocks(plan: Plan, chain: Chain) -> set[int]:
-    """Blocks of a chain that are replaced."""
-    replaced = [r for r in plan.replacements if r.chain == chain.name]
-    return {b for r in replaced for b in range(r.start, r.stop)}
-
-
-def replacement_of(chain: Chain, start: int, stop: int, fit: Fit) -> Replacement:
-    """The decision behind a fit."""
+def skip(chain: Chain, start: int, stop: int, unit: Unit) -> Replacement:
+    """A unit whose map is the identity."""
     return Replacement(
         chain=chain.name,
         start=start,
         stop=stop,
         blocks=chain.blocks[start:stop],
-        map=fit.spec,
+        map=MapSpec(kind="identity"),
         width=chain.width,
         ndim=chain.ndim,
         axis=chain.axis,
-        diagnostics=fit.diagnostics,
+        unit=unit,
+        reads=chain.reads if unit in ("read_out", "read_out_mlp") else 0,
     )
+
+
+def chain_load(
+    chain: Chain, replacements: Sequence[Replacement], *, times: Sequence[float] = ()
+) -> Load:
+    """What the blocks of a chain cost with some of them replaced.
+
+    `times` are the shares of each block in the network's time; what is left of a block is taken to run
+    as fast, per MAC, as the block.
+    """
+    own = [r for r in replacements if r.chain == chain.name]
+    at = {b: r for r in own for b in range(r.start, r.stop)}
+    # Behind an exact read-out the stream carries the read positions alone.
+    exact = max((r.start for r in own if r.exact), default=len(chain))
+    macs, params, latency = 0, 0, 0.0
+    for b in range(len(chain)):
+        new, cost = at.get(b), (chain.macs[b], chain.params[b])
+        if new is not None:
+            left = None
+            if new.unit != "span":
+                left = chain.blocks[b].cost(new.unit, narrow=new.exact or b > exact)
+            cost = (0, 0) if left is None else (left.macs, left.params)
+            if b == new.start and not (new.exact and new.unit == "read_out"):
+                positions = chain.reads if new.exact or b > exact else chain.positions - new.reads
+                mapped = positions * map_macs(new.map, chain.width)
+                cost = cost[0] + mapped, cost[1] + map_parameters(new.map, chain.width)
+        macs, params = macs + cost[0], params + cost[1]
+        if times and chain.macs[b]:
+            latency += times[b] * cost[0] / chain.macs[b]
+    return Load(macs, params, latency)
+
+
+def saving(
+    chains: Sequence[Chain],
+    replacements: Sequence[Replacement],
+    *,
+    times: Sequence[Sequence[float]] = (),
+) -> Load:
+    """What a network no longer costs with some of its blocks replaced; `times` of every chain."""
+    total = Load(0, 0)
+    for chain, shares in zip(chains, times or [()] * len(chains), strict=True):
+        before = chain_load(chain, (), times=shares)
+        total += before - chain_load(chain, replacements, times=shares)
+    return total
+
+
+def with_read_outs(solution: Solution, chains: Sequence[Chain]) -> Solution:
+    """The solution without what its output does not read; the output is the same.
+
+    In each chain, the last block that mixes positions computes the read ones alone. Maps behind it, and
+    blocks without their attention, treat positions apart.
+    """
+    for chain in chains:
+        own = [r for r in solution.plan.replacements if r.chain == chain.name]
+        at = {b: r for r in own for b in range(r.start, r.stop)}
+        for b in reversed(range(len(chain)) if chain.reads else ()):
+            old = at.get(b)
+            if old is not None and old.unit in ("span", "attention_free"):
+                continue
+            exact = {"exact": True, "reads": chain.reads}
+            if old is not None and old.unit == "mlp_free":
+                new, tensors = old.model_copy(update=exact), solution.tensors
+            else:
+                new, tensors = skip(chain, b, b + 1, "read_out").model_copy(update=exact), {}
+            if chain.blocks[b].cost(new.unit, narrow=True) is not None:
+                kept = {key: value for key, value in tensors.items() if key.startswith(new.key)}
+                drop = [] if old is None else [old]
+                solution = changed(solution, drop=drop, add=[new], tensors=kept)
+            break
+    return solution
+
+
+def replaced_blocks(plan: Plan, chain: Chain, *, thinned: bool = True) -> set[int]:
+    """Blocks of a chain that are replaced, or thinned."""
+    replaced = [r for r in plan.replacements if r.chain == chain.name]
+    wanted = [r for r in replaced if thinned or r.unit == "span"]
+    return {b for r in wanted for b in range(r.start, r.stop)}
+
+
+def replacement_of(chain: Chain, start: int, stop: int, fit: Fit, unit: Unit = "span") -> Replacement:
+    """The decision behind a fit."""
+    update = {"map": fit.spec, "diagnostics": fit.diagnostics}
+    return skip(chain, start, stop, unit).model_copy(update=update)
 
 
 def changed(
@@ -146,26 +208,31 @@ def changed(
 
 
 def with_move(draft: Draft, move: Move) -> Solution:
-    """The draft's solution with a move; what was refitted in blocks that it replaces is dropped, and a
-    span that was folded into them is skipped from then on.
+    """The draft's solution with a move; what was thinned or refitted of blocks that it replaces is
+    dropped, and a span that was folded into them is skipped from then on.
     """
     new = move.replacement
+    over = [
+        r
+        for r in draft.solution.plan.replacements
+        if r.chain == new.chain and r.start < new.stop and new.start < r.stop
+    ]
     gone = [
         r
         for r in draft.solution.plan.refits
         if (r.chain == new.chain and new.start <= r.block < new.stop)
         or (move.refit is not None and r.path == move.refit.path)
     ]
-    skip = {"map": MapSpec(kind="identity"), "diagnostics": None}
+    bare = {"map": MapSpec(kind="identity"), "diagnostics": None}
     lost = [
         r
         for r in draft.solution.plan.replacements
-        if set(folded_for(draft.solution.plan, r)).intersection(gone)
+        if r not in over and set(folded_for(draft.solution.plan, r)).intersection(gone)
     ]
-    added: list[Replacement | Refit] = [new, *(r.model_copy(update=skip) for r in lost)]
+    added: list[Replacement | Refit] = [new, *(r.model_copy(update=bare) for r in lost)]
     if move.refit is not None:
         added.append(move.refit)
-    return changed(draft.solution, drop=[*gone, *lost], add=added, tensors=move.tensors)
+    return changed(draft.solution, drop=[*gone, *lost, *over], add=added, tensors=move.tensors)
 
 
 def folded_for(plan: Plan, old: Replacement) -> list[Refit]:

@@ -8,23 +8,28 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from rba_compress.batches import Batch
+from rba_compress.calibration import Profile
 from rba_compress.drafts import (
     Draft,
     Load,
     Move,
+    Site,
     Solution,
-    Span,
     changed,
     keyed,
     replaced_blocks,
     replacement_of,
-    span_saving,
+    saving,
+    skip,
+    with_move,
+    with_read_outs,
 )
-from rba_compress.fitting import Walk, span_rows
+from rba_compress.fitting import SpanRows, Walk, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
 from rba_compress.moments import PairMoments
-from rba_compress.plan import Branch, Chain, Config, Refit
+from rba_compress.plan import Branch, Plan, Refit, Replacement
 from rba_compress.surgery import splice_shared
+from rba_compress.thinning import Traces
 
 
 class Fitter:
@@ -33,11 +38,12 @@ class Fitter:
     `samples` counts those that were sent through a whole network's worth of blocks.
     """
 
-    def __init__(
-        self, model: nn.Module, chains: Sequence[Chain], config: Config, batches: Sequence[Batch]
-    ) -> None:
-        self.model, self.chains, self.config, self.batches = model, chains, config, batches
+    def __init__(self, model: nn.Module, profile: Profile, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.dense, self.config = profile.dense, profile.config
+        self.chains = [entry.chain for entry in profile.chains]
         self.samples = 0.0
+        self.traces = Traces()
         self.times: list[list[float]] = []
         """Of each chain, the shares of its blocks in the network's time, where they are needed."""
 
@@ -48,54 +54,102 @@ class Fitter:
 
     def slim(self, solution: Solution) -> nn.Module:
         """The rewritten network, on the original's weights."""
-        return splice_shared(self.model, solution.plan, solution.tensors)
+        return splice_shared(self.model, solution.plan, solution.tensors, self.traces)
+
+    def handed_out(self, solution: Solution) -> Solution:
+        """The solution as it leaves the search: what the output does not read is not computed, unless
+        all of it is asked for. The output is the same.
+        """
+        return with_read_outs(solution, () if self.config.keep_features else self.chains)
+
+    def load(self, plan: Plan) -> Load:
+        """What the network costs under a plan; the share of latency is an estimate."""
+        replacements = self.handed_out(Solution(plan, {})).plan.replacements
+        return Load(self.dense.macs, self.dense.params, 1.0) - saving(
+            self.chains, replacements, times=self.times
+        )
+
+    def skipped(self, site: Site) -> Replacement:
+        """What is at a site with the identity for a map."""
+        c, start, stop, unit = site
+        return skip(self.chains[c], start, stop, unit)
 
     def class_weight(self, chain: int) -> float:
         """How often a class token's row counts in fits."""
         return self.config.class_weight or float(self.chains[chain].positions)
 
-    def saving(self, span: Span, spec: MapSpec) -> Load:
-        """What the network no longer costs with a span replaced."""
-        c, start, stop = span
-        times = self.times[c] if self.times else ()
-        return span_saving(self.chains[c], start, stop, spec, times=times)
+    def saving(self, draft: Draft, site: Site) -> Load:
+        """What the identity at a site would save, at the most."""
+        move = Move(site[0], self.skipped(site), {}, Load(0, 0))
+        return self.load(draft.solution.plan) - self.load(with_move(draft, move).plan)
 
-    def moves(self, draft: Draft, spans: Sequence[Span]) -> list[Move]:
-        """Every map over every span, fitted in one pass for each chain."""
+    def moves(self, draft: Draft, sites: Sequence[Site]) -> list[Move]:
+        """Every map of every site, fitted in one pass for each chain."""
         slim, found = self.slim(draft.solution), []
         for c, chain in enumerate(self.chains):
-            wanted = [(start, stop) for k, start, stop in spans if k == c]
+            wanted = [site for site in sites if site[0] == c]
             if not wanted:
                 continue
             taken, folds = replaced_blocks(draft.solution.plan, chain), {}
             if "folded" in self.config.maps:
                 folds = {
-                    b + 1: block.branches[-1]
+                    float(b + 1): block.branches[-1]
                     for b, block in enumerate(chain.blocks)
                     if block.branches and b not in taken
                 }
-            rows = span_rows(self.model, slim, chain, self.batches, spans=wanted, folds=folds)
-            last = max(stop for _, stop in wanted) + max(start for start, _ in wanted)
-            self.samples += self.held * last / len(chain)
-            for start, stop in wanted:
-                of_start, columns, weight = rows[start], rows[start].columns(stop), self.class_weight(c)
-                pair = of_start.maps.weighted(weight).targets(columns)
-                lacking = None
-                if of_start.folds is not None:
-                    lacking = of_start.folds.weighted(weight).targets(columns)
-                for spec in self.config.specs(chain.width):
-                    if spec.kind != "folded":
-                        found.append(self._map((c, start, stop), spec, pair))
-                    elif lacking is not None:
-                        mapped = self._map((c, start, stop), spec, pair)
-                        found.append(self._folded(slim, mapped, lacking, folds[start]))
+            # Between its sublayers a block is seen in a traced copy; its layers are no modules there.
+            inner = [s for s in wanted if self.skipped(s).between]
+            found += self._chain_moves(slim, c, inner, {})
+            found += self._chain_moves(slim, c, [s for s in wanted if s not in inner], folds)
+        before = self.load(draft.solution.plan)
+        return [replace(m, saving=before - self.load(with_move(draft, m).plan)) for m in found]
+
+    def _chain_moves(
+        self, slim: nn.Module, c: int, sites: Sequence[Site], folds: dict[float, Branch]
+    ) -> list[Move]:
+        """Every map of sites in one chain, fitted in one pass."""
+        if not sites:
+            return []
+        chain, bare, found = self.chains[c], [self.skipped(site) for site in sites], []
+        inner = [chain.blocks[b] for b in sorted({r.start for r in bare if r.between})]
+        sources = [chain.blocks[b] for b in sorted({r.start for r in bare if r.source % 1})]
+        rows = span_rows(
+            probed(self.model, inner, self.traces),
+            probed(slim, sources, self.traces),
+            chain,
+            self.batches,
+            spans=[(r.source, r.target) for r in bare],
+            folds=folds,
+        )
+        last = max(r.stop for r in bare) + max(r.start for r in bare)
+        self.samples += self.held * last / len(chain)
+        for site, new in zip(sites, bare, strict=True):
+            found += self._site_moves(slim, site, new, rows[new.source], folds.get(new.source))
         return found
 
-    def _map(self, span: Span, spec: MapSpec, pair: PairMoments) -> Move:
-        c, start, stop = span
+    def _site_moves(
+        self, slim: nn.Module, site: Site, new: Replacement, rows: SpanRows, fold: Branch | None
+    ) -> list[Move]:
+        """Every map of one site."""
+        columns, weight = rows.columns(new.target), self.class_weight(site[0])
+        # In a read-out the map is of the positions that are not read.
+        pair = rows.maps.others if new.reads else rows.maps.weighted(weight)
+        pair, found = pair.targets(columns), []
+        lacking = None
+        if rows.folds is not None and fold is not None:
+            lacking = rows.folds.weighted(weight).targets(columns)
+        for spec in self.config.specs(self.chains[site[0]].width, new.unit):
+            if spec.kind != "folded":
+                found.append(self._map(site, spec, pair))
+            elif lacking is not None and fold is not None:
+                found.append(self._folded(slim, self._map(site, spec, pair), lacking, fold))
+        return found
+
+    def _map(self, site: Site, spec: MapSpec, pair: PairMoments) -> Move:
+        c, start, stop, unit = site
         fit = fit_map(spec, pair)
-        replacement = replacement_of(self.chains[c], start, stop, fit)
-        return Move(c, replacement, keyed(replacement, fit), self.saving(span, spec))
+        replacement = replacement_of(self.chains[c], start, stop, fit, unit)
+        return Move(c, replacement, keyed(replacement, fit), Load(0, 0))
 
     def _folded(self, slim: nn.Module, move: Move, gap: PairMoments, branch: Branch) -> Move:
         """The move with its map folded into the layer before its span, whose output lacks the gap."""

@@ -8,6 +8,7 @@ weight of theirs comes from one pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from rba_compress.batches import Batch
 from rba_compress.moments import PairMoments
-from rba_compress.plan import Branch, Chain
+from rba_compress.plan import Block, Branch, Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import Observed, attention_mask, observe
 from rba_compress.surgery import copy_model, replace_blocks
+from rba_compress.thinning import Traces, thin
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Rows:
         counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
         if mask is not None and mask.shape == counted.shape:
             counted = mask
-        if not chain.class_tokens:
+        read = sorted({*chain.class_tokens, *range(chain.reads)})
+        if not read:
             return cls(PairMoments.from_rows(x[counted], y[counted]))
         tokens = torch.zeros_like(counted)
-        tokens[:, list(chain.class_tokens)] = True
+        tokens[:, read] = True
         others, tokens = counted & ~tokens, counted & tokens
         return cls(
             PairMoments.from_rows(x[others], y[others]), PairMoments.from_rows(x[tokens], y[tokens])
@@ -60,22 +63,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class SpanRows:
-    """For one first block: (g_i, [h_j of every j]), and the same for the layer before it."""
+    """For one source i: (g_i, [h_j of every target j]), and the same for the layer before it."""
 
-    stops: tuple[int, ...]
+    targets: tuple[float, ...]
     width: int
     maps: Rows
     folds: Rows | None
     """(features of the last linear layer before the span, [(h_j - g_i) / scale])."""
 
-    def columns(self, stop: int) -> slice:
-        """Where the target `stop` stands among the columns."""
-        index = self.stops.index(stop)
+    def columns(self, target: float) -> slice:
+        """Where a target stands among the columns."""
+        index = self.targets.index(target)
         return slice(index * self.width, (index + 1) * self.width)
 
     def __add__(self, other: SpanRows) -> SpanRows:
         folds = None if self.folds is None or other.folds is None else self.folds + other.folds
-        return SpanRows(self.stops, self.width, self.maps + other.maps, folds)
+        return SpanRows(self.targets, self.width, self.maps + other.maps, folds)
 
 
 def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
@@ -94,33 +97,56 @@ def _lacking(gap: Tensor, scale: Tensor | float) -> Tensor:
     return gap / torch.where(scale.abs() > 1e-6, scale, torch.inf)
 
 
+def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Module:
+    """The same network, in which `<block>.map` sees the stream between a block's sublayers."""
+    if not blocks:
+        return model
+    copy = copy_model(model, share=True)
+    for block in blocks:
+        thinned = thin(copy, block, nn.Identity(), traces, unit="whole")
+        replace_blocks(copy, [block], thinned)
+    return copy
+
+
 def span_rows(
     dense: nn.Module,
     slim: nn.Module,
     chain: Chain,
     batches: Iterable[Batch],
     *,
-    spans: Sequence[tuple[int, int]],
-    folds: dict[int, Branch],
-) -> dict[int, SpanRows]:
-    """The moments of every span, by first block, in one pass of both networks.
+    spans: Sequence[tuple[float, float]],
+    folds: dict[float, Branch],
+) -> dict[float, SpanRows]:
+    """The moments of every pair of source and target, by source, in one pass of both networks.
 
     Args:
-        spans: (start, stop), each boundary present in `slim`.
-        folds: the last branch before a first block, where that can be refitted.
+        dense, slim: with a probe where a source or target lies between sublayers.
+        spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
+        folds: the last branch before a source, where that can be refitted.
     """
-    stops = {i: tuple(sorted(j for start, j in spans if start == i)) for i, _ in spans}
-    last = max(j for _, j in spans)
-    found: dict[int, SpanRows] = {}
-    paths = [folds[i].path for i in stops if i in folds]
+    targets = {i: tuple(sorted({j for start, j in spans if start == i})) for i, _ in spans}
+    found: dict[float, SpanRows] = {}
+    middles = sorted({place for span in spans for place in span if place % 1})
+    paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
+    layers = [folds[i].path for i in targets if i in folds]
+    last_h = math.ceil(max(j for _, j in spans))
+    last_g = math.ceil(max(targets))
+
+    def streams(seen: Observed) -> dict[float, Tensor]:
+        between = {i: seen.layers[path][0] for i, path in paths.items() if path in seen.layers}
+        return {float(i): h for i, h in seen.streams[0].items()} | between
+
     with evaluating(dense), evaluating(slim):
         for moved in batches:
-            h = observe(dense, [chain], moved, stop=(0, last)).streams[0]
-            seen = observe(slim, [chain], moved, layers=paths, stop=(0, max(stops)))
-            g, mask = seen.streams[0], attention_mask(moved, chain)
-            for i, ends in stops.items():
-                targets = torch.cat([h[j] for j in ends], chain.axis)
-                maps = Rows.of(chain, g[i], targets, mask)
+            # Targets are the dense network's, sources the other's.
+            read = [paths[i] for i in middles]
+            h = streams(observe(dense, [chain], moved, layers=read, stop=(0, last_h)))
+            read = [paths[i] for i in targets if i in paths]
+            seen = observe(slim, [chain], moved, layers=[*layers, *read], stop=(0, last_g))
+            g, mask = streams(seen), attention_mask(moved, chain)
+            for i, ends in targets.items():
+                wanted = torch.cat([h[j] for j in ends], chain.axis)
+                maps = Rows.of(chain, g[i], wanted, mask)
                 gaps = None
                 if i in folds:
                     scale = scale_of(slim, folds[i])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch import Tensor
 
 from rba_compress.errors import BudgetError
 from rba_compress.maps import Diagnostics, Kind, MapSpec
@@ -28,6 +30,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 Path = tuple[str | int, ...]
 """Where a tensor sits in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
+
+
+Unit = Literal["span", "whole", "read_out", "attention_free", "mlp_free", "read_out_mlp"]
+"""What is done to a block: see `rba_compress.thinning`; a span of blocks is replaced by one map."""
 
 
 class _Frozen(BaseModel):
@@ -128,6 +134,10 @@ class Config(_Frozen):
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
+    units: tuple[Unit, ...] = ("span", "read_out", "attention_free", "mlp_free", "read_out_mlp")
+    """What to try: maps over spans of blocks, and thinner blocks where the network offers them."""
+    keep_features: bool = False
+    """Compute every position of every stream, also those that the output does not read."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
     fold_damping: float = Field(0.01, ge=0)
@@ -156,16 +166,34 @@ class Config(_Frozen):
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
 
-    def specs(self, width: int) -> list[MapSpec]:
-        """Every map to try, the identity first."""
+    def specs(self, width: int, unit: Unit = "span") -> list[MapSpec]:
+        """Every map to try, the identity first; none is folded into a block that is thinned."""
         found = []
         for kind in dict.fromkeys(("identity", *self.maps)):
+            if kind == "folded" and unit != "span":
+                continue
             damped = kind in ("affine", "shrunk", "low_rank")
             damping = self.fold_damping if kind == "folded" else self.damping if damped else 0.0
             rank = min(self.rank or max(1, width // 4), width) if kind == "low_rank" else None
             dial = self.shrinks if kind in ("shrunk", "folded") else (None,)
             found += [MapSpec(kind=kind, damping=damping, rank=rank, shrink=a) for a in dial]
         return found
+
+
+class Input(_Frozen):
+    """A tensor that a block is called with."""
+
+    path: Path
+    shape: tuple[int, ...]
+    """As it was seen, with two samples."""
+    dtype: str
+
+    def zeros(self, parameter: Tensor, *, like: Input) -> Tensor:
+        """Such a tensor on a parameter's device; where its dtype is that of `like`, in its dtype."""
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point and self.dtype == like.dtype:
+            dtype = parameter.dtype
+        return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
 
 
 class Signature(_Frozen):
@@ -177,6 +205,10 @@ class Signature(_Frozen):
 
     stream: Path = ("args", 0)
     output: JsonValue = "stream"
+    arguments: JsonValue = None
+    """A template of {"args": ..., "kwargs": ...}, in which ["args", i] is `inputs[i]`."""
+    inputs: tuple[Input, ...] = ()
+    """Every tensor of a call; empty where a call cannot be written down."""
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stream among the inputs of a call."""
@@ -191,6 +223,49 @@ class Signature(_Frozen):
     def rebuild(self, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a call whose stream is `stream`, side inputs passed by."""
         return _fill(self.output, stream, args, kwargs)
+
+    @property
+    def stream_index(self) -> int:
+        """Which of the inputs is the stream."""
+        return next(i for i, given in enumerate(self.inputs) if given.path == self.stream)
+
+    def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with these inputs."""
+        filled = _fill(self.arguments, None, tuple(tensors), {})
+        return tuple(filled["args"]), filled["kwargs"]
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs of a call."""
+        return [_at(args, kwargs, given.path) for given in self.inputs]
+
+    def mismatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What of a call is not as it was when it was seen, but for the tensors' values; or None."""
+        assert isinstance(self.arguments, dict)
+        return _differs(self.arguments, {"args": args, "kwargs": kwargs}, "")
+
+
+def _differs(template: JsonValue, given: Any, place: str) -> str | None:
+    if isinstance(template, list):
+        return None if hasattr(given, "shape") else f"{place} is {given!r} where it was a tensor"
+    if isinstance(template, dict):
+        ((kind, content),) = template.items()
+        if kind == "value":
+            same = type(content) is type(given) and content == given
+            return None if same else f"{place} is {given!r} where it was {content!r}"
+        if kind == "dict":
+            assert isinstance(content, dict)
+            keys = [*content, *(key for key in given if key not in content)]
+            pairs = [(key, content.get(key), given.get(key)) for key in keys]
+        else:
+            assert isinstance(content, list)
+            longer = max(len(content), len(given))
+            pairs = [
+                (i, *(v[i] if i < len(v) else None for v in (content, given)))  # type: ignore[misc]
+                for i in range(longer)
+            ]
+        found = (_differs(a, b, f"{place}[{key!r}]" if place else str(key)) for key, a, b in pairs)
+        return next((flaw for flaw in found if flaw is not None), None)
+    return None if given is None else f"{place} is a {type(given).__name__} where it was None"
 
 
 def _at(args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[Any]) -> Any:
@@ -240,17 +315,37 @@ class Branch(_Frozen):
     """A parameter (d,), the layer scale."""
 
 
+class UnitCost(_Frozen):
+    """What is left to pay of a block that is thinned, its map aside."""
+
+    unit: Unit
+    narrow: bool
+    """Whether for the read positions alone."""
+    macs: int
+    params: int
+
+
 class Block(_Frozen):
     """A replaceable block: its module path, and how it is wired."""
 
     path: str
     type: str
-    signature: Signature | None = None
-    """In a plain module: how it is called."""
+    signature: Signature = Signature()
+    """How it is called; in a GraphModule, as a module that takes the stream and `sides`."""
+    variants: tuple[Signature, ...] = ()
+    """Other ways in which it is called, with a mask or without say."""
     nodes: tuple[str, str] | None = None
     """In a GraphModule: the fx nodes of the stream before and after it."""
+    sides: tuple[str, ...] = ()
+    """In a GraphModule: the other fx nodes outside of it that it reads."""
     branches: tuple[Branch, ...] = ()
     """Its residual branches in order; empty where they cannot be told apart."""
+    units: tuple[UnitCost, ...] = ()
+    """What it can be thinned to."""
+
+    def cost(self, unit: Unit, *, narrow: bool = False) -> UnitCost | None:
+        """Of a unit; None where the block does not offer it."""
+        return next((u for u in self.units if (u.unit, u.narrow) == (unit, narrow)), None)
 
 
 class Chain(_Frozen):
@@ -268,6 +363,10 @@ class Chain(_Frozen):
     """Positions of the stream in one sample: tokens, or pixels."""
     class_tokens: tuple[int, ...] = ()
     """Token positions that are selected one by one after the chain; empty where there are none."""
+    reads: int = 0
+    """Behind the chain the first so many positions are read, and no others; 0 where others are."""
+    unread: str = ""
+    """Why no position is left uncomputed."""
     macs: tuple[int, ...] = ()
     """Multiply-accumulates of each block, for one sample."""
     params: tuple[int, ...] = ()
@@ -287,7 +386,7 @@ class Chain(_Frozen):
 
 
 class Replacement(_Frozen):
-    """The span `start:stop` of a chain, replaced by one map."""
+    """The span `start:stop` of a chain replaced by one map, or a block of it thinned."""
 
     chain: str
     start: int
@@ -301,6 +400,11 @@ class Replacement(_Frozen):
     """Dimensions of the stream."""
     axis: int
     """Its channel axis."""
+    unit: Unit = "span"
+    reads: int = 0
+    """In a read-out: how many positions are computed in full, the first ones."""
+    exact: bool = False
+    """Whether the others are not computed at all, for nothing reads them; the map is unused then."""
     diagnostics: Diagnostics | None = None
 
     @property
@@ -308,7 +412,34 @@ class Replacement(_Frozen):
         """Prefix of its tensors in a state dict of the slim model."""
         return f"{self.blocks[0].path}.map."
 
+    @property
+    def source(self) -> float:
+        """The boundary that its map reads; half a boundary lies between the sublayers of a block."""
+        return self.start + 0.5 * (self.unit in ("mlp_free", "read_out_mlp"))
+
+    @property
+    def target(self) -> float:
+        """The boundary that its map is fitted to."""
+        return self.stop - 0.5 * (self.unit == "attention_free")
+
+    @property
+    def between(self) -> bool:
+        """Whether its map starts or ends between the sublayers of a block."""
+        return bool(self.source % 1 or self.target % 1)
+
     def __str__(self) -> str:
+        block = f"{self.chain}[{self.start}]"
+        match self.unit:
+            case "attention_free":
+                return f"{block} attention -> {self.map}"
+            case "mlp_free":
+                only = f" ({self.reads} read)" if self.exact else ""
+                return f"{block} MLP -> {self.map}{only}"
+            case "read_out":
+                others = "not computed" if self.exact else f"-> {self.map}"
+                return f"{block} for {self.reads} read, others {others}"
+            case "read_out_mlp":
+                return f"{block} MLP for {self.reads} read, others -> {self.map}"
         return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
 
 
@@ -355,6 +486,7 @@ class Candidate(_Frozen):
     chain: str
     start: int
     stop: int
+    unit: Unit = "span"
     map: MapSpec
     divergence: float
     """Of the output, with the change."""

@@ -24,26 +24,26 @@ from rba_compress.drafts import (
     Draft,
     Load,
     Move,
+    Site,
     Solution,
-    Span,
     changed,
     folded_for,
     replaced_blocks,
-    span_saving,
+    skip,
     with_move,
 )
 from rba_compress.errors import ActivationError, BudgetError, PlanError
 from rba_compress.fitter import Fitter
 from rba_compress.judge import Judge
-from rba_compress.maps import MapSpec
 from rba_compress.measure import benchmark, block_times
-from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step
+from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step, Unit
 from rba_compress.recorder import unwrap
 
 DEFAULT_BUDGET = Budget(macs=0.75)
+PROMISING = 16
+"""Sites that are screened again in a step."""
 FINALISTS = 4
 """Spans of a screening that are judged on all samples; half of them in a swap."""
-_SKIP = MapSpec(kind="identity")
 
 
 @torch.inference_mode(False)
@@ -88,10 +88,10 @@ class Search:
         self.model, self.profile, self.config, self.budget = model, profile, profile.config, budget
         self.chains = [entry.chain for entry in profile.chains]
         self.limits = budget.limits(profile.dense.macs, profile.dense.params)
-        self._require_reachable()
         split = profile.split(loader)
         fit = [batch.to(model) for batch in split.part("fit")]
-        self.fitter = Fitter(model, self.chains, self.config, fit)
+        self.fitter = Fitter(model, profile, fit)
+        self._require_reachable()
         self.judge = Judge(
             model,
             self.chains,
@@ -100,6 +100,8 @@ class Search:
             size=len(profile.example),
         )
         self._judged: Solution | None = None
+        self.rises: dict[Site, float] = {}
+        """Of each site, the rise of the divergence when it was last screened."""
         self.steps: list[Step] = []
         self.candidates: list[Candidate] = []
         plan = Plan(
@@ -108,7 +110,7 @@ class Search:
             config=self.config,
             divergence=profile.divergence,
         )
-        self.start = self.draft(Solution(plan, {}), Load(profile.dense.macs, profile.dense.params, 1.0))
+        self.start = self.draft(Solution(plan, {}), self.fitter.load(plan))
         self._require_measurable()
         if budget.latency is not None:
             example = profile.example
@@ -116,6 +118,7 @@ class Search:
             share = budget.latency if budget.latency <= 1 else budget.latency / dense_ms
             self.limits["latency"] = share
             self.fitter.times = block_times(model, self.chains, example)
+            self.start = replace(self.start, load=self.fitter.load(plan))
         self.goal = self.limits or {"macs": float(self.floor.macs)}
         """Where the search goes; with limits of quality alone, as far down as they let it."""
 
@@ -127,10 +130,11 @@ class Search:
                 decided = len(self.steps)
                 after, longest = self.step(draft), sum(map(len, self.chains))
                 while after is not None and self.broken(after):
-                    longest = min(longest, self.longest_new(draft, after)) // 2
+                    longest = min(longest, self.longest_new(draft, after))
                     if longest == 0:
                         break
                     # The best step goes too far: a shorter one may hold.
+                    longest //= 2
                     del self.steps[decided:]
                     after = self.step(draft, longest=longest)
                 broken = [] if after is None else self.broken(after)
@@ -149,19 +153,18 @@ class Search:
 
     @staticmethod
     def longest_new(draft: Draft, after: Draft) -> int:
-        """The length of the longest span that a step took."""
-        new = [r for r in after.solution.plan.replacements if r not in draft.solution.plan.replacements]
-        return max(r.stop - r.start for r in new)
+        """The length of the longest span that a step took; 0 where it thinned blocks alone."""
+        old = draft.solution.plan.replacements
+        new = [r for r in after.solution.plan.replacements if r not in old]
+        return max(_length(r.start, r.stop, r.unit) for r in new)
 
     # --- the budget
 
     @property
     def floor(self) -> Load:
         """The cost with every block skipped."""
-        load = Load(self.profile.dense.macs, self.profile.dense.params)
-        for chain in self.chains:
-            load -= span_saving(chain, 0, len(chain), _SKIP)
-        return load
+        skips = [skip(chain, 0, len(chain), "span") for chain in self.chains]
+        return self.fitter.load(Plan(replacements=tuple(skips)))
 
     def _require_reachable(self) -> None:
         """
@@ -257,7 +260,7 @@ class Search:
         """The draft with its latency measured, where the budget asks for it."""
         if "latency" not in self.limits:
             return draft
-        slim = self.fitter.slim(draft.solution)
+        slim = self.fitter.slim(self.fitter.handed_out(draft.solution))
         ratio = benchmark(self.model, slim, self.profile.example, seconds=seconds).ratio
         return replace(draft, load=replace(draft.load, latency=ratio))
 
@@ -268,22 +271,22 @@ class Search:
 
     def without(self, draft: Draft, old: Replacement) -> Draft:
         """The draft with a span, and what was folded for it, undone."""
-        c = next(c for c, chain in enumerate(self.chains) if chain.name == old.chain)
-        saving = self.fitter.saving((c, old.start, old.stop), old.map)
         solution = changed(draft.solution, drop=[old, *folded_for(draft.solution.plan, old)])
-        return self.draft(solution, draft.load + saving)
+        saved = self.fitter.load(solution.plan) - self.fitter.load(draft.solution.plan)
+        return self.draft(solution, draft.load + saved)
 
     def finished(self, draft: Draft) -> Solution:
         """The solution with the log of the search up to it in its plan."""
         total = self.fitter.held + self.judge.held
-        plan = draft.solution.plan.model_copy(
+        handed = self.fitter.handed_out(draft.solution)
+        plan = handed.plan.model_copy(
             update={
                 "steps": tuple(self.steps),
                 "candidates": tuple(self.candidates),
                 "forward_passes": round((self.judge.samples + self.fitter.samples) / total, 2),
             }
         )
-        return Solution(plan, draft.solution.tensors)
+        return Solution(plan, handed.tensors)
 
     def note(self, action: str, change: object, draft: Draft, margin: float) -> Draft:
         """Log a decision."""
@@ -302,14 +305,14 @@ class Search:
     # --- steps
 
     def step(self, draft: Draft, *, longest: int | None = None) -> Draft | None:
-        """Take the best move over at most `longest` blocks and refine what came of it; None where there
-        is none.
+        """Take the best move over at most `longest` blocks (0: thin one) and refine what came of it;
+        None where there is none.
 
         Raises:
             ActivationError: the output of every candidate holds NaN or infinity.
         """
-        spans = self.spans(draft)
-        found = self.best(draft, [s for s in spans if longest is None or s[2] - s[1] <= longest])
+        sites = self.sites(draft)
+        found = self.best(draft, [s for s in sites if longest is None or _length(*s[1:]) <= longest])
         if found is None:
             return None
         move, _, margin = found
@@ -317,7 +320,7 @@ class Search:
         self.note("take", move.replacement, draft, margin)
         draft = self.refined(draft, move)
         for _ in range(self.config.swaps if len(draft.solution.plan.replacements) > 1 else 0):
-            draft = self.swap(draft, move.span)
+            draft = self.swap(draft, move.site)
         return self.timed(draft)
 
     def refined(self, draft: Draft, move: Move) -> Draft:
@@ -327,61 +330,92 @@ class Search:
             draft = self.refit(draft, move.chain, move.replacement.stop)
         return draft
 
-    def spans(self, draft: Draft, goal: Load | None = None) -> list[Span]:
-        """Free spans, none longer than what the budget asks."""
+    def sites(self, draft: Draft, goal: Load | None = None) -> list[Site]:
+        """Spans that are free, none longer than what the budget asks, and blocks that can be thinned.
+
+        A block that is thinned already may go, or be thinned further.
+        """
         lacking = self.lacking(draft.load, goal)
-        found = []
+        found: list[Site] = []
         for c, chain in enumerate(self.chains):
-            taken = replaced_blocks(draft.solution.plan, chain)
-            for start, stop in chain.spans(self.config.window):
-                shorter = self.fitter.saving((c, start, stop - 1), _SKIP)
-                enough = stop - start > 1 and self.progress(shorter, lacking) >= 1
-                if not enough and not taken.intersection(range(start, stop)):
-                    found.append((c, start, stop))
+            plan = draft.solution.plan
+            gone, taken = replaced_blocks(plan, chain, thinned=False), replaced_blocks(plan, chain)
+            spans = chain.spans(self.config.window) if "span" in self.config.units else ()
+            for start, stop in spans:
+                if gone.intersection(range(start, stop)):
+                    continue
+                shorter: Site = (c, start, stop - 1, "span")
+                if stop - start == 1 or self.progress(self.fitter.saving(draft, shorter), lacking) < 1:
+                    found.append((c, start, stop, "span"))
+            for b, block in enumerate(chain.blocks):
+                if b in gone:
+                    continue
+                # The middle of a thinned block is not seen.
+                units = ("read_out", "attention_free") if b in taken else self.config.units
+                found += [
+                    (c, b, b + 1, unit)
+                    for unit in units
+                    if unit in self.config.units and block.cost(unit) is not None
+                ]
         return found
 
     def best(
         self,
         draft: Draft,
-        spans: Sequence[Span],
+        sites: Sequence[Site],
         *,
         goal: Load | None = None,
         finalists: int = FINALISTS,
     ) -> tuple[Move, Tensor, float] | None:
         """The move with the least rise of divergence for its progress, what it was judged, and how much
-        higher the divergence would be at the price of the next best span.
+        higher the divergence would be at the price of the next best site.
 
         Raises:
             ActivationError: the output of every candidate holds NaN or infinity.
         """
         lacking = self.lacking(draft.load, goal)
-        made = self.fitter.moves(draft, spans)
+        made = self.fitter.moves(draft, sites)
         moves = [m for m in made if self.progress(m.saving, lacking) > 0]
         if not moves:
             return None
 
-        def score(move: Move, judged: Tensor) -> float:
-            rise = float(judged.mean() - draft.judged.divergence[: len(judged)].mean())
-            return rise / self.progress(move.saving, lacking)
+        def rise(judged: Tensor) -> float:
+            return float(judged.mean() - draft.judged.divergence[: len(judged)].mean())
 
-        spans = list(dict.fromkeys(m.span for m in moves))
-        if len(spans) > finalists:
-            screened = [self.probes([m for m in moves if m.span == span]) for span in spans]
-            ends = [m for of_span in screened for m in dict.fromkeys((of_span[0], of_span[-1]))]
-            judged = [(score(m, self.judge_move(draft, m, screen=True)), m) for m in ends]
-            judged.sort(key=lambda pair: pair[0])
-            spans = list(dict.fromkeys(m.span for _, m in judged))[:finalists]
-        results = self.judge_moves(draft, [m for m in moves if m.span in spans], score)
+        def score(move: Move, judged: Tensor) -> float:
+            return rise(judged) / self.progress(move.saving, lacking)
+
+        sites = list(dict.fromkeys(m.site for m in moves))
+        if len(sites) > finalists:
+            screened: dict[Site, float] = {}
+            for site in self.promising(moves, lacking):
+                probes = self.probes([m for m in moves if m.site == site])
+                ends = dict.fromkeys((probes[0], probes[-1]) if site[3] == "span" else probes[-1:])
+                seen = [(m, self.judge_move(draft, m, screen=True)) for m in ends]
+                self.rises[site] = min(rise(judged) for _, judged in seen)
+                screened[site] = min(score(move, judged) for move, judged in seen)
+            sites = sorted(screened, key=lambda site: screened[site])[:finalists]
+        results = self.judge_moves(draft, [m for m in moves if m.site in sites], score)
         _, _, move, judgement = results[0]
         mean = float(judgement.mean())
         if not math.isfinite(mean):
             raise ActivationError("every candidate makes the model's output NaN or infinite")
         won = results[0][0]
-        rest = next((other for other, _, m, _ in results if m.span != move.span), math.inf)
+        rest = next((other for other, _, m, _ in results if m.site != move.site), math.inf)
         return move, judgement, (rest - won) * self.progress(move.saving, lacking)
 
+    def promising(self, moves: Sequence[Move], lacking: dict[str, float]) -> list[Site]:
+        """The sites to screen: those that never were, and the best of the others by what they were
+        when they were last screened; what else is chosen changes their order little.
+        """
+        saved = {m.site: self.progress(m.saving, lacking) for m in moves}
+        known = [site for site in saved if site in self.rises]
+        known.sort(key=lambda site: self.rises[site] / saved[site])
+        best = known[:PROMISING]
+        return [site for site in saved if site in best or site not in known]
+
     def probes(self, moves: Sequence[Move]) -> list[Move]:
-        """One move for each span and kind of map: where a kind has a dial, its middle."""
+        """One move for each site and kind of map: where a kind has a dial, its middle."""
         dial = sorted(self.config.shrinks)
         middle = (None, dial[len(dial) // 2])
         return [m for m in moves if m.replacement.map.shrink in middle]
@@ -389,8 +423,8 @@ class Search:
     def judge_moves(
         self, draft: Draft, moves: Sequence[Move], score: Callable[[Move, Tensor], float]
     ) -> list[tuple[float, int, Move, Tensor]]:
-        """Judge each kind of map over each span, then the whole dial of the best kind over the two best
-        spans. Returns (score, -macs saved, move, judged), best first.
+        """Judge each kind of map at each site, then the whole dial of the best kind at the two best
+        sites. Returns (score, -macs saved, move, judged), best first.
         """
 
         def judge(move: Move) -> tuple[float, int, Move, Tensor]:
@@ -400,10 +434,10 @@ class Search:
 
         probes = self.probes(moves)
         results = sorted(map(judge, probes), key=lambda result: result[:2])
-        for span in list(dict.fromkeys(move.span for _, _, move, _ in results))[:2]:
-            of_span = (m.replacement.map for _, _, m, _ in results if m.span == span)
-            kind = next((used.kind for used in of_span if used.shrink is not None), None)
-            rest = [m for m in moves if m.span == span and m.replacement.map.kind == kind]
+        for site in list(dict.fromkeys(move.site for _, _, move, _ in results))[:2]:
+            of_site = (m.replacement.map for _, _, m, _ in results if m.site == site)
+            kind = next((used.kind for used in of_site if used.shrink is not None), None)
+            rest = [m for m in moves if m.site == site and m.replacement.map.kind == kind]
             results += [judge(m) for m in rest if m not in probes]
         # On a tie what costs least, hence the identity, comes first.
         return sorted(results, key=lambda result: result[:2])
@@ -420,6 +454,7 @@ class Search:
                 chain=move.replacement.chain,
                 start=move.replacement.start,
                 stop=move.replacement.stop,
+                unit=move.replacement.unit,
                 map=move.replacement.map,
                 divergence=float(judged.mean()),
                 macs=load.macs,
@@ -449,7 +484,7 @@ class Search:
             base = self.without(draft, old)
             kept = [
                 m
-                for m in self.fitter.moves(base, [(place[0], old.start, old.stop)])
+                for m in self.fitter.moves(base, [(place[0], old.start, old.stop, old.unit)])
                 if not self.lacking(base.load - m.saving, draft.load)
             ]
             found = self.judge_moves(base, kept, lambda _, judged: float(judged.mean()))
@@ -459,24 +494,24 @@ class Search:
                 self.note("settle", move.replacement, draft, before - draft.mean)
         return draft
 
-    def swap(self, draft: Draft, newest: Span) -> Draft:
+    def swap(self, draft: Draft, newest: Site) -> Draft:
         """Undo each span but the newest and choose again; take what costs no more and diverges less."""
         goal = draft.load
         chains = {c.name: k for k, c in enumerate(self.chains)}
         for old in draft.solution.plan.replacements:
-            span = (chains[old.chain], old.start, old.stop)
-            if span == newest or old not in draft.solution.plan.replacements:
+            site = (chains[old.chain], old.start, old.stop, old.unit)
+            if site == newest or old not in draft.solution.plan.replacements:
                 continue  # chosen just now, or settled anew since
             base = self.without(draft, old)
             lacking = self.lacking(base.load, goal)
             if not lacking:
                 continue
-            spans = [
+            sites = [
                 s
-                for s in self.spans(base, goal)
-                if s != span and self.progress(self.fitter.saving(s, _SKIP), lacking) >= 1
+                for s in self.sites(base, goal)
+                if s != site and self.progress(self.fitter.saving(base, s), lacking) >= 1
             ]
-            found = self.best(base, spans, goal=goal, finalists=FINALISTS // 2)
+            found = self.best(base, sites, goal=goal, finalists=FINALISTS // 2)
             if found is None:
                 continue
             move, judged, _ = found
@@ -509,3 +544,8 @@ class Search:
                     draft = self.draft(best[2], draft.load)
                     self.note("refit", best[1], draft, before - draft.mean)
         return draft
+
+
+def _length(start: int, stop: int, unit: Unit) -> int:
+    """Blocks that are gone; 0 where one is thinned."""
+    return stop - start if unit == "span" else 0

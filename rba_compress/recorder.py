@@ -45,6 +45,8 @@ class Call:
     end: int = -1
     inputs: dict[Path, fx.Node] = field(default_factory=dict)
     """Tensor leaves of (args, kwargs); empty in a GraphModule, whose calls have no arguments."""
+    given: Any = None
+    """The structure of {"args": args, "kwargs": kwargs}, tensors replaced by their nodes."""
     constants: dict[Path, Any] = field(default_factory=dict)
     """Leaves of (args, kwargs) that are numbers or strings."""
     outputs: dict[Path, fx.Node] = field(default_factory=dict)
@@ -312,6 +314,7 @@ def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
             call = recorder.open(path, type(module).__name__)
             given = {"args": args, "kwargs": kwargs}
             call.inputs = recorder.leaves(given)
+            call.given = recorder.structure(given)
             flat, _ = pytree.tree_flatten_with_path(given)
             simple = (bool, int, float, str)
             call.constants = {key_path(p): leaf for p, leaf in flat if isinstance(leaf, simple)}

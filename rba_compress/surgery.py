@@ -4,7 +4,8 @@ In a plain module the first block of a span becomes a `Spliced` module that hold
 `Spliced` pass-throughs: both take and ignore side inputs and keep the block's output structure, so the
 network's own code runs unchanged. In a GraphModule one `call_module` takes the stream before the span
 to where the stream after it was read, and the span's nodes are erased. Both forms name the map
-`<first block>.map`, so their state dicts agree.
+`<first block>.map`, so their state dicts agree. A block that is thinned becomes a `Thinned` module, in
+either form; what is left of it keeps its state-dict keys.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
 from rba_compress.plan import Block, Plan, Replacement, Signature
 from rba_compress.recorder import module_stack, unwrap
+from rba_compress.thinning import Thinned, Traces, thin
 
 
 class Spliced(nn.Module):
@@ -52,9 +54,12 @@ def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
 
 
 def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module) -> None:
-    """Put `module` (stream to stream) in place of consecutive `blocks`, in place."""
+    """Put `module` (stream to stream, or one thinned block) in place of consecutive `blocks`."""
     if isinstance(model, fx.GraphModule):
         _replace_in_graph(model, blocks, module)
+        return
+    if isinstance(module, Thinned):
+        model.set_submodule(blocks[0].path, module)
         return
     for index, block in enumerate(blocks):
         held = module if index == 0 else nn.Identity()
@@ -77,9 +82,12 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
         # An exported program reads its weights outside of every module.
         or (n.op == "get_attr" and any(str(n.target).startswith(f"{path}.") for path in paths))
     }
-    model.set_submodule(first.path, Spliced(module))
-    with graph.inserting_after(before):
-        spliced = graph.call_module(first.path, (before,))
+    thinned = isinstance(module, Thinned)
+    model.set_submodule(first.path, module if thinned else Spliced(module))
+    read = [before, *(nodes[side] for side in first.sides if thinned)]
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max(read, key=lambda node: order[node])):
+        spliced = graph.call_module(first.path, tuple(read))
     name = after.name
     spliced.meta = {**before.meta, "nn_module_stack": {first.path: (first.path, Spliced)}}
     after.replace_all_uses_with(spliced)
@@ -174,17 +182,38 @@ def splice(
         ModelError: the model cannot be copied.
     """
     model = unwrap(model)
-    return _splice(model if inplace else copy_model(model), plan, tensors)
+    return _splice(model if inplace else copy_model(model), plan, tensors, Traces())
 
 
-def splice_shared(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """As `splice`, in a new module tree that shares the weights: for evaluation, not for keeping."""
-    return _splice(copy_model(model, share=True), plan, tensors)
+def splice_shared(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces | None = None
+) -> nn.Module:
+    """As `splice`, in a new module tree that shares the weights: for evaluation, not for keeping.
+
+    Args:
+        model, plan, tensors: as in `splice`.
+        traces: of the model's blocks, kept from splice to splice.
+    """
+    return _splice(copy_model(model, share=True), plan, tensors, traces or Traces())
 
 
-def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _thinned(
+    model: nn.Module,
+    replacement: Replacement,
+    module: nn.Module,
+    traces: Traces,
+) -> nn.Module:
+    (block,) = replacement.blocks
+    how = {"unit": replacement.unit, "reads": replacement.reads, "exact": replacement.exact}
+    try:
+        return thin(model, block, module, traces, **how)  # type: ignore[arg-type]
+    except ModelError as error:
+        raise PlanError(f"{replacement}: {block.path} cannot be thinned: {error}") from error
+
+
+def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces) -> nn.Module:
     _check(model, plan, tensors)
-    built = []
+    built: list[tuple[Replacement, nn.Module]] = []
     for replacement in plan.replacements:
         like = next(
             (
@@ -201,6 +230,8 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.M
             for name, value in module.state_dict().items()
         }
         module.load_state_dict(state)
+        if replacement.unit != "span":
+            module = _thinned(model, replacement, module, traces)
         built.append((replacement, module))
     for replacement, module in built:
         replace_blocks(model, replacement.blocks, module)

@@ -1,0 +1,382 @@
+"""Thinner blocks: a block traced into an aten graph, cut down to what a unit leaves of it, and run.
+
+A block of two sublayers is x -> m = mix(x) -> y = f(m), where f treats positions apart (an MLP) and
+mix does not (attention); m is found on the graph as a value that every path from x to y crosses.
+With T a map and P the positions that are read:
+
+    read_out        y = [P f(mix(x)), T (1 - P) x]      the others pass by a map
+    attention_free  y = f(T x)
+    mlp_free        y = T mix(x)
+    read_out_mlp    y = [f(P m), T (1 - P) m]
+    exact           y = P f(mix(x))                     the others are not computed at all
+
+Each is an edit of the graph by a node or two; `demand.narrow` then moves the selections up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rba_compress.demand import copy_graph, demand, narrow, packet_of
+from rba_compress.errors import ModelError
+from rba_compress.plan import Block, Signature, Unit
+from rba_compress.recorder import evaluating
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.linear,
+    _aten.matmul,
+    _aten.bmm,
+    _aten.addmm,
+    _aten.mm,
+    _aten.conv1d,
+    _aten.conv2d,
+    _aten.convolution,
+    _aten.scaled_dot_product_attention,
+}
+_CHECKS = ("_assert", "sym_constrain")
+_END = 2**63 - 1
+
+
+class Thinned(nn.Module):
+    """What is left of a block: its own submodules, run by a graph instead of its own code."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        bodies: Sequence[tuple[Signature, tuple[str, ...], fx.GraphModule]],
+        map: nn.Module,  # noqa: A002
+    ) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        for name, parameter in block.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in block.named_buffers(recurse=False):
+            kept = name not in block._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent=kept)
+        self.map = map
+        # No submodules: they hold the map, whose weights a state dict shall list once.
+        self._bodies = tuple(bodies)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for signature, names, body in self._bodies:
+            if signature.mismatch(args, kwargs) is None:
+                values = [_attribute(self, name) for name in names]
+                stream = body(*values, *signature.tensors(args, kwargs))
+                return signature.rebuild(stream, args, kwargs)
+        signature = self._bodies[0][0]
+        raise ModelError(
+            f"a thinned block is called in another way than on calibration data: "
+            f"{signature.mismatch(args, kwargs)}"
+        )
+
+
+def _attribute(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def thin(
+    model: nn.Module,
+    block: Block,
+    map: nn.Module,  # noqa: A002
+    traces: Traces,
+    *,
+    unit: Unit,
+    reads: int = 0,
+    exact: bool = False,
+) -> Thinned:
+    """A thinned block of `model`, around its own weights; what is not run is left out.
+
+    Raises:
+        ModelError: the block cannot be traced, or does not offer the unit.
+    """
+    module = model.get_submodule(block.path)
+    traced = traces.of(model, block)
+    bodies = []
+    for each in traced:
+        graph = each.body(unit, reads, exact)
+        for placeholder, name in zip(list(graph.nodes), each.names, strict=False):
+            if not placeholder.users:
+                graph.erase_node(placeholder)
+            placeholder.meta["name"] = f"{name}_{each.number}" if name in each.constants else name
+        used = [n for n in graph.nodes if n.op == "placeholder" and "name" in n.meta]
+        body = fx.GraphModule(nn.ModuleDict({"map": map}), graph)
+        bodies.append((each.signature, tuple(n.meta["name"] for n in used), body))
+    thinned = Thinned(module, bodies, map)
+    for each in traced:
+        for name, tensor in each.constants.items():
+            thinned.register_buffer(f"{name}_{each.number}", tensor.clone(), persistent=False)
+    _prune(thinned, {name for _, names, _ in bodies for name in names}, keep=("map",))
+    return thinned.train(module.training)
+
+
+def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> None:
+    """Drop submodules, parameters and buffers that are not used; what is left stays where it is."""
+    for name, child in list(module.named_children()):
+        if name in keep:
+            continue
+        below = {path.removeprefix(f"{name}.") for path in used if path.startswith(f"{name}.")}
+        if below:
+            _prune(child, below)
+        else:
+            delattr(module, name)
+    for name in [n for n in (*module._parameters, *module._buffers) if n not in used]:
+        delattr(module, name)
+
+
+class _StreamOnly(nn.Module):
+    """A block as a function from tensors to its stream."""
+
+    def __init__(self, block: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.block, self.signature = block, signature
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.signature.call(tensors)
+        return self.signature.stream_out(self.block(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A block's aten graph for one way of calling it, weights lifted to inputs."""
+
+    signature: Signature
+    graph: fx.Graph
+    names: tuple[str, ...]
+    """The first placeholders: parameters and buffers of the block."""
+    constants: dict[str, Tensor]
+    """Tensors among `names` that the block's code makes."""
+    entry: str
+    """Placeholder of the stream."""
+    middle: str | None
+    """The stream between the block's two sublayers; None where it is no such block."""
+    number: int = 0
+    """Among the ways of calling the block."""
+
+    def body(self, unit: Unit, reads: int, exact: bool) -> fx.Graph:
+        """The graph of a thinned block, which calls a module `map`.
+
+        Raises:
+            ModelError: the unit needs two sublayers, and the block is not made of such.
+        """
+        if self.middle is None and unit != "read_out":
+            raise ModelError("its sublayers cannot be told apart")
+        graph, values, output = copy_graph(self.graph)
+        assert isinstance(output, fx.Node)
+        named = {old.name: new for old, new in values.items()}
+        entry, middle = named[self.entry], named[self.middle] if self.middle else None
+
+        def add(op: str, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+            node = graph.create_node(op, target, args)
+            node.meta = {"shape": like.meta["shape"], "dtype": like.meta.get("dtype")}
+            return node
+
+        def part(node: fx.Node, start: int, end: int) -> fx.Node:
+            found = add("call_function", _aten.slice.Tensor, (node, 1, start, end), node)
+            n, positions, *rest = node.meta["shape"]
+            found.meta["shape"] = (n, min(end, positions) - start, *rest)
+            return found
+
+        if unit in ("whole", "attention_free"):
+            assert middle is not None
+            readers = list(middle.users)
+            with graph.inserting_after(middle):
+                read = middle if unit == "whole" else entry
+                mapped = add("call_module", "map", (read,), middle)
+            for reader in readers:
+                reader.replace_input_with(middle, mapped)
+            if output is middle:
+                output = mapped
+        elif unit == "mlp_free":
+            assert middle is not None
+            output = add("call_module", "map", (middle,), middle)
+        elif not exact:
+            source = entry if unit == "read_out" else middle
+            assert source is not None
+            rest = add("call_module", "map", (part(source, reads, _END),), output)
+            rest.meta["shape"] = rest.args[0].meta["shape"]  # type: ignore[union-attr]
+            front = part(output, 0, reads)
+            output = add("call_function", _aten.cat.default, ([front, rest], 1), output)
+        if exact:
+            output = part(output, 0, reads)
+        graph.output(output)
+        return narrow(graph)
+
+
+class Traces:
+    """Blocks traced so far: it takes tenths of a second, and a search splices often."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[Traced]] = {}
+
+    def of(self, model: nn.Module, block: Block) -> list[Traced]:
+        """A block of a model that is not rewritten there, traced for each of its signatures.
+
+        Raises:
+            ModelError: it cannot be traced, or it writes into tensors.
+        """
+        if block.path not in self._known:
+            kinds = (block.signature, *block.variants)
+            self._known[block.path] = [
+                replace(_trace(model, block, kind), number=k) for k, kind in enumerate(kinds)
+            ]
+        return self._known[block.path]
+
+
+@torch.inference_mode(False)
+def _trace(model: nn.Module, block: Block, signature: Signature) -> Traced:
+    if not signature.inputs:
+        raise ModelError("what it is called with cannot be written down")
+    module = model.get_submodule(block.path)
+    taken = {"map", "_bodies"}.intersection(name for name, _ in module.named_children())
+    if taken:
+        raise ModelError(f"it has a submodule {taken.pop()!r} of its own")
+    prefix = "block."
+    if isinstance(model, fx.GraphModule):
+        module, prefix = _cut_out(model, block), f"block.{block.path}."
+    auto = torch.export.Dim.AUTO
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    tensors = tuple(given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs)
+    # A size of one is one for good; any other may change.
+    shapes = tuple({d: auto for d, size in enumerate(t.shape) if size > 1} for t in tensors)
+    wrapped = _StreamOnly(module, signature)
+    try:
+        with evaluating(wrapped):
+            exported = torch.export.export(wrapped, tensors, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        raise ModelError(f"it cannot be traced ({type(error).__name__}: {error})") from error
+    return _lifted(exported, signature, prefix)
+
+
+def _cut_out(model: fx.GraphModule, block: Block) -> fx.GraphModule:
+    """The nodes of a block as a module of their own; its weights keep their paths."""
+    assert block.nodes is not None
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    named = {node.name: node for node in model.graph.nodes}
+    for name in (block.nodes[0], *block.sides):
+        made[named[name]] = graph.placeholder(name)
+    wanted, frontier = set(), [named[block.nodes[1]]]
+    while frontier:
+        node = frontier.pop()
+        if node not in wanted and node not in made:
+            wanted.add(node)
+            frontier += node.all_input_nodes
+    for node in model.graph.nodes:
+        if node in wanted:
+            made[node] = graph.node_copy(node, lambda n: made[n])
+    graph.output(made[named[block.nodes[1]]])
+    return fx.GraphModule(model, graph)
+
+
+def _lifted(exported: torch.export.ExportedProgram, signature: Signature, prefix: str) -> Traced:
+    graph, kinds = exported.graph, torch.export.graph_signature.InputKind
+    names: list[str] = []
+    constants: dict[str, Tensor] = {}
+    placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
+    entry = ""
+    inputs = 0
+    for spec, node in zip(exported.graph_signature.input_specs, placeholders, strict=True):
+        if spec.kind is kinds.USER_INPUT:
+            if inputs == signature.stream_index:
+                entry = node.name
+            inputs += 1
+        elif spec.kind is kinds.CONSTANT_TENSOR:
+            name = f"constant_{len(constants)}"
+            constants[name] = exported.constants[str(spec.target)]
+            names.append(name)
+        else:
+            if not str(spec.target).startswith(prefix):
+                raise ModelError(f"it reads {str(spec.target).removeprefix('block.')} outside of it")
+            names.append(str(spec.target).removeprefix(prefix))
+    output = next(node for node in graph.nodes if node.op == "output")
+    mutated = [s for s in exported.graph_signature.output_specs if "MUTATION" in s.kind.name]
+    for node in reversed(list(graph.nodes)):
+        schema = getattr(node.target, "_schema", None)
+        if not node.users and any(text in str(node.target) for text in _CHECKS):
+            graph.erase_node(node)
+        elif schema is not None and schema.is_mutable:
+            mutated.append(node)
+    if mutated:
+        raise ModelError(f"it writes into a tensor ({mutated[0]})")
+    (result,) = output.args[0]
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        tensor = isinstance(value, Tensor)
+        shape = tuple(map(_hint, value.shape)) if tensor else None
+        node.meta |= {"shape": shape, "dtype": value.dtype if tensor else None}
+    output.args = (result,)
+    start = next(node for node in graph.nodes if node.name == entry)
+    return Traced(signature, graph, tuple(names), constants, entry, _middle(start, result))
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _middle(entry: fx.Node, output: fx.Node) -> str | None:
+    """The stream between two sublayers, of which the second alone treats positions apart.
+
+    Cuts are values of the stream's shape that every path from entry to output crosses. What lies
+    between two of them and holds no product of matrices (a norm) belongs to the sublayer before.
+    """
+    nodes = list(entry.graph.nodes)
+    order = {node: k for k, node in enumerate(nodes)}
+    cuts = [
+        node
+        for node in nodes
+        if node.meta["shape"] == entry.meta["shape"]
+        and node not in (entry, output)
+        and order[node] > order[entry]
+        and not _reaches(entry, output, without=node)
+        and _reaches(entry, node)
+    ]
+    cuts = [
+        node
+        for node, after in zip(cuts, [*cuts[1:], output], strict=True)
+        if any(packet_of(n) in _PRODUCTS for n in _between(node, after))
+    ]
+    cuts = [n for n in cuts if any(packet_of(m) in _PRODUCTS for m in _between(entry, n))]
+    apart = [node for node in cuts if _treats_apart(node, output)]
+    mixed = [node for node in cuts if not _treats_apart(entry, node)]
+    found = [node for node in apart if node in mixed]
+    return found[0].name if len(cuts) == 1 and found else None
+
+
+def _reaches(start: fx.Node, end: fx.Node, *, without: fx.Node | None = None) -> bool:
+    seen, frontier = {start, without}, [start]
+    while frontier:
+        node = frontier.pop()
+        if node is end:
+            return True
+        fresh = [user for user in node.users if user not in seen]
+        seen.update(fresh)
+        frontier += fresh
+    return False
+
+
+def _between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """Nodes on paths from start to end, the end among them."""
+    for node in start.graph.nodes:
+        if node is not start and _reaches(start, node) and _reaches(node, end):
+            yield node
+
+
+def _treats_apart(start: fx.Node, end: fx.Node) -> bool:
+    """Whether the first position of `end` needs no other position of `start`."""
+    graph, values, _ = copy_graph(start.graph)
+    dim = 1 if len(end.meta["shape"]) == 3 else 2
+    first = graph.call_function(_aten.slice.Tensor, (values[end], dim, 0, 1))
+    first.meta = {"shape": tuple(1 if d == dim else s for d, s in enumerate(end.meta["shape"]))}
+    graph.output(first)
+    # What lies before `start` does not matter.
+    need = demand(graph).needs.get(values[start])
+    return need is not None and need.count == 1
