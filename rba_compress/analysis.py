@@ -34,6 +34,7 @@ _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0, _aten.mkldnn_rnn_laye
 _SPLITS = {_aten.split, _aten.split_with_sizes}
 _RESHAPES = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.clone, _aten._to_copy}
 _PASSED = _RESHAPES | {_aten.mul}
+_SIMPLE = (bool, int, float, str, type(None))
 
 
 @dataclass(eq=False)
@@ -394,8 +395,7 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         ]
         if len(before) != 1 or len(after) != 1:
             return "its stream has several names in the graph"
-        outer = dict.fromkeys(n for g in model.graph.nodes if g in group for n in g.all_input_nodes)
-        sides = [n.name for n in outer if n not in group and n.op != "get_attr" and n.name != before[0]]
+        sides = [n.name for n in _outer(model.graph, group, recording) if n.name != before[0]]
         return Block(
             path=call.path,
             type=call.type,
@@ -417,6 +417,21 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
         signature=Signature(stream=place, output=template, **_arguments(call)),
         branches=_branches(model, member),
     )
+
+
+def _outer(graph: fx.Graph, group: set[fx.Node], recording: Recording) -> list[fx.Node]:
+    """Tensors outside of a group of nodes that it reads, weights aside; of a size, what has it."""
+    found: dict[fx.Node, None] = {}
+    wanted = [n for node in graph.nodes if node in group for n in node.all_input_nodes]
+    while wanted:
+        node = wanted.pop(0)
+        if node in group or node in found or node.op == "get_attr":
+            continue
+        if node.name in recording.values or not node.all_input_nodes:
+            found[node] = None
+        else:
+            wanted += node.all_input_nodes
+    return list(found)
 
 
 def _template(call: Call, stream: fx.Node) -> Any:
@@ -475,12 +490,19 @@ def _input(path: Path, node: fx.Node) -> Input:
 
 def _graph_signature(recording: Recording, names: list[str]) -> Signature:
     """Of a call with the values of a GraphModule's nodes, in order, the stream first."""
-    if any(name not in recording.values for name in names):
-        return Signature()  # one of them is a number
-    inputs = tuple(_input(("args", i), recording.values[n]) for i, n in enumerate(names))
-    places: list[JsonValue] = [["args", i] for i in range(len(names))]
+    places: list[JsonValue] = []
+    inputs: list[Input] = []
+    for i, name in enumerate(names):
+        if name in recording.values:
+            places.append(["args", len(inputs)])
+            inputs.append(_input(("args", i), recording.values[name]))
+        elif name in recording.constants and isinstance(recording.constants[name], _SIMPLE):
+            value = recording.constants[name]
+            places.append(None if value is None else {"value": value})
+        else:
+            return Signature()
     arguments: JsonValue = {"dict": {"args": {"tuple": places}, "kwargs": {"dict": {}}}}
-    return Signature(arguments=arguments, inputs=inputs)
+    return Signature(arguments=arguments, inputs=tuple(inputs))
 
 
 def _channel_axis(candidate: _Candidate) -> int | None:

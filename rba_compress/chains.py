@@ -243,21 +243,21 @@ def _with_units(model: nn.Module, chain: Chain, batch: Batch) -> Chain:
     """
     traces, known, blocks = Traces(), {}, []
     reads, unread = chain.reads, chain.unread
-    if reads and (flaw := _flaw(model, chain, len(chain) - 1, "read_out", batch, traces)):
+    if reads and (flaw := _flaw(model, chain, len(chain) - 1, "read_out", batch=batch, traces=traces)):
         reads, unread = 0, flaw
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
-            known[key] = _units(model, chain, b, reads, batch, traces)
+            known[key] = _units(model, chain, b, reads, batch=batch, traces=traces)
         blocks.append(block.model_copy(update={"units": known[key]}))
     return chain.model_copy(update={"blocks": tuple(blocks), "reads": reads, "unread": unread})
 
 
 def _units(
-    model: nn.Module, chain: Chain, b: int, reads: int, batch: Batch, traces: Traces
+    model: nn.Module, chain: Chain, b: int, reads: int, *, batch: Batch, traces: Traces
 ) -> tuple[UnitCost, ...]:
     block = chain.blocks[b]
-    flaw = _flaw(model, chain, b, "whole", batch, traces)
+    flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces)
     wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
     if flaw is None:
         wanted += [("attention_free", False), ("mlp_free", False)]
@@ -289,7 +289,7 @@ def _macs(thinned: nn.Module, signature: Signature, reads: int | None) -> int:
 
 
 def _flaw(
-    model: nn.Module, chain: Chain, b: int, unit: Unit, batch: Batch, traces: Traces
+    model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
 ) -> str | None:
     """Why a block cannot be run from its graph, or None: it was, and the output stayed the same."""
     exact, block = unit == "read_out", chain.blocks[b]

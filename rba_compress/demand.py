@@ -629,7 +629,7 @@ def _split_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:
     for node in list(graph.nodes):
         if packet_of(node) not in _SPLITS or node not in needs:
             continue
-        parts = {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
+        parts = {int(user.args[1]): user for user in node.users if user.target is operator.getitem}
         if len({needs.get(part) for part in parts.values()}) < 2 or len(parts) < len(node.users):
             continue
         projection = _Projection.before(node)

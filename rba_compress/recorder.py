@@ -65,6 +65,8 @@ class Recording:
     values: dict[str, fx.Node]
     """For a GraphModule: the recorded node of each of its own nodes' tensors, by name."""
     samples: int
+    constants: dict[str, Any] = field(default_factory=dict)
+    """For a GraphModule: its inputs that are no tensors, by name."""
 
     @property
     def macs(self) -> int:
@@ -287,10 +289,11 @@ def record(model: nn.Module, batch: Batch) -> Recording:
     for name, tensor in batch.tensors.items():
         recorder.placeholder(name.replace(" ", "_"), tensor)
     values: dict[str, fx.Node] = {}
+    constants: dict[str, Any] = {}
     with evaluating(model):
         try:
             if isinstance(model, fx.GraphModule):
-                output = _run_graph(recorder, model, batch, values)
+                output = _run_graph(recorder, model, batch, values, constants)
             else:
                 output = _run_module(recorder, model, batch)
         except Exception as error:
@@ -303,7 +306,7 @@ def record(model: nn.Module, batch: Batch) -> Recording:
     outputs = recorder.leaves(output)
     node = recorder.graph.output(tuple(outputs.values()))
     node.meta |= {"calls": (), "macs": 0, "index": recorder.count}
-    return Recording(recorder.graph, recorder.calls, outputs, values, len(batch))
+    return Recording(recorder.graph, recorder.calls, outputs, values, len(batch), constants)
 
 
 def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
@@ -346,7 +349,11 @@ def module_stack(node: fx.Node) -> list[tuple[str, str, str]]:
 
 
 def _run_graph(
-    recorder: _Recorder, model: fx.GraphModule, batch: Batch, values: dict[str, fx.Node]
+    recorder: _Recorder,
+    model: fx.GraphModule,
+    batch: Batch,
+    values: dict[str, fx.Node],
+    constants: dict[str, Any],
 ) -> Any:
     known: dict[str, Call] = {}
 
@@ -364,6 +371,8 @@ def _run_graph(
                 call.end = recorder.count
             if isinstance(result, Tensor):
                 values[n.name] = recorder.node_of(result)
+            elif n.op == "placeholder":
+                constants[n.name] = result
             return result
 
     with recorder:

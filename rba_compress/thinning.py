@@ -341,7 +341,7 @@ def _middle(entry: fx.Node, output: fx.Node) -> str | None:
     ]
     cuts = [
         node
-        for node, after in zip(cuts, [*cuts[1:], output], strict=True)
+        for node, after in zip(cuts, [*cuts[1:], output] if cuts else [], strict=True)
         if any(packet_of(n) in _PRODUCTS for n in _between(node, after))
     ]
     cuts = [n for n in cuts if any(packet_of(m) in _PRODUCTS for m in _between(entry, n))]

@@ -156,33 +156,33 @@ def test_what_nothing_reads_is_gone() -> None:
     assert operations(narrow(graph)) == ["slice", "cat"]
 
 
-STEPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "norm": lambda x: torch.layer_norm(x, [4]),
-    "activation": lambda x: torch.nn.functional.gelu(x) - x,
-    "scale": lambda x: x * torch.arange(4, dtype=x.dtype) + 0.5,
-    "linear": lambda x: torch.nn.functional.linear(x, normal(4, 4, seed=5).to(x), normal(4).to(x)),
-    "heads": lambda x: x.reshape(2, 9, 2, 2).transpose(1, 2).transpose(1, 2).reshape(2, 9, 4),
-    "softmax": lambda x: torch.softmax(x, -1),
-    "matmul": lambda x: x @ (x.transpose(1, 2) @ x),
-    "attention": lambda x: scaled_dot_product_attention(x, x.tanh(), x),
-    "residual": lambda x: x + torch.sigmoid(x).mean(-1, keepdim=True),
-    "chunks": lambda x: torch.cat([p.exp() for p in x.chunk(2, -1)], -1),
-    "stack": lambda x: torch.stack([x, -x], -1).sum(-1) + x,
-    "prefix": lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1),
-    "mixing": lambda x: x + x.mean(1, keepdim=True),
-    "expand": lambda x: x + x[:, :1].expand(2, 9, 4),
-    "unbind": lambda x: torch.stack(x.reshape(2, 9, 2, 2).unbind(2), 2).reshape(2, 9, 4),
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "norm": lambda x, w: torch.layer_norm(x, [4]),
+    "activation": lambda x, w: torch.nn.functional.gelu(x) - x,
+    "scale": lambda x, w: x * w[1] + 0.5,
+    "linear": lambda x, w: torch.nn.functional.linear(x, w, w[0]),
+    "heads": lambda x, w: x.reshape(2, 9, 2, 2).transpose(1, 2).transpose(1, 2).reshape(2, 9, 4),
+    "softmax": lambda x, w: torch.softmax(x, -1),
+    "matmul": lambda x, w: x @ (x.transpose(1, 2) @ x),
+    "attention": lambda x, w: scaled_dot_product_attention(x, x.tanh(), x),
+    "residual": lambda x, w: x + torch.sigmoid(x).mean(-1, keepdim=True),
+    "chunks": lambda x, w: torch.cat([p.exp() for p in x.chunk(2, -1)], -1),
+    "stack": lambda x, w: torch.stack([x, -x], -1).sum(-1) + x,
+    "prefix": lambda x, w: torch.cat([x[:, :2] * 2, x[:, 2:]], 1),
+    "mixing": lambda x, w: x + x.mean(1, keepdim=True),
+    "expand": lambda x, w: x + x[:, :1].expand(2, 9, 4),
+    "unbind": lambda x, w: torch.stack(x.reshape(2, 9, 2, 2).unbind(2), 2).reshape(2, 9, 4),
 }
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6), st.integers(1, 4))
 def test_narrowing_never_changes_the_output(steps: list[str], reads: int) -> None:
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, w: Tensor) -> Tensor:
         for step in steps:
-            x = STEPS[step](x)
+            x = STEPS[step](x, w)
         return x[:, :reads]
 
-    x = normal(2, 9, 4)
-    graph = traced(function, x)
-    torch.testing.assert_close(run(narrow(graph), x), run(graph, x), rtol=1e-12, atol=1e-12)
+    x, w = normal(2, 9, 4), normal(4, 4, seed=5)
+    graph = traced(function, x, w)
+    torch.testing.assert_close(run(narrow(graph), x, w), run(graph, x, w), rtol=1e-12, atol=1e-12)
