@@ -46,7 +46,7 @@ from rba_compress import Budget, Config, profile, search
 from rba_compress.batches import Batch, main_output, read
 from rba_compress.calibration import Profile
 from rba_compress.digits import batches, digits_data, digits_model
-from rba_compress.drafts import Solution, fit_span, keyed, with_move
+from rba_compress.drafts import Site, Solution, fit_span, keyed, with_move
 from rba_compress.maps import MapSpec, fit_map, map_macs
 from rba_compress.measure import cost, divergence, interval
 from rba_compress.moments import PairMoments
@@ -106,6 +106,11 @@ def resnet_case() -> Case:
 CASES = {"deit_tiny": deit_case, "digits_vit": digits_case, "resnet20": resnet_case}
 
 
+def _whole_blocks(seed: int, **config: Any) -> Config:
+    """Nothing but maps over spans of blocks, as in the methods that are compared."""
+    return Config(seed=seed, units=("span",), keep_features=True, **config)
+
+
 @dataclass(frozen=True)
 class Bench:
     """One network and one split, ready for every method."""
@@ -117,7 +122,7 @@ class Bench:
 
     def run(self, **config: Any) -> Search:
         """A search that has taken nothing yet, with another `Config`."""
-        seen = replace(self.seen, config=Config(seed=self.seed, **config))
+        seen = replace(self.seen, config=_whole_blocks(self.seed, **config))
         return Search(self.case.model, seen, self.case.calibration, Budget(macs=1.0))
 
     def spans(self, blocks: int) -> list[tuple[int, int, int]]:
@@ -147,7 +152,8 @@ def greedy(bench: Bench, kind: str) -> Found:
     for gone in range(1, max(bench.blocks) + 1):
         taken = {(r.chain, r.start) for r in draft.solution.plan.replacements}
         free = [s for s in bench.spans(1) if (run.chains[s[0]].name, s[1]) not in taken]
-        moves = [m for m in run.fitter.moves(draft, free) if m.replacement.map.kind == kind]
+        sites: list[Site] = [(*span, "span") for span in free]
+        moves = [m for m in run.fitter.moves(draft, sites) if m.replacement.map.kind == kind]
         best = min(moves, key=lambda m: float(run.judge_move(draft, m).mean()))
         draft = run.draft(with_move(draft, best), draft.load - best.saving)
         yield gone, draft.solution
@@ -282,7 +288,7 @@ def main(how: Run) -> None:
         case = CASES[network]()
         dense = outputs(case.model, case.test)
         for seed in how.seeds:
-            seen = profile(case.model, case.calibration, config=Config(seed=seed))
+            seen = profile(case.model, case.calibration, config=_whole_blocks(seed))
             bench = Bench(case, seen, seed, how.blocks)
             for method in how.methods or METHODS:
                 start = time.perf_counter()

@@ -20,7 +20,7 @@ from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress.batches import main_output, read
 from rba_compress.calibration import calibrate
 from rba_compress.chains import supports
-from rba_compress.drafts import fit_span, keyed, span_saving
+from rba_compress.drafts import fit_span, keyed, saving
 from rba_compress.maps import MapSpec
 from rba_compress.measure import compare_outputs, cost
 from rba_compress.plan import Plan
@@ -57,7 +57,7 @@ def main(how: Baseline) -> None:
                 outputs = [main_output(batch.run(slim)) for batch in test]
             labels = [batch.labels for batch in test]
             found = compare_outputs("kl", zip(dense, outputs, labels, strict=True))
-            saved = span_saving(chain, start, stop, spec).macs
+            saved = saving([chain], [replacement]).macs
             row = {
                 "benchmark": "paper_baseline",
                 "model": "deit_tiny_patch16_224",

@@ -38,7 +38,7 @@ from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import copy_model, splice
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 

@@ -343,6 +343,12 @@ class Block(_Frozen):
     units: tuple[UnitCost, ...] = ()
     """What it can be thinned to."""
 
+    @field_validator("signature", mode="before")
+    @classmethod
+    def _schema_1(cls, value: Any) -> Any:
+        """Plans of schema 1 had none in a GraphModule."""
+        return Signature() if value is None else value
+
     def cost(self, unit: Unit, *, narrow: bool = False) -> UnitCost | None:
         """Of a unit; None where the block does not offer it."""
         return next((u for u in self.units if (u.unit, u.narrow) == (unit, narrow)), None)
@@ -530,4 +536,5 @@ class Plan(_Frozen):
         in_order = sorted(self.replacements, key=lambda r: (r.chain, r.start))
         text = "; ".join(map(str, in_order)) or "nothing replaced"
         kept = sum(not refit.folded for refit in self.refits)
-        return text + (f"; kept layers re-solved: {kept}" if kept else "")
+        text += f"; kept layers re-solved: {kept}" if kept else ""
+        return text + ("; every position is computed" if self.config.keep_features else "")

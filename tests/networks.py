@@ -19,7 +19,7 @@ def images(n: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-LIGHT = Config(maps=("folded",), shrinks=(0.6,), swaps=0, refit=False)
+LIGHT = Config(maps=("folded",), shrinks=(0.6,), units=("span",), swaps=0, refit=False)
 """A quick search, for tests of what comes before and behind it."""
 
 

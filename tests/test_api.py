@@ -9,20 +9,47 @@ import torch
 from torch import Tensor, nn
 
 import rba_compress
-from rba_compress import Budget, Result, compress, supports
-from rba_compress.digits import digits_model
+from rba_compress import Budget, Config, Result, compress, supports
+from rba_compress.digits import Split, digits_model
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 
 
 def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor, Tensor]) -> None:
     x, labels = held_out
     assert type(result.model) is type(digits)
-    assert result.model.forward_features(x).shape == digits.forward_features(x).shape
+    # The head reads one token, and the others are not computed: whoever asks for them sees that.
+    assert result.model.forward_features(x).shape == (len(x), 1, 64)
     assert result.model.get_classifier() is result.model.head
     accuracy = [(m(x).argmax(-1) == labels).float().mean() for m in (digits, result.model)]
     assert accuracy[0] - accuracy[1] <= 0.01  # within a point of the original
     assert result.report.slim.macs <= 0.8 * result.report.dense.macs
     assert result.report.latency.ratio < 0.9
+
+
+def test_features_are_kept_where_they_are_asked_for(
+    digits: nn.Module, digits_loader: list[Any], held_out: Split
+) -> None:
+    config = Config(**(LIGHT.model_dump() | {"keep_features": True}))
+    slim = compress(digits, digits_loader, budget=Budget(macs=0.9), config=config)
+    x = held_out[0][:4]
+    assert slim.model.forward_features(x).shape == digits.forward_features(x).shape
+    assert "every position is computed" in slim.report.table()
+    assert not any(r.exact for r in slim.plan.replacements)
+
+
+def test_the_exact_pass_alone_costs_nothing(
+    digits: nn.Module, digits_loader: list[Any], held_out: Split
+) -> None:
+    """Where it meets the budget, nothing else is done."""
+    slim = compress(digits, digits_loader, budget=Budget(macs=0.95))
+    (only,) = slim.plan.replacements
+    assert only.exact
+    assert slim.report.fidelity.divergence < 1e-9
+    assert slim.front == ()
+    assert "others not computed" in slim.report.table()
+    torch.testing.assert_close(slim.model(held_out[0]), digits(held_out[0]), rtol=1e-5, atol=1e-5)
+    # Down to the last sample that it computes for: seven percent of the network.
+    assert slim.report.slim.macs < 0.93 * slim.report.dense.macs
 
 
 def test_the_report_is_of_samples_that_nothing_was_chosen_on(result: Result) -> None:

@@ -175,8 +175,8 @@ def test_a_damaged_artefact_is_named(slim: Path) -> None:
 def test_a_newer_a_foreign_and_no_manifest_are_named(slim: Path, tmp_path: Path) -> None:
     manifest = slim / "plan.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"schema_version": 2}))
-    with pytest.raises(ArtifactError, match="has schema 2, this version reads up to 1: upgrade"):
+    manifest.write_text(json.dumps(content | {"schema_version": 3}))
+    with pytest.raises(ArtifactError, match="has schema 3, this version reads up to 2: upgrade"):
         load(slim)
     manifest.write_text('{"spans": []}')
     with pytest.raises(ArtifactError, match=r"plan.json is not a manifest"):

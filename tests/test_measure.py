@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rba_compress import Plan, benchmark, splice, supports
 from rba_compress.batches import as_batch, read
 from rba_compress.calibration import profile
-from rba_compress.drafts import fit_span, keyed, span_saving
+from rba_compress.drafts import fit_span, keyed, saving
 from rba_compress.maps import MapSpec
 from rba_compress.measure import Cost, compare_outputs, cost, divergence, fidelity, output_kind
 from rba_compress.recorder import record
@@ -72,7 +72,7 @@ def test_predicted_costs_are_the_measured_ones() -> None:
     ):
         replacement, fit = fit_span(profiled, 1, 3, spec)
         slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
-        saved = span_saving(profiled.chain, 1, 3, spec)
+        saved = saving([profiled.chain], [replacement])
         left = Cost(macs=seen.dense.macs - saved.macs, params=seen.dense.params - saved.params)
         assert cost(slim, batch) == left
 

@@ -24,6 +24,7 @@ from rba_compress import (
 )
 from rba_compress.batches import Split, as_batch
 from rba_compress.digits import digits_data
+from rba_compress.drafts import Site
 from rba_compress.measure import cost, fidelity
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
@@ -120,11 +121,11 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
     """In held-out divergence, over all 78 spans of the chain."""
     seen = profile(digits, digits_loader[:2])
     run = Search(digits, seen, digits_loader[:2], Budget(macs=0.5))
-    spans = [(0, *span) for span in seen.chains[0].chain.spans()]
+    spans: list[Site] = [(0, *span, "span") for span in seen.chains[0].chain.spans()]
     moves = run.fitter.moves(run.start, spans)
     better = 0
     for span in spans:
-        of_span = [m for m in moves if m.span == span]
+        of_span = [m for m in moves if m.site == span]
         results = run.judge_moves(run.start, of_span, lambda _, judged: float(judged.mean()))
         (skip,) = (score for score, _, m, _ in results if m.replacement.map.kind == "identity")
         assert results[0][0] <= skip
@@ -133,7 +134,7 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
 
 
 def test_a_folded_plan_is_a_stock_network(digits: nn.Module, digits_loader: list[Any]) -> None:
-    config = Config(maps=("folded",), refit=False)
+    config = Config(maps=("folded",), units=("span",), keep_features=True, refit=False)
     slim = compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
     kinds = {r.map.kind for r in slim.plan.replacements}
     assert kinds <= {"identity", "folded"}

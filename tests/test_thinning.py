@@ -28,8 +28,8 @@ def vit(name: str = "deit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     """A small ViT whose weights are far from 0: layer scales and biases of 1e-5 would hide an error."""
     model = seeded(timm.create_model, name, **{**SMALL, **kwargs})
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or "gamma" in name or "bias" in name:
+    for key, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "gamma" in key or "bias" in key:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
 

@@ -1,0 +1,100 @@
+"""Claim: what is not computed is not waited for: a read-out runs at its share of MACs.
+
+A real DeiT-tiny against itself with the exact read-out of its last block, and with eleven of its blocks
+computed for the class token alone (so that a block's own share shows), in eager mode, compiled, and in
+ONNX Runtime, at batch 1 and 32. Paired ratios in one run; the outputs are compared before anything is
+timed. `python -m benchmarks.read_out_latency` writes `benchmarks/results/read_out_latency.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks.real_data import deit_tiny, imagenet
+from rba_compress import Plan, splice, supports
+from rba_compress.batches import as_batch
+from rba_compress.drafts import Solution, skip, with_read_outs
+from rba_compress.measure import benchmark, cost
+
+
+class OnnxModel(nn.Module):
+    """A network in ONNX Runtime, on two threads as torch is."""
+
+    def __init__(self, model: nn.Module, example: Tensor, path: Path) -> None:
+        super().__init__()
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(
+            model, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        (name,) = (given.name for given in self.session.get_inputs())
+        return torch.from_numpy(self.session.run(None, {name: x.numpy()})[0])
+
+
+@dataclass
+class Run:
+    seconds: float = 20.0
+    """For each comparison."""
+    out: Path = Path(__file__).parent / "results" / "read_out_latency.json"
+
+
+def main(how: Run) -> None:
+    model = deit_tiny().eval()
+    x = torch.cat([images for images, _ in imagenet(model, "test", 16)[:2]])
+    (chain,) = supports(model, x).chains
+    exact = with_read_outs(Solution(Plan(), {}), [chain]).plan
+    blocks = tuple(skip(chain, b, b + 1, "read_out") for b in range(1, len(chain)))
+    plans = {"exact": exact, "eleven read-outs": Plan(replacements=blocks)}
+    slim = {name: splice(model, plan, {}) for name, plan in plans.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(slim["exact"](x), model(x), rtol=1e-4, atol=1e-4)
+    forms: dict[str, Any] = {
+        "eager": lambda net, _: net,
+        "compiled": lambda net, _: torch.compile(net),
+        "ONNX Runtime": lambda net, path: OnnxModel(net, x[:2], path),
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for form, build in forms.items():
+            dense = build(model, Path(folder) / "dense.onnx")
+            for name, plan in plans.items():
+                thin = build(slim[name], Path(folder) / f"{name}.onnx")
+                kept = cost(slim[name], as_batch(x)).macs / cost(model, as_batch(x)).macs
+                for batch in (1, 32):
+                    with torch.no_grad():
+                        expected = slim[name](x[:batch])
+                        torch.testing.assert_close(thin(x[:batch]), expected, rtol=1e-3, atol=1e-3)
+                    found = benchmark(dense, thin, x[:batch], seconds=how.seconds)
+                    row = {
+                        "network": name,
+                        "plan": str(plan) if name == "exact" else "blocks 1 to 11 read out, identity",
+                        "form": form,
+                        "batch": batch,
+                        "macs_kept": round(kept, 4),
+                        "latency": round(found.ratio, 4),
+                        "quartiles": [round(found.ratio_low, 4), round(found.ratio_high, 4)],
+                        "dense_ms": round(found.dense_ms, 2),
+                        "pairs": found.pairs,
+                    }
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    how.out.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))
