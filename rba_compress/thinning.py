@@ -10,7 +10,7 @@ With T a map and P the positions that are read:
     read_out_mlp    y = [f(P m), T (1 - P) m]
     exact           y = P f(mix(x))                     the others are not computed at all
 
-Each is an edit of the graph by a node or two; `demand.narrow` then moves the selections up.
+Each is an edit of the graph by a node or two; `narrow` then moves the selections up.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rba_compress.demand import copy_graph, demand, narrow, packet_of
+from rba_compress.demand import copy_graph, demand, packet_of
 from rba_compress.errors import ModelError
+from rba_compress.narrowing import narrow
 from rba_compress.plan import Block, Signature, Unit
 from rba_compress.recorder import evaluating
 
