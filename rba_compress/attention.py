@@ -4,9 +4,9 @@ With k = x W_k + b_k and v = x W_v + b_v
 
     softmax(q k^T + m) v = softmax((q W_k^T) x^T + m) x W_v + b_v
 
-for q b_k^T is the same for every key, and the rows of a softmax sum to one. To project T keys and values
-costs 2 T width^2 multiply-accumulates; to do without costs 2 T width (heads * queries), which is less by
-the factor of a head's channels over the queries.
+for q b_k^T is the same for every key, and the rows of a softmax sum to one. To project T keys and
+values costs 2 T width^2 multiply-accumulates; to do without costs 2 T width (heads * queries), which is
+less by the factor of a head's channels over the queries.
 """
 
 from __future__ import annotations

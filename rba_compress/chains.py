@@ -21,7 +21,7 @@ from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
-from rba_compress.thinning import Traces, thin
+from rba_compress.thinning import Traces, example_inputs, thin
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,7 @@ def _units(
 
 def _macs(thinned: nn.Module, signature: Signature, reads: int | None) -> int:
     """Of one sample, for all positions or for the read ones alone."""
-    parameter = next((p for p in thinned.parameters() if p.is_floating_point()), torch.empty(0))
-    tensors = [given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs]
+    tensors = example_inputs(thinned, signature)
     if reads is not None:
         tensors[signature.stream_index] = tensors[signature.stream_index][:, :reads]
     args, kwargs = signature.call(tensors)

@@ -77,6 +77,8 @@ class _Job:
     """The dial a of the shrunk map (1 - a) I + a T, and of folded corrections."""
     refit: bool = True
     """Re-solve kept layers behind a replaced span where that helps."""
+    keep_features: bool = False
+    """Compute every position, also those that the output does not read."""
     batch_size: int = 16
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
@@ -91,7 +93,8 @@ class _Job:
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        config = Config(maps=self.maps, shrinks=self.shrinks, refit=self.refit, seed=self.seed)
+        own = ("maps", "shrinks", "refit", "keep_features", "seed")
+        config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         dense = architecture.build()

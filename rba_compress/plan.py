@@ -254,10 +254,14 @@ def _differs(template: JsonValue, given: Any, place: str) -> str | None:
             return None if same else f"{place} is {given!r} where it was {content!r}"
         if kind == "dict":
             assert isinstance(content, dict)
+            if not isinstance(given, dict):
+                return f"{place} is a {type(given).__name__} where it was a dict"
             keys = [*content, *(key for key in given if key not in content)]
             pairs = [(key, content.get(key), given.get(key)) for key in keys]
         else:
             assert isinstance(content, list)
+            if not isinstance(given, (tuple, list)):
+                return f"{place} is a {type(given).__name__} where it was a {kind}"
             longer = max(len(content), len(given))
             pairs = [
                 (i, *(v[i] if i < len(v) else None for v in (content, given)))  # type: ignore[misc]

@@ -16,7 +16,7 @@ Each is an edit of the graph by a node or two; `narrow` then moves the selection
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,18 +103,12 @@ def thin(
     traced = traces.of(model, block)
     bodies = []
     for each in traced:
-        graph = each.body(unit, reads, exact)
-        for placeholder, name in zip(list(graph.nodes), each.names, strict=False):
-            if not placeholder.users:
-                graph.erase_node(placeholder)
-            placeholder.meta["name"] = f"{name}_{each.number}" if name in each.constants else name
-        used = [n for n in graph.nodes if n.op == "placeholder" and "name" in n.meta]
-        body = fx.GraphModule(nn.ModuleDict({"map": map}), graph)
-        bodies.append((each.signature, tuple(n.meta["name"] for n in used), body))
+        names, graph = each.body(unit, reads, exact)
+        bodies.append((each.signature, names, fx.GraphModule(nn.ModuleDict({"map": map}), graph)))
     thinned = Thinned(module, bodies, map)
     for each in traced:
         for name, tensor in each.constants.items():
-            thinned.register_buffer(f"{name}_{each.number}", tensor.clone(), persistent=False)
+            thinned.register_buffer(name, tensor.clone(), persistent=False)
     _prune(thinned, {name for _, names, _ in bodies for name in names}, keep=("map",))
     return thinned.train(module.training)
 
@@ -159,15 +153,25 @@ class Traced:
     """Placeholder of the stream."""
     middle: str | None
     """The stream between the block's two sublayers; None where it is no such block."""
-    number: int = 0
-    """Among the ways of calling the block."""
+    _bodies: dict[Any, tuple[tuple[str, ...], fx.Graph]] = field(default_factory=dict)
 
-    def body(self, unit: Unit, reads: int, exact: bool) -> fx.Graph:
-        """The graph of a thinned block, which calls a module `map`.
+    def body(self, unit: Unit, reads: int, exact: bool) -> tuple[tuple[str, ...], fx.Graph]:
+        """The tensors of the block that a thinned one uses, and its graph, which calls a module `map`.
 
         Raises:
             ModelError: the unit needs two sublayers, and the block is not made of such.
         """
+        key = unit, reads, exact
+        if key not in self._bodies:
+            graph = self._cut(unit, reads, exact)
+            weights = list(zip(list(graph.nodes), self.names, strict=False))
+            for placeholder, _ in weights:
+                if not placeholder.users:
+                    graph.erase_node(placeholder)
+            self._bodies[key] = tuple(name for node, name in weights if node.users), graph
+        return self._bodies[key]
+
+    def _cut(self, unit: Unit, reads: int, exact: bool) -> fx.Graph:
         if self.middle is None and unit != "read_out":
             raise ModelError("its sublayers cannot be told apart")
         graph, values, output = copy_graph(self.graph)
@@ -217,6 +221,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._known: dict[str, list[Traced]] = {}
+        self._kinds: dict[str, list[list[Traced]]] = {}
 
     def of(self, model: nn.Module, block: Block) -> list[Traced]:
         """A block of a model that is not rewritten there, traced for each of its signatures.
@@ -225,15 +230,50 @@ class Traces:
             ModelError: it cannot be traced, or it writes into tensors.
         """
         if block.path not in self._known:
-            kinds = (block.signature, *block.variants)
-            self._known[block.path] = [
-                replace(_trace(model, block, kind), number=k) for k, kind in enumerate(kinds)
-            ]
+            ways = (block.signature, *block.variants)
+            alike = self._kinds.setdefault(f"{block.type} {ways}", [])
+            found = next((t for t in alike if _is_of(model, block, t)), None)
+            if found is None:
+                found = [_trace(model, block, way, f"constant_{k}") for k, way in enumerate(ways)]
+                alike.append(found)
+            self._known[block.path] = found
         return self._known[block.path]
 
 
 @torch.inference_mode(False)
-def _trace(model: nn.Module, block: Block, signature: Signature) -> Traced:
+def _is_of(model: nn.Module, block: Block, traced: Sequence[Traced]) -> bool:
+    """Whether graphs that were traced of a like block compute, bit for bit, what this one does."""
+    if isinstance(model, fx.GraphModule):
+        return False
+    module = model.get_submodule(block.path)
+    generator = torch.Generator().manual_seed(0)
+    for each in traced:
+        wrapped, tensors = _StreamOnly(module, each.signature), example_inputs(module, each.signature)
+        stream = tensors[each.signature.stream_index]
+        stream.copy_(torch.randn(stream.shape, generator=generator))
+        try:
+            own = [each.constants.get(n) for n in each.names]
+            values = [
+                _attribute(module, name) if value is None else value
+                for name, value in zip(each.names, own, strict=True)
+            ]
+            with evaluating(wrapped):
+                found = fx.GraphModule(nn.Module(), each.graph)(*values, *tensors)
+                if not torch.equal(found, wrapped(*tensors)):
+                    return False
+        except Exception:  # noqa: BLE001  whatever is in the way, it is traced anew
+            return False
+    return True
+
+
+def example_inputs(module: nn.Module, signature: Signature) -> list[Tensor]:
+    """Inputs of a call, zeros."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return [given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs]
+
+
+@torch.inference_mode(False)
+def _trace(model: nn.Module, block: Block, signature: Signature, constant: str) -> Traced:
     if not signature.inputs:
         raise ModelError("what it is called with cannot be written down")
     module = model.get_submodule(block.path)
@@ -244,8 +284,7 @@ def _trace(model: nn.Module, block: Block, signature: Signature) -> Traced:
     if isinstance(model, fx.GraphModule):
         module, prefix = _cut_out(model, block), f"block.{block.path}."
     auto = torch.export.Dim.AUTO
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    tensors = tuple(given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs)
+    tensors = tuple(example_inputs(module, signature))
     # A size of one is one for good; any other may change.
     shapes = tuple({d: auto for d, size in enumerate(t.shape) if size > 1} for t in tensors)
     wrapped = _StreamOnly(module, signature)
@@ -254,7 +293,7 @@ def _trace(model: nn.Module, block: Block, signature: Signature) -> Traced:
             exported = torch.export.export(wrapped, tensors, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise ModelError(f"it cannot be traced ({type(error).__name__}: {error})") from error
-    return _lifted(exported, signature, prefix)
+    return _lifted(exported, signature, prefix, constant)
 
 
 def _cut_out(model: fx.GraphModule, block: Block) -> fx.GraphModule:
@@ -278,7 +317,9 @@ def _cut_out(model: fx.GraphModule, block: Block) -> fx.GraphModule:
     return fx.GraphModule(model, graph)
 
 
-def _lifted(exported: torch.export.ExportedProgram, signature: Signature, prefix: str) -> Traced:
+def _lifted(
+    exported: torch.export.ExportedProgram, signature: Signature, prefix: str, constant: str
+) -> Traced:
     graph, kinds = exported.graph, torch.export.graph_signature.InputKind
     names: list[str] = []
     constants: dict[str, Tensor] = {}
@@ -291,7 +332,7 @@ def _lifted(exported: torch.export.ExportedProgram, signature: Signature, prefix
                 entry = node.name
             inputs += 1
         elif spec.kind is kinds.CONSTANT_TENSOR:
-            name = f"constant_{len(constants)}"
+            name = f"{constant}_{len(constants)}"
             constants[name] = exported.constants[str(spec.target)]
             names.append(name)
         else:

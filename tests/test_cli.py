@@ -34,6 +34,10 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_supports_prints_chains_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["supports", "resnet18"]) == 0
     assert "chain layer1: 2 x BasicBlock, width 64" in capsys.readouterr().out
+    assert main(["supports", "test_vit"]) == 0
+    printed = capsys.readouterr().out
+    assert "behind it the first 1 of 101 positions are read" in printed
+    assert "units: span, read_out, attention_free, mlp_free, read_out_mlp" in printed
     assert main(["supports", "vgg11"]) == 0
     assert "no module maps a tensor to one of the same shape" in capsys.readouterr().out
 
