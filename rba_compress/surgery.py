@@ -11,6 +11,7 @@ either form; what is left of it keeps its state-dict keys.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,14 +44,40 @@ def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
     Raises:
         ModelError: the model cannot be copied.
     """
-    shared = [*model.parameters(), *model.buffers()] if share else []
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        return _shared_copy(model) if share else copy.deepcopy(model)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass a model "
             "that copy.deepcopy accepts, or splice it with inplace=True"
         ) from error
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """`copy.deepcopy` with the tensors left out, and by hand: a search copies hundreds of times."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    modules = list(model.modules())
+    kinds = {type(module) for module in modules}
+    if any(hasattr(k, "__deepcopy__") or k.__getstate__ != nn.Module.__getstate__ for k in kinds):
+        copied: nn.Module = copy.deepcopy(model, memo)
+        return copied
+    for module in modules:
+        memo[id(module)] = type(module).__new__(type(module))
+    # Trees first: what else a module holds may point into them.
+    held = {"_parameters", "_buffers", "_modules"}
+    for module in modules:
+        state = memo[id(module)].__dict__
+        for name in held:
+            items = module.__dict__[name].items()
+            state[name] = {key: memo[id(v)] if v is not None else None for key, v in items}
+    for module in modules:
+        state = memo[id(module)].__dict__
+        for name, value in module.__dict__.items():
+            if name not in held:
+                empty = type(value) in (dict, OrderedDict, set) and not value
+                state[name] = type(value)() if empty else copy.deepcopy(value, memo)
+    found: nn.Module = memo[id(model)]
+    return found
 
 
 def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module) -> None:
