@@ -135,8 +135,13 @@ class Search:
                         break
                     # The best step goes too far: a shorter one may hold.
                     longest //= 2
+                    tried = self.steps[decided:]
                     del self.steps[decided:]
-                    after = self.step(draft, longest=longest)
+                    shorter = self.step(draft, longest=longest)
+                    if shorter is None:
+                        self.steps += tried
+                        break
+                    after = shorter
                 broken = [] if after is None else self.broken(after)
                 if after is None or broken:
                     if self.limits:

@@ -157,8 +157,8 @@ def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatc
         asked.append(longest)
         if draft is not run.start:
             return None
-        span = (0, 2, 8) if longest is None else (0, 5, 6)
-        move = run.fitter.moves(draft, [span])[-1]
+        span = (2, 8) if longest is None else (5, 6)
+        move = run.fitter.moves(draft, [(0, *span, "span")])[-1]
         taken = run.draft(with_move(draft, move), draft.load - move.saving)
         return run.note("take", move.replacement, taken, 0.0)
 
