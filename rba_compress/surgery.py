@@ -224,16 +224,15 @@ def splice_shared(
     return _splice(copy_model(model, share=True), plan, tensors, traces or Traces())
 
 
-def _thinned(
-    model: nn.Module,
-    replacement: Replacement,
-    module: nn.Module,
-    traces: Traces,
-) -> nn.Module:
+def _require_thinnable(model: nn.Module, replacement: Replacement, traces: Traces) -> None:
+    """
+    Raises:
+        PlanError: the block cannot be thinned so; nothing is changed yet.
+    """
     (block,) = replacement.blocks
-    how = {"unit": replacement.unit, "reads": replacement.reads, "exact": replacement.exact}
     try:
-        return thin(model, block, module, traces, **how)  # type: ignore[arg-type]
+        for traced in traces.of(model, block):
+            traced.body(replacement.unit, replacement.reads, replacement.exact)
     except ModelError as error:
         raise PlanError(f"{replacement}: {block.path} cannot be thinned: {error}") from error
 
@@ -258,10 +257,14 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         }
         module.load_state_dict(state)
         if replacement.unit != "span":
-            module = _thinned(model, replacement, module, traces)
+            _require_thinnable(model, replacement, traces)
         built.append((replacement, module))
     for replacement, module in built:
-        replace_blocks(model, replacement.blocks, module)
+        held = module
+        if replacement.unit != "span":
+            how = {"unit": replacement.unit, "reads": replacement.reads, "exact": replacement.exact}
+            held = thin(model, replacement.blocks[0], module, traces, **how)  # type: ignore[arg-type]
+        replace_blocks(model, replacement.blocks, held)
     for refit in plan.refits:
         layer = model.get_submodule(refit.path)
         for name, old in list(layer.named_parameters(recurse=False)):

@@ -206,8 +206,8 @@ class Traced:
         elif not exact:
             source = entry if unit == "read_out" else middle
             assert source is not None
-            rest = add("call_module", "map", (part(source, reads, _END),), output)
-            rest.meta["shape"] = rest.args[0].meta["shape"]  # type: ignore[union-attr]
+            # All are mapped, the read ones to no use: a part of a stream is not contiguous.
+            rest = part(add("call_module", "map", (source,), output), reads, _END)
             front = part(output, 0, reads)
             output = add("call_function", _aten.cat.default, ([front, rest], 1), output)
         if exact:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from rba_compress import Budget, Plan, PlanError, compress, profile, splice
-from rba_compress.drafts import with_move
+from rba_compress.drafts import Site, with_move
 from rba_compress.fitting import Rows
 from rba_compress.maps import correction
 from rba_compress.moments import PairMoments
@@ -72,7 +72,7 @@ def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: An
     run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     draft = run.step(run.start)
     assert draft is not None
-    for move in run.fitter.moves(draft, run.spans(draft)):
+    for move in run.fitter.moves(draft, run.sites(draft)):
         resumed = run.judge_move(draft, move)
         whole = run.judge(run.fitter.slim(with_move(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
@@ -104,9 +104,9 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
     model, data = networks()
     run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     assert len(run.chains) == 2
-    first = next(m for m in run.fitter.moves(run.start, [(0, 0, 1)]))
+    first = next(m for m in run.fitter.moves(run.start, [(0, 0, 1, "span")]))
     draft = run.draft(with_move(run.start, first), run.start.load - first.saving)
-    spans = [(1, start, stop) for start, stop in run.chains[1].spans()]
+    spans: list[Site] = [(1, start, stop, "span") for start, stop in run.chains[1].spans()]
     for move in run.fitter.moves(draft, spans):
         resumed = run.judge_move(draft, move)
         whole = run.judge(run.fitter.slim(with_move(draft, move)))
@@ -140,10 +140,10 @@ def test_a_scale_that_is_no_parameter_is_no_layer_scale() -> None:
 def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
     model, data = small_vit()
     run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
-    moves = run.fitter.moves(run.start, [(0, 3, 4)])
+    moves = run.fitter.moves(run.start, [(0, 3, 4, "span")])
     folded = next(m for m in moves if m.replacement.map.kind == "folded")
     draft = run.draft(with_move(run.start, folded), run.start.load - folded.saving)
-    taken = next(iter(run.fitter.moves(draft, [(0, 2, 3)])))
+    taken = next(iter(run.fitter.moves(draft, [(0, 2, 3, "span")])))
     plan = with_move(draft, taken).plan
     assert {(r.start, r.map.kind) for r in plan.replacements} == {(2, "identity"), (3, "identity")}
     assert not plan.refits

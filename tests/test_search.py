@@ -92,11 +92,11 @@ def test_every_decision_is_logged_with_its_margin(result: Result) -> None:
     for step in plan.steps:
         # A span is taken because it is the best; a refinement because it lowers the divergence.
         assert step.action == "take" or step.margin > 0
-    assert {c.map.kind for c in plan.candidates} == {"identity", "shrunk", "folded"}
+    assert {c.map.kind for c in plan.candidates} >= {"identity", "shrunk"}
     last = plan.steps[-1]
     assert (last.macs, last.params) == (result.report.slim.macs, result.report.slim.params)
     assert sum(r.stop - r.start for r in plan.replacements) >= 3
-    assert all(r.diagnostics is not None for r in plan.replacements)
+    assert all(r.diagnostics is not None for r in plan.replacements if not r.exact)
     assert plan.forward_passes > 1
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
