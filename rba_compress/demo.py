@@ -27,8 +27,8 @@ save_file({"y": load(directory)(load_file(inputs)["x"]).detach()}, outputs)
 """
 
 
-def run_demo(out: Path, *, macs: float = 0.8) -> Report:
-    """Compress the digits ViT to 9 of its 12 blocks or fewer, and prove it on held-out digits.
+def run_demo(out: Path, *, kept: float = 0.8) -> Report:
+    """Compress the digits ViT to `kept` of its MACs and parameters, and prove it on held-out digits.
 
     Writes `out/slim/` and `out/similarity.png`. Prints as it goes.
 
@@ -38,7 +38,7 @@ def run_demo(out: Path, *, macs: float = 0.8) -> Report:
     dense = digits_model()
     train, test = digits_data()
     print("A 12-block vision transformer on 8 x 8 digits; calibrated on its training digits.\n")
-    result = compress(dense, batches(train), budget=Budget(macs=macs))
+    result = compress(dense, batches(train), budget=Budget(macs=kept, params=kept))
     report = compare(
         dense,
         result.model,

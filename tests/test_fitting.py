@@ -175,8 +175,8 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     """With a layer scale: what `mlp.fc2` lacks is (h - g) / gamma behind its block."""
     model, data = small_vit()
     seen = profile(model, data, config=LIGHT)
-    run = Search(model, seen, data, Budget(macs=0.9))
-    found_move = run.best(run.start, [(0, 1, 2)])
+    run = Search(model, seen, data, Budget(macs=0.5))
+    found_move = run.best(run.start, [(0, 1, 2, "span")])
     assert found_move is not None
     slim, chain, b = run.fitter.slim(with_move(run.start, found_move[0])), run.chains[0], 3
     walk = run.fitter.walk(0)
