@@ -9,7 +9,7 @@ leak, and refuses it: replacing it would take that value away. Refusals carry th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from pydantic import JsonValue
 from torch import fx, nn
 
-from rba_compress.demand import ALL, demand
+from rba_compress.demand import ALL, demand, packet_of
 from rba_compress.plan import Block, Branch, Chain, Input, Path, Refusal, Signature
 from rba_compress.recorder import Call, Recording, module_stack
 
@@ -34,7 +34,7 @@ _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0, _aten.mkldnn_rnn_laye
 _SPLITS = {_aten.split, _aten.split_with_sizes}
 _RESHAPES = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.clone, _aten._to_copy}
 _PASSED = _RESHAPES | {_aten.mul}
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = (bool, int, float, str)
 
 
 @dataclass(eq=False)
@@ -276,7 +276,7 @@ def _has_residual(candidate: _Candidate) -> bool:
     assert candidate.entry is not None
     derived = _derived(candidate)
     return any(
-        getattr(node.target, "_overloadpacket", None) in _ADDITIONS
+        packet_of(node) in _ADDITIONS
         and sum(operand in derived for operand in node.all_input_nodes) > 1
         for node in _inside(candidate.call, candidate.entry.graph)
     )
@@ -290,7 +290,7 @@ def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
     derived = _derived(member)
     while wanted:
         node = wanted.pop()
-        packet = getattr(node.target, "_overloadpacket", None)
+        packet = packet_of(node)
         if packet in (_aten.add, _aten.add_) and all(n in derived for n in node.args[:2]):
             wanted += node.args[:2]  # type: ignore[arg-type]
         else:
@@ -313,8 +313,8 @@ def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | Non
     """The linear layer whose output a term is, times a layer scale (one of `tensors`) or not."""
     scale = None
     node: Any = term
-    while getattr(node.target, "_overloadpacket", None) in _PASSED:
-        if node.target._overloadpacket is _aten.mul:
+    while packet_of(node) in _PASSED:
+        if packet_of(node) is _aten.mul:
             weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
             if scale is not None or len(weights) != 1 or str(weights[0].target) not in tensors:
                 return None
@@ -322,7 +322,7 @@ def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | Non
             node = next(n for n in node.all_input_nodes if n is not weights[0])
         else:
             node = node.args[0]
-    if getattr(node.target, "_overloadpacket", None) not in _PRODUCTS:
+    if packet_of(node) not in _PRODUCTS:
         return None
     weights = [n.args[0] if "aten.t." in str(n.target) else n for n in node.all_input_nodes]
     paths = {str(n.target).removesuffix(".weight") for n in weights if n.op == "get_attr"} & linears
@@ -434,49 +434,51 @@ def _outer(graph: fx.Graph, group: set[fx.Node], recording: Recording) -> list[f
     return list(found)
 
 
-def _template(call: Call, stream: fx.Node) -> Any:
+def _encoded(value: Any, leaf: Callable[[Any, Any], JsonValue], key: Any = None) -> JsonValue:
+    """A template for a `Signature`: containers as they are, their leaves by `leaf(value, key)`.
+
+    Raises:
+        TypeError: a leaf is neither a tensor's node nor a simple value.
+    """
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_encoded(item, leaf, i) for i, item in enumerate(value)]}
+    if type(value) is dict:
+        return {"dict": {key: _encoded(item, leaf, key) for key, item in value.items()}}
+    if value is None:
+        return None
+    if isinstance(value, (fx.Node, *_SIMPLE)):
+        return leaf(value, key)
+    raise TypeError(type(value).__name__)
+
+
+def _template(call: Call, stream: fx.Node) -> JsonValue:
     """The output's structure for a `Signature`: the stream, inputs, constants, None elsewhere."""
 
-    def encode(value: Any, key: Any = None) -> Any:
+    def leaf(value: Any, key: Any) -> Any:
         if value is stream:
             return "stream"
         if isinstance(value, fx.Node):
             return next((list(path) for path, node in call.inputs.items() if node is value), None)
-        if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item, i) for i, item in enumerate(value)]}
-        if type(value) is dict:
-            return {"dict": {key: encode(item, key) for key, item in value.items()}}
-        if value is None:
-            return None
-        if isinstance(value, (bool, int, float, str)):
-            # A size that is handed on, most likely; of several equal ones, that in the same place.
-            same = [p for p, v in call.constants.items() if type(v) is type(value) and v == value]
-            same.sort(key=lambda path: path[-1] != key)
-            return list(same[0]) if same else {"value": value}
-        raise TypeError(f"it returns a {type(value).__name__}, which cannot be rebuilt")
+        # A size that is handed on, most likely; of several equal ones, that in the same place.
+        same = [p for p, v in call.constants.items() if type(v) is type(value) and v == value]
+        same.sort(key=lambda path: path[-1] != key)
+        return list(same[0]) if same else {"value": value}
 
-    return encode(call.result)
+    try:
+        return _encoded(call.result, leaf)
+    except TypeError as error:
+        raise TypeError(f"it returns a {error}, which cannot be rebuilt") from error
 
 
 def _arguments(call: Call) -> dict[str, Any]:
     """What a block is called with, for a `Signature`; nothing where it cannot be written down."""
-    paths = {id(node): index for index, node in enumerate(call.inputs.values())}
+    places = {node: index for index, node in enumerate(call.inputs.values())}
 
-    def encode(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return ["args", paths[id(value)]]
-        if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if type(value) is dict:
-            return {"dict": {key: encode(item) for key, item in value.items()}}
-        if value is None:
-            return None
-        if isinstance(value, (bool, int, float, str)):
-            return {"value": value}
-        raise TypeError(f"it is called with a {type(value).__name__}")
+    def leaf(value: Any, _: Any) -> JsonValue:
+        return ["args", places[value]] if isinstance(value, fx.Node) else {"value": value}
 
     try:
-        template = encode(call.given)
+        template = _encoded(call.given, leaf)
     except TypeError:
         return {}
     inputs = tuple(_input(path, node) for path, node in call.inputs.items())
@@ -496,7 +498,7 @@ def _graph_signature(recording: Recording, names: list[str]) -> Signature:
         if name in recording.values:
             places.append(["args", len(inputs)])
             inputs.append(_input(("args", i), recording.values[name]))
-        elif name in recording.constants and isinstance(recording.constants[name], _SIMPLE):
+        elif isinstance(recording.constants.get(name, ...), (*_SIMPLE, type(None))):
             value = recording.constants[name]
             places.append(None if value is None else {"value": value})
         else:
@@ -518,7 +520,7 @@ def _channel_axis(candidate: _Candidate) -> int | None:
         source = next((n for n in node.all_input_nodes if n in axes), None)
         if source is None or node.op != "call_function":
             continue
-        packet, order = getattr(node.target, "_overloadpacket", None), axes[source]
+        packet, order = packet_of(node), axes[source]
         channels_second = packet in _CHANNELS_SECOND and node.args[0] is source
         channels_last = (
             (packet in _PRODUCTS and node.args[_PRODUCTS[packet]] is source)
@@ -580,7 +582,7 @@ def _class_tokens(stream: fx.Node) -> tuple[int, ...]:
     reached, frontier = {stream}, [stream]
     while frontier:
         for user in frontier.pop().users:
-            packet = getattr(user.target, "_overloadpacket", None)
+            packet = packet_of(user)
             if packet is _aten.select and user.args[1] == 1:
                 found.add(int(user.args[2]) % shape[1])  # type: ignore[arg-type]
             values = [user, *user.users] if user.meta.get("shape") is None else [user]

@@ -242,21 +242,21 @@ def _with_units(model: nn.Module, chain: Chain, batch: Batch) -> Chain:
     Blocks of one kind and size share what is found out about the first of them.
     """
     traces, known, blocks = Traces(), {}, []
-    reads, unread = chain.reads, chain.unread
-    if reads and (flaw := _flaw(model, chain, len(chain) - 1, "read_out", batch=batch, traces=traces)):
-        reads, unread = 0, flaw
+    last = len(chain) - 1
+    if chain.reads and (flaw := _flaw(model, chain, last, "read_out", batch=batch, traces=traces)):
+        chain = chain.model_copy(update={"reads": 0, "unread": flaw})
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
-            known[key] = _units(model, chain, b, reads, batch=batch, traces=traces)
+            known[key] = _units(model, chain, b, batch=batch, traces=traces)
         blocks.append(block.model_copy(update={"units": known[key]}))
-    return chain.model_copy(update={"blocks": tuple(blocks), "reads": reads, "unread": unread})
+    return chain.model_copy(update={"blocks": tuple(blocks)})
 
 
 def _units(
-    model: nn.Module, chain: Chain, b: int, reads: int, *, batch: Batch, traces: Traces
+    model: nn.Module, chain: Chain, b: int, *, batch: Batch, traces: Traces
 ) -> tuple[UnitCost, ...]:
-    block = chain.blocks[b]
+    block, reads = chain.blocks[b], chain.reads
     flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces)
     wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
     if flaw is None:
@@ -294,8 +294,8 @@ def _flaw(
     exact, block = unit == "read_out", chain.blocks[b]
     slim = copy_model(model, share=True)
     try:
-        how = {"unit": unit, "reads": chain.reads, "exact": exact}
-        replace_blocks(slim, [block], thin(slim, block, nn.Identity(), traces, **how))  # type: ignore[arg-type]
+        thinned = thin(slim, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        replace_blocks(slim, [block], thinned)
         with evaluating(model), evaluating(slim):
             dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
     except ModelError as error:

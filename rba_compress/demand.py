@@ -167,6 +167,12 @@ def _matmul(node: fx.Node, need: Need) -> Operands | None:
     return _first_operand(node, Need(len(shape_of(a)) - 2, need.count))
 
 
+def _mask_rows(mask: fx.Node, count: int) -> Want:
+    """Of an attention mask, those of the first queries; one row may stand for all."""
+    rows = len(shape_of(mask)) - 2
+    return Want(mask, Need(rows, count) if shape_of(mask)[rows] > 1 else ALL)
+
+
 def _attention(node: fx.Node, need: Need) -> Operands | None:
     """Queries and the rows of the mask. A causal one counts from the first query and the first key."""
     ndim = len(shape_of(node))
@@ -175,12 +181,11 @@ def _attention(node: fx.Node, need: Need) -> Operands | None:
     args, kwargs = _first_operand(node, need)
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, fx.Node):
-        rows = len(shape_of(mask)) - 2
-        want = Want(mask, Need(rows, need.count) if shape_of(mask)[rows] > 1 else ALL)
+        rows = _mask_rows(mask, need.count)
         if len(args) > 3:
-            args = (*args[:3], want, *args[4:])
+            args = (*args[:3], rows, *args[4:])
         else:
-            kwargs = {**kwargs, "attn_mask": want}
+            kwargs = {**kwargs, "attn_mask": rows}
     return args, kwargs
 
 
@@ -190,8 +195,8 @@ def _attend(node: fx.Node, need: Need) -> Operands | None:
     q, _, _, mask, _ = node.args
     assert isinstance(q, fx.Node)
     changes: dict[int, Any] = {0: Want(q, need)}
-    if isinstance(mask, fx.Node) and shape_of(mask)[-2] > 1:
-        changes[3] = Want(mask, Need(len(shape_of(mask)) - 2, need.count))
+    if isinstance(mask, fx.Node):
+        changes[3] = _mask_rows(mask, need.count)
     return _with(node, changes)
 
 
@@ -223,10 +228,10 @@ def _permute(node: fx.Node, need: Need) -> Operands | None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     order = _order(node, len(shape_of(x)))
-    return None if order is None else _first_operand(node, Need(order[need.dim], need.count))
+    return _first_operand(node, Need(order[need.dim], need.count))
 
 
-def _order(node: fx.Node, ndim: int) -> list[int] | None:
+def _order(node: fx.Node, ndim: int) -> list[int]:
     """Which dimension of its input each dimension of a permutation is."""
     if packet_of(node) is _aten.permute:
         return [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
@@ -414,9 +419,10 @@ class Demand:
 
 def _moved(user: fx.Node, value: fx.Node, dim: int) -> int | None:
     """Which dimension of what `user` gives the positions of its operand are; None if they are lost."""
+    rule = _rule(user)
     shape = user.meta["shape"] or shape_of(value)  # several results are read one by one
-    for out in range(len(shape)):
-        operands = (_rule(user) or (lambda *_: None))(user, Need(out, 1))
+    for out in range(len(shape) if rule is not None else 0):
+        operands = rule(user, Need(out, 1))  # type: ignore[misc]
         if operands is not None and any(
             w.node is value and w.need != ALL and w.need.dim == dim for w in leaves(operands)
         ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rba_compress.calibration import ChainProfile
+from rba_compress.calibration import ChainProfile, Profile
 from rba_compress.judge import Judged
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
 from rba_compress.plan import Chain, Plan, Refit, Replacement, Unit
@@ -172,6 +172,21 @@ def with_read_outs(solution: Solution, chains: Sequence[Chain]) -> Solution:
                 solution = changed(solution, drop=drop, add=[new], tensors=kept)
             break
     return solution
+
+
+def handed_out(solution: Solution, profile: Profile) -> Solution:
+    """The solution as it leaves the search: what the output does not read is not computed, unless all
+    of it is asked for. The output is the same.
+    """
+    chains = () if profile.config.keep_features else [p.chain for p in profile.chains]
+    return with_read_outs(solution, chains)
+
+
+def network_load(profile: Profile, plan: Plan, *, times: Sequence[Sequence[float]] = ()) -> Load:
+    """What the network costs under a plan; the share of latency is an estimate."""
+    replacements = handed_out(Solution(plan, {}), profile).plan.replacements
+    dense = Load(profile.dense.macs, profile.dense.params, 1.0)
+    return dense - saving([p.chain for p in profile.chains], replacements, times=times)
 
 
 def replaced_blocks(plan: Plan, chain: Chain, *, thinned: bool = True) -> set[int]:

@@ -17,12 +17,11 @@ from rba_compress.drafts import (
     Solution,
     changed,
     keyed,
+    network_load,
     replaced_blocks,
     replacement_of,
-    saving,
     skip,
     with_move,
-    with_read_outs,
 )
 from rba_compress.fitting import SpanRows, Walk, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
@@ -39,8 +38,8 @@ class Fitter:
     """
 
     def __init__(self, model: nn.Module, profile: Profile, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
-        self.dense, self.config = profile.dense, profile.config
+        self.model, self.profile, self.batches = model, profile, batches
+        self.config = profile.config
         self.chains = [entry.chain for entry in profile.chains]
         self.samples = 0.0
         self.traces = Traces()
@@ -56,18 +55,9 @@ class Fitter:
         """The rewritten network, on the original's weights."""
         return splice_shared(self.model, solution.plan, solution.tensors, self.traces)
 
-    def handed_out(self, solution: Solution) -> Solution:
-        """The solution as it leaves the search: what the output does not read is not computed, unless
-        all of it is asked for. The output is the same.
-        """
-        return with_read_outs(solution, () if self.config.keep_features else self.chains)
-
     def load(self, plan: Plan) -> Load:
         """What the network costs under a plan; the share of latency is an estimate."""
-        replacements = self.handed_out(Solution(plan, {})).plan.replacements
-        return Load(self.dense.macs, self.dense.params, 1.0) - saving(
-            self.chains, replacements, times=self.times
-        )
+        return network_load(self.profile, plan, times=self.times)
 
     def skipped(self, site: Site) -> Replacement:
         """What is at a site with the identity for a map."""

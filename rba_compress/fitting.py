@@ -128,7 +128,8 @@ def span_rows(
     found: dict[float, SpanRows] = {}
     middles = sorted({place for span in spans for place in span if place % 1})
     paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
-    layers = [folds[i].path for i in targets if i in folds]
+    of_slim = [folds[i].path for i in targets if i in folds]
+    of_slim += [paths[i] for i in targets if i in paths]
     last_h = math.ceil(max(j for _, j in spans))
     last_g = math.ceil(max(targets))
 
@@ -139,10 +140,8 @@ def span_rows(
     with evaluating(dense), evaluating(slim):
         for moved in batches:
             # Targets are the dense network's, sources the other's.
-            read = [paths[i] for i in middles]
-            h = streams(observe(dense, [chain], moved, layers=read, stop=(0, last_h)))
-            read = [paths[i] for i in targets if i in paths]
-            seen = observe(slim, [chain], moved, layers=[*layers, *read], stop=(0, last_g))
+            h = streams(observe(dense, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
+            seen = observe(slim, [chain], moved, layers=of_slim, stop=(0, last_g))
             g, mask = streams(seen), attention_mask(moved, chain)
             for i, ends in targets.items():
                 wanted = torch.cat([h[j] for j in ends], chain.axis)

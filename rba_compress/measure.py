@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, main_output
+from rba_compress.demand import packet_of
 from rba_compress.plan import Chain
 from rba_compress.recorder import Recording, evaluating, record
 from rba_compress.streams import observe
@@ -113,12 +114,12 @@ def output_kind(recording: Recording) -> Divergence:
     wanted = (2,) if logits is None else (2, 3)
     if node is None or len(node.meta["shape"]) not in wanted or node.meta["shape"][-1] < 2:
         return "nse"
-    while getattr(node.target, "_overloadpacket", None) in _PASSED:
+    while packet_of(node) in _PASSED:
         source = node.args[0]
         if not isinstance(source, fx.Node):
             break
         node = source
-    return "kl" if getattr(node.target, "_overloadpacket", None) in _PRODUCTS else "nse"
+    return "kl" if packet_of(node) in _PRODUCTS else "nse"
 
 
 def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ def narrow(graph: fx.Graph) -> fx.Graph:
 
     for node in split.nodes:
         if node.op == "placeholder":
-            made[node] = slim.node_copy(node, lambda n: made[n])
-        if node.op == "placeholder" or node not in needs:
+            made[node] = slim.node_copy(node)
+            continue
+        if node not in needs:
             continue
         operands = operands_of(node, needs[node]) or (wanted(node.args), wanted(node.kwargs))
         args, kwargs = pytree.tree_map(fetch, operands, is_leaf=lambda leaf: isinstance(leaf, Want))

@@ -28,6 +28,8 @@ from rba_compress.drafts import (
     Solution,
     changed,
     folded_for,
+    handed_out,
+    network_load,
     replaced_blocks,
     skip,
     with_move,
@@ -88,10 +90,10 @@ class Search:
         self.model, self.profile, self.config, self.budget = model, profile, profile.config, budget
         self.chains = [entry.chain for entry in profile.chains]
         self.limits = budget.limits(profile.dense.macs, profile.dense.params)
+        self._require_reachable()
         split = profile.split(loader)
         fit = [batch.to(model) for batch in split.part("fit")]
         self.fitter = Fitter(model, profile, fit)
-        self._require_reachable()
         self.judge = Judge(
             model,
             self.chains,
@@ -169,7 +171,7 @@ class Search:
     def floor(self) -> Load:
         """The cost with every block skipped."""
         skips = [skip(chain, 0, len(chain), "span") for chain in self.chains]
-        return self.fitter.load(Plan(replacements=tuple(skips)))
+        return network_load(self.profile, Plan(replacements=tuple(skips)))
 
     def _require_reachable(self) -> None:
         """
@@ -265,7 +267,7 @@ class Search:
         """The draft with its latency measured, where the budget asks for it."""
         if "latency" not in self.limits:
             return draft
-        slim = self.fitter.slim(self.fitter.handed_out(draft.solution))
+        slim = self.fitter.slim(handed_out(draft.solution, self.profile))
         ratio = benchmark(self.model, slim, self.profile.example, seconds=seconds).ratio
         return replace(draft, load=replace(draft.load, latency=ratio))
 
@@ -283,7 +285,7 @@ class Search:
     def finished(self, draft: Draft) -> Solution:
         """The solution with the log of the search up to it in its plan."""
         total = self.fitter.held + self.judge.held
-        handed = self.fitter.handed_out(draft.solution)
+        handed = handed_out(draft.solution, self.profile)
         plan = handed.plan.model_copy(
             update={
                 "steps": tuple(self.steps),

@@ -262,8 +262,15 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     for replacement, module in built:
         held = module
         if replacement.unit != "span":
-            how = {"unit": replacement.unit, "reads": replacement.reads, "exact": replacement.exact}
-            held = thin(model, replacement.blocks[0], module, traces, **how)  # type: ignore[arg-type]
+            held = thin(
+                model,
+                replacement.blocks[0],
+                module,
+                traces,
+                unit=replacement.unit,
+                reads=replacement.reads,
+                exact=replacement.exact,
+            )
         replace_blocks(model, replacement.blocks, held)
     for refit in plan.refits:
         layer = model.get_submodule(refit.path)

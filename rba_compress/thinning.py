@@ -179,37 +179,34 @@ class Traced:
         named = {old.name: new for old, new in values.items()}
         entry, middle = named[self.entry], named[self.middle] if self.middle else None
 
-        def add(op: str, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-            node = graph.create_node(op, target, args)
-            node.meta = {"shape": like.meta["shape"], "dtype": like.meta.get("dtype")}
-            return node
+        def mapped(node: fx.Node) -> fx.Node:
+            called = graph.call_module("map", (node,))
+            called.meta["shape"] = node.meta["shape"]
+            return called
 
         def part(node: fx.Node, start: int, end: int) -> fx.Node:
-            found = add("call_function", _aten.slice.Tensor, (node, 1, start, end), node)
             n, positions, *rest = node.meta["shape"]
-            found.meta["shape"] = (n, min(end, positions) - start, *rest)
-            return found
+            taken = graph.call_function(_aten.slice.Tensor, (node, 1, start, end))
+            taken.meta["shape"] = (n, min(end, positions) - start, *rest)
+            return taken
 
         if unit in ("whole", "attention_free"):
             assert middle is not None
             readers = list(middle.users)
             with graph.inserting_after(middle):
-                read = middle if unit == "whole" else entry
-                mapped = add("call_module", "map", (read,), middle)
+                new = mapped(middle if unit == "whole" else entry)
             for reader in readers:
-                reader.replace_input_with(middle, mapped)
-            if output is middle:
-                output = mapped
+                reader.replace_input_with(middle, new)
         elif unit == "mlp_free":
             assert middle is not None
-            output = add("call_module", "map", (middle,), middle)
+            output = mapped(middle)
         elif not exact:
             source = entry if unit == "read_out" else middle
             assert source is not None
             # All are mapped, the read ones to no use: a part of a stream is not contiguous.
-            rest = part(add("call_module", "map", (source,), output), reads, _END)
-            front = part(output, 0, reads)
-            output = add("call_function", _aten.cat.default, ([front, rest], 1), output)
+            halves = [part(output, 0, reads), part(mapped(source), reads, _END)]
+            output = graph.call_function(_aten.cat.default, (halves, 1))
+            output.meta["shape"] = source.meta["shape"]
         if exact:
             output = part(output, 0, reads)
         graph.output(output)
@@ -357,9 +354,8 @@ def _lifted(
     (result,) = output.args[0]
     for node in graph.nodes:
         value = node.meta.get("val")
-        tensor = isinstance(value, Tensor)
-        shape = tuple(map(_hint, value.shape)) if tensor else None
-        node.meta |= {"shape": shape, "dtype": value.dtype if tensor else None}
+        shape = tuple(map(_hint, value.shape)) if isinstance(value, Tensor) else None
+        node.meta["shape"] = shape
     output.args = (result,)
     start = next(node for node in graph.nodes if node.name == entry)
     return Traced(signature, graph, tuple(names), constants, entry, _middle(start, result))
@@ -375,14 +371,11 @@ def _middle(entry: fx.Node, output: fx.Node) -> str | None:
     Cuts are values of the stream's shape that every path from entry to output crosses. What lies
     between two of them and holds no product of matrices (a norm) belongs to the sublayer before.
     """
-    nodes = list(entry.graph.nodes)
-    order = {node: k for k, node in enumerate(nodes)}
     cuts = [
         node
-        for node in nodes
+        for node in entry.graph.nodes
         if node.meta["shape"] == entry.meta["shape"]
         and node not in (entry, output)
-        and order[node] > order[entry]
         and not _reaches(entry, output, without=node)
         and _reaches(entry, node)
     ]
@@ -392,10 +385,9 @@ def _middle(entry: fx.Node, output: fx.Node) -> str | None:
         if any(packet_of(n) in _PRODUCTS for n in _between(node, after))
     ]
     cuts = [n for n in cuts if any(packet_of(m) in _PRODUCTS for m in _between(entry, n))]
-    apart = [node for node in cuts if _treats_apart(node, output)]
-    mixed = [node for node in cuts if not _treats_apart(entry, node)]
-    found = [node for node in apart if node in mixed]
-    return found[0].name if len(cuts) == 1 and found else None
+    if len(cuts) != 1 or _treats_apart(entry, cuts[0]) or not _treats_apart(cuts[0], output):
+        return None
+    return str(cuts[0].name)
 
 
 def _reaches(start: fx.Node, end: fx.Node, *, without: fx.Node | None = None) -> bool:
