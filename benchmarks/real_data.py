@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rba_compress.artifact import Architecture, load_weights
+from rba_compress.architecture import Architecture
+from rba_compress.artifact import load_weights
 from rba_compress.images import ImageFiles
 
 DEIT = Architecture(name="deit_tiny_patch16_224")

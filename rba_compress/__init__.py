@@ -6,7 +6,8 @@ and what it loses. See README.md.
 """
 
 from rba_compress.api import Result, compress, save
-from rba_compress.artifact import Architecture, load
+from rba_compress.architecture import Architecture
+from rba_compress.artifact import load
 from rba_compress.calibration import Profile, profile
 from rba_compress.chains import Support, supports
 from rba_compress.errors import (

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rba_compress.artifact import Architecture, write_artifact
+from rba_compress.architecture import Architecture
+from rba_compress.artifact import write_artifact
 from rba_compress.batches import Batch
 from rba_compress.calibration import Profile, profile
 from rba_compress.drafts import Solution
@@ -38,10 +39,16 @@ class Result:
     """The network of every step on the way there; `front[k].splice(model)` builds one."""
 
     def save(
-        self, directory: str | Path, *, architecture: Architecture | None = None, delta: bool = False
+        self,
+        directory: str | Path,
+        *,
+        architecture: Architecture | None = None,
+        delta: bool = False,
+        fold: bool = False,
+        hub: bool = False,
     ) -> None:
         """As `rba_compress.save(result, directory)`."""
-        save(self, directory, architecture=architecture, delta=delta)
+        save(self, directory, architecture=architecture, delta=delta, fold=fold, hub=hub)
 
     def with_report(self, report: Report) -> Result:
         """The same result with another report, on a test set say."""
@@ -108,29 +115,37 @@ def save(
     *,
     architecture: Architecture | None = None,
     delta: bool = False,
+    fold: bool = False,
+    hub: bool = False,
 ) -> None:
     """Write a result to a new directory; `load` reads it back, bit-equal.
 
     Args:
         result: what `compress` returned.
         directory: must not exist, or be empty; it is written whole or not at all.
-        architecture: the timm name and arguments of the dense network. By default what the model
-            tells of itself; where that does not build this very network, `load` asks for `model=`.
+        architecture: what builds the dense network. By default what the model tells of itself; where
+            that does not build this very network, `load` asks for `model=`.
         delta: write what was fitted alone; `load(dir, base=...)` takes the original network.
+        fold: write a stock network with fewer blocks, for plans of identities and folded maps alone:
+            timm or transformers load its weights without this package.
+        hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
 
     Raises:
-        ArtifactError: the directory is taken or cannot be written.
+        ArtifactError: the directory is taken or cannot be written; delta, and fold or hub.
+        PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
         WeightsError: `architecture` does not build this network.
     """
     write_artifact(
         result.model,
         result.plan,
         directory,
-        example=result.profile.example.select([0]),
+        example=result.profile.example,
         dense_weights=result.profile.weights,
         report=result.report,
         architecture=architecture,
         delta=delta,
+        fold=fold,
+        hub=hub,
     )
 
 

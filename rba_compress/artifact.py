@@ -2,8 +2,9 @@
 
     model.safetensors   the state dict; tensors that share memory are stored once. In a delta, what
                         was fitted alone: it is applied onto the original weights
-    plan.json           a `Manifest`: plan, architecture, hashes, versions
+    plan.json           a `Manifest`: plan, architecture, hashes, versions; it carries its own hash
     report.json         the `Report`, where there is one
+    config.json, README.md   for a hub, where asked for: see `rba_compress.hub`
 
 A directory is written under a temporary sibling's name, flushed to disk and renamed, so that a save
 which is cut off leaves what was there.
@@ -11,7 +12,6 @@ which is cut off leaves what was there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -25,48 +25,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch, main_output
 from rba_compress.calibration import fingerprint
 from rba_compress.errors import ArtifactError, WeightsError
+from rba_compress.fold import folded
+from rba_compress.hub import write_hub
 from rba_compress.plan import Plan
+from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
+from rba_compress.sealed import BLANK, is_intact, seal_of, sealed, sha256
 from rba_compress.surgery import copy_model, splice
 
-SCHEMA = 2
+SCHEMA = 3
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
-
-
-class Architecture(BaseModel):
-    """A timm architecture, from which the dense network is built anew."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    name: str
-    """For `timm.create_model`."""
-    arguments: dict[str, JsonValue] = {}
-
-    def build(self) -> nn.Module:
-        """The network with random weights, in eval mode.
-
-        Raises:
-            WeightsError: timm has no such model, or it refuses the arguments.
-        """
-        import timm
-
-        try:
-            with torch.random.fork_rng(devices=[]):  # random weights, but not of the user's state
-                model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise WeightsError(
-                f"timm cannot build {self.name!r} with {self.arguments}: {error}"
-            ) from error
-        return model.eval()
 
 
 class Manifest(BaseModel):
@@ -75,10 +53,14 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     schema_version: int = SCHEMA
+    seal: str | None = BLANK
+    """SHA-256 of this file, see `rba_compress.sealed`; files of schema 1 and 2 have none."""
     architecture: Architecture | None
     """None: `load(dir, model=...)` is given the architecture."""
     delta: bool = False
     """Whether the weights are the fitted ones alone: `load(dir, base=...)` is given the original."""
+    folded: bool = False
+    """Whether the replaced blocks are gone: the architecture is a stock one with fewer blocks."""
     model: str
     """Class of the dense network."""
     plan: Plan
@@ -90,29 +72,9 @@ class Manifest(BaseModel):
     """Of the files beside this one."""
     dense_weights: str
     """SHA-256 of the original weights, as `rba_compress.calibration.fingerprint` takes it."""
+    probe: Probe | None = None
+    """What the slim network gives on inputs alike, to know it again; None where none can be drawn."""
     versions: dict[str, str]
-
-
-def timm_architecture(model: nn.Module) -> Architecture | None:
-    """What `timm.create_model` was called with, as far as the model tells; None if it is not timm's."""
-    config = getattr(model, "pretrained_cfg", None)
-    name = config.get("architecture") if isinstance(config, Mapping) else None
-    if not isinstance(name, str) or isinstance(model, fx.GraphModule):
-        return None
-    assert isinstance(config, Mapping)
-    arguments: dict[str, JsonValue] = {}
-    if config.get("tag"):
-        name = f"{name}.{config['tag']}"
-    if isinstance(getattr(model, "num_classes", None), int):
-        arguments["num_classes"] = int(model.num_classes)  # type: ignore[arg-type]
-    stem = getattr(model, "patch_embed", None)
-    size = getattr(stem, "img_size", None)
-    if isinstance(size, tuple) and tuple(size) != tuple(config.get("input_size", ()))[1:]:
-        arguments["img_size"] = list(size)
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
-        arguments["in_chans"] = first.in_channels
-    return Architecture(name=name, arguments=arguments)
 
 
 def write_artifact(
@@ -125,6 +87,8 @@ def write_artifact(
     report: Report | None = None,
     architecture: Architecture | None = None,
     delta: bool = False,
+    fold: bool = False,
+    hub: bool = False,
 ) -> Manifest:
     """Write the slim model to a new directory, all of it or nothing.
 
@@ -132,46 +96,68 @@ def write_artifact(
         model: the slim network.
         plan: the plan that made it.
         directory: must not exist, or be empty.
-        example: a batch on which the network is built anew from the architecture and compared, bit
-            for bit, before the architecture is written down. Where that fails, or there is none, the
-            artefact is written without one and `load` asks for `model=`.
+        example: a batch. On its first sample the network is built anew from the architecture and
+            compared, bit for bit, before the architecture is written down. Where that fails, or there
+            is none, the artefact is written without one and `load` asks for `model=`. No sample is
+            written, but the range of their values is.
         dense_weights: fingerprint of the original weights.
         report: written beside it.
         architecture: what builds the dense network; by default what the model tells of itself.
         delta: write the fitted tensors alone, to be applied onto the original network.
+        fold: leave replaced blocks out, so that the architecture's own code with fewer blocks loads
+            the weights without this package.
+        hub: write config.json and a model card, as `rba_compress.hub.write_hub`.
 
     Raises:
-        ArtifactError: the directory is not empty, is a file, or cannot be written.
+        ArtifactError: the directory is not empty, is a file, or cannot be written; delta, and fold or
+            hub.
+        PlanError: the plan cannot be folded, or no architecture with fewer blocks is that network.
         WeightsError: the architecture that was passed in does not build this network.
     """
     target = Path(directory).absolute()
     require_vacant(target)
+    if delta and (fold or hub):
+        raise ArtifactError("a delta needs the original beside it: it cannot be folded or for a hub")
+    probe = _probe(example, model)
+    sample = example.select([0])
+    if fold:
+        model, architecture = folded(model, plan, architecture or architecture_of(model), sample)
     state, tied = _unique(model.state_dict())
     if delta:
         state, tied, architecture = _fitted(plan, state), {}, None
-    else:
-        architecture = _checked(architecture, model, plan, state, tied, example=example)
+    elif not fold:
+        architecture = _checked(architecture, model, plan, state, tied, example=sample)
     with written_whole(target) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        written = {WEIGHTS: sha256(temporary / WEIGHTS)}
         if report is not None:
-            (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
-            written[REPORT] = sha256(temporary / REPORT)
+            (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if hub:
+            write_hub(temporary, model, architecture, report, folded=fold)
         manifest = Manifest(
             architecture=architecture,
             delta=delta,
+            folded=fold,
             model=type(model).__name__,
             plan=plan,
             tied=tied,
             buffers=_unsaved_buffers(model),
-            sha256=written,
+            # A model card is there to be written on.
+            sha256={p.name: sha256(p) for p in sorted(temporary.iterdir()) if p.suffix != ".md"},
             dense_weights=dense_weights,
+            probe=probe,
             versions=versions(),
         )
-        (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (temporary / MANIFEST).write_bytes(sealed(manifest.model_dump_json(indent=2) + "\n"))
         read_manifest(temporary)  # what is written can be read
         shutil.copymode(temporary / MANIFEST, temporary / WEIGHTS)  # safetensors writes 0600
     return manifest
+
+
+def _probe(example: Batch, model: nn.Module) -> Probe | None:
+    try:
+        return Probe.of(example, model)
+    except Exception:  # noqa: BLE001  a network may refuse inputs that mean nothing; a probe is a help
+        return None
 
 
 @contextmanager
@@ -216,7 +202,7 @@ def _checked(
     Raises:
         WeightsError: the given one does not build it.
     """
-    architecture = given or timm_architecture(model)
+    architecture = given or architecture_of(model)
     if architecture is None:
         return None
     flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
@@ -240,8 +226,9 @@ def load(
 
     Args:
         directory: what `write_artifact` wrote.
-        model: the dense architecture, with any weights; left as it is. Needed only where the
-            artefact does not know its own (see `write_artifact`).
+        model: the dense architecture, with any weights (of a folded artefact, the one with fewer
+            blocks); left as it is. Needed only where the artefact does not know its own (see
+            `write_artifact`).
         base: as `model`, and it must be the very network that was compressed, weights and all.
 
     Raises:
@@ -253,6 +240,8 @@ def load(
     root = Path(directory)
     manifest = read_manifest(root)
     _require_intact(root, manifest)
+    if manifest.folded and base is not None:
+        raise ArtifactError(f"{root} is folded: it loads without the original, load(dir)")
     if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
         raise WeightsError(f"base is not the {manifest.model} that {root} was made from")
     if manifest.delta:
@@ -272,33 +261,33 @@ def load(
             "load(dir, model=...)"
         )
     state = load_file(root / WEIGHTS)
-    return _restore(skeleton, manifest.plan, state, manifest.tied, manifest.buffers)
+    plan = Plan() if manifest.folded else manifest.plan
+    return _restore(skeleton, plan, state, manifest.tied, manifest.buffers)
 
 
 def read_manifest(root: Path) -> Manifest:
     """plan.json of an artefact.
 
+    Schemas 1 and 2 are read as they are; what they lack has a default.
+
     Raises:
-        ArtifactError: it is missing, of a newer schema, or not a manifest.
+        ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.
     """
+    path = root / MANIFEST
     try:
-        text = (root / MANIFEST).read_text(encoding="utf-8")
-        schema = json.loads(text).get("schema_version")
+        content = path.read_bytes()
+        schema = json.loads(content).get("schema_version")
         if isinstance(schema, int) and schema > SCHEMA:
             raise ArtifactError(
-                f"{root / MANIFEST} has schema {schema}, this version reads up to {SCHEMA}: upgrade "
-                "rba_compress"
+                f"{path} has schema {schema}, this version reads up to {SCHEMA}: upgrade rba_compress"
             )
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(content)
     except (OSError, ValueError, AttributeError) as error:
         kind = "not a manifest" if isinstance(error, ValidationError) else "unreadable"
-        raise ArtifactError(f"{root / MANIFEST} is {kind}: {error}") from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise ArtifactError(f"{path} is {kind}: {error}") from error
+    if not is_intact(content) and (manifest.schema_version > 2 or seal_of(content)):
+        raise ArtifactError(f"{path} is not what was saved (its seal does not fit): get it anew")
+    return manifest
 
 
 def versions() -> dict[str, str]:

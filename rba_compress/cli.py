@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rba_compress.api import compare, compress, measure_front
-from rba_compress.artifact import Architecture, load_weights, require_vacant
+from rba_compress.architecture import Architecture
+from rba_compress.artifact import load_weights, require_vacant
 from rba_compress.batches import read
 from rba_compress.calibration import profile
 from rba_compress.chains import supports

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rba_compress.api import compare, compress
-from rba_compress.artifact import Architecture
+from rba_compress.architecture import Architecture
 from rba_compress.batches import read
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
 from rba_compress.errors import ArtifactError

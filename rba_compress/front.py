@@ -93,7 +93,7 @@ def write_front(
                 point.splice(model),
                 point.plan,
                 temporary / row["point"],
-                example=seen.example.select([0]),
+                example=seen.example,
                 dense_weights=seen.weights,
                 report=point.report,
                 delta=True,

@@ -138,6 +138,9 @@ class Config(_Frozen):
     """What to try: maps over spans of blocks, and thinner blocks where the network offers them."""
     keep_features: bool = False
     """Compute every position of every stream, also those that the output does not read."""
+    foldable: bool = False
+    """Search for what `save(fold=True)` can write as a stock network with fewer blocks: identities and
+    folded maps over spans, every position computed; takes the place of maps, units, keep_features."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
     fold_damping: float = Field(0.01, ge=0)
@@ -165,6 +168,13 @@ class Config(_Frozen):
     """KL of the class probabilities, or normalised squared error; auto asks the graph which it is."""
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _foldable_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("foldable"):
+            return data | {"maps": ("identity", "folded"), "units": ("span",), "keep_features": True}
+        return data
 
     def specs(self, width: int, unit: Unit = "span") -> list[MapSpec]:
         """Every map to try, the identity first; none is folded into a block that is thinned."""

@@ -33,18 +33,17 @@ class Report(BaseModel):
     """Of the search, over the whole loader."""
     warnings: tuple[str, ...] = ()
 
-    def table(self) -> str:
-        """One table for a terminal: each measure before, after, and what is left of it."""
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Each measure: its name, before, after, and what is left of it."""
         f, t = self.fidelity, self.latency
-        rows = [("", "before", "after", "after/before")]
+        rows = []
         if f.accuracy_dense is not None and f.accuracy_slim is not None:
             share = f.accuracy_slim / f.accuracy_dense if f.accuracy_dense else None
             rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}", share))
         if f.agreement is not None:
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
-        name = "KL divergence" if f.kind == "kl" else "squared error"
         rows += [
-            _row(name, "0", f"{f.divergence:.4f}"),
+            _row(_divergence(f), "0", f"{f.divergence:.4f}"),
             _row("output cosine", "1", f"{f.cosine:.4f}"),
             _row("parameters", f"{self.dense.params:,}", f"{self.slim.params:,}",
                  self.slim.params / self.dense.params),
@@ -52,6 +51,12 @@ class Report(BaseModel):
                  self.slim.macs / self.dense.macs),
             _row(f"latency, batch {t.batch}", f"{t.dense_ms:.2f} ms", f"{t.slim_ms:.2f} ms", t.ratio),
         ]  # fmt: skip
+        return rows
+
+    def table(self) -> str:
+        """One table for a terminal."""
+        f, t = self.fidelity, self.latency
+        rows = [("", "before", "after", "after/before"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join(
@@ -67,13 +72,16 @@ class Report(BaseModel):
             f"pairs, quartiles {t.ratio_low:.3f} to {t.ratio_high:.3f}",
         ]
         if f.divergence_low is not None and f.divergence_high is not None:
-            lines.append(
-                f"95 % interval of the {name}: {f.divergence_low:.4f} to {f.divergence_high:.4f}"
-            )
+            low, high = f"{f.divergence_low:.4f}", f"{f.divergence_high:.4f}"
+            lines.append(f"95 % interval of the {_divergence(f)}: {low} to {high}")
         if self.forward_passes is not None:
             lines.append(f"the search took {self.forward_passes:.1f} forward passes over the loader")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _divergence(fidelity: Fidelity) -> str:
+    return "KL divergence" if fidelity.kind == "kl" else "squared error"
 
 
 def _row(name: str, before: str, after: str, ratio: float | None = None) -> tuple[str, str, str, str]:

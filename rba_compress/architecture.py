@@ -1,0 +1,136 @@
+"""What builds a network without its weights: a timm name, or a Hugging Face config."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch import fx, nn
+
+from rba_compress.errors import WeightsError
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""What configs of transformers call the number of their layers."""
+
+
+class Architecture(BaseModel):
+    """A timm or transformers architecture, from which the dense network is built anew."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    library: Literal["timm", "transformers"] = "timm"
+    name: str
+    """For `timm.create_model`, or a model class of transformers."""
+    arguments: dict[str, JsonValue] = {}
+    """Keywords of `timm.create_model`, or the fields of the config, `model_type` among them."""
+
+    def build(self) -> nn.Module:
+        """The network with random weights, in eval mode.
+
+        Raises:
+            WeightsError: the library has no such model, or it refuses the arguments.
+        """
+        construct = {"timm": self._timm, "transformers": self._transformers}[self.library]
+        try:
+            with torch.random.fork_rng(devices=[]):  # random weights, but not of the user's state
+                return construct().eval()
+        except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, KeyError) as error:
+            raise WeightsError(
+                f"{self.library} cannot build {self.name!r} with {self.arguments}: {error}"
+            ) from error
+
+    def _timm(self) -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
+        return model
+
+    def _transformers(self) -> nn.Module:
+        import transformers
+
+        kind: Any = getattr(transformers, self.name)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise TypeError("it is no model class of transformers")
+        fields = dict(self.arguments)
+        attention = fields.pop("attn_implementation", None)
+        config = transformers.AutoConfig.for_model(**fields)
+        model: nn.Module = kind._from_config(config, attn_implementation=attention)
+        return model
+
+    def with_blocks(self, kept: Mapping[str, tuple[int, Sequence[int]]]) -> list[Architecture]:
+        """Candidates for the architecture with fewer blocks; whether one of them is right is to check.
+
+        Args:
+            kept: of each list of blocks, in the network's order, its length and the indices to keep.
+        """
+        counts = [len(indices) for _, indices in kept.values()]
+        if self.library == "timm":
+            changes: list[dict[str, JsonValue]] = [{n: list(counts)} for n in ("depths", "layers")]
+            if len(counts) == 1:
+                changes.insert(0, {"depth": counts[0]})
+            return [self._with(**change) for change in changes]
+        if len(kept) != 1:
+            return []
+        ((length, indices),) = kept.values()
+        fields: dict[str, JsonValue] = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, list) and len(value) == length:  # the kinds of the layers, say
+                fields[name] = [value[i] for i in indices]
+        found = [name for name in _DEPTHS if self.arguments.get(name) == length]
+        return [self._with(**fields, **{name: counts[0]}) for name in found]
+
+    def _with(self, **changes: JsonValue) -> Architecture:
+        return self.model_copy(update={"arguments": {**self.arguments, **changes}})
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """What builds a network, as far as it tells; None where it is neither timm's nor transformers'."""
+    if isinstance(model, fx.GraphModule):
+        return None
+    return _timm_architecture(model) or _transformers_architecture(model)
+
+
+def _timm_architecture(model: nn.Module) -> Architecture | None:
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not isinstance(name, str):
+        return None
+    assert isinstance(config, Mapping)
+    arguments: dict[str, JsonValue] = {}
+    if config.get("tag"):
+        name = f"{name}.{config['tag']}"
+    if isinstance(getattr(model, "num_classes", None), int):
+        arguments["num_classes"] = int(model.num_classes)  # type: ignore[arg-type]
+    stem = getattr(model, "patch_embed", None)
+    size = getattr(stem, "img_size", None)
+    if isinstance(size, tuple) and tuple(size) != tuple(config.get("input_size", ()))[1:]:
+        arguments["img_size"] = list(size)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
+        arguments["in_chans"] = first.in_channels
+    return Architecture(name=name, arguments=arguments)
+
+
+def _transformers_architecture(model: nn.Module) -> Architecture | None:
+    config: Any = getattr(model, "config", None)
+    if not type(model).__module__.startswith("transformers.") or not hasattr(config, "to_json_string"):
+        return None
+    fields = json.loads(config.to_json_string(use_diff=False))
+    fields = {k: v for k, v in fields.items() if v is not None and k != "transformers_version"}
+    attention = getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str):
+        fields["attn_implementation"] = attention
+    return Architecture(library="transformers", name=type(model).__name__, arguments=fields)
+
+
+def siblings(model: nn.Module, path: str) -> list[str]:
+    """Paths of the lists of blocks that stand in one row with the list at `path`, itself among them.
+
+    They are named alike but for numbers: `layer1`, `layer2`, or `stages.0.blocks`, `stages.1.blocks`.
+    """
+    alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(path)))
+    return [name for name, _ in model.named_modules() if alike.fullmatch(name)]

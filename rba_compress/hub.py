@@ -1,0 +1,115 @@
+"""Files that make an artefact a model repository: config.json and a model card, for `huggingface_hub`.
+
+A folded artefact is a stock network, and its config is timm's or transformers' own: they load the
+directory without this package. Any other says that rba_compress loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rba_compress.architecture import Architecture
+from rba_compress.report import Report
+
+CONFIG, CARD = "config.json", "README.md"
+
+_CARD = """---
+library_name: {{ library }}
+tags:
+- rba_compress
+- model-compression
+---
+
+# {{ name }}, made smaller without training
+
+A {{ model }} with blocks replaced by closed-form maps
+(Redundant Blocks Approximation, [arXiv 2410.04941](https://arxiv.org/abs/2410.04941)).
+{% if report %}
+{{ report.plan }}
+
+| | before | after | after/before |
+| --- | ---: | ---: | ---: |
+{% for row in rows -%}
+| {{ row | join(' | ') }} |
+{% endfor %}
+Measured on {{ report.fidelity.samples }} samples ({{ report.samples }}); latency on
+{{ report.latency.device }}, median of {{ report.latency.pairs }} pairs.
+{% for warning in report.warnings %}
+Warning: {{ warning }}
+{% endfor %}{% endif %}
+## Load it
+
+```python
+{{ code }}
+```
+"""
+
+
+def write_hub(
+    directory: Path,
+    model: nn.Module,
+    architecture: Architecture | None,
+    report: Report | None,
+    *,
+    folded: bool,
+) -> None:
+    """Write config.json and README.md, the model card with the measured table.
+
+    Args:
+        directory: of the artefact.
+        model: the network whose weights lie there.
+        architecture: what builds it, or where it is not folded, the dense network.
+        report: what was measured.
+        folded: whether the architecture's own library loads it.
+    """
+    from jinja2 import Environment
+
+    name = architecture.name if architecture else type(model).__name__
+    library = architecture.library if architecture and folded else "rba_compress"
+    if architecture is not None and folded:
+        {"timm": _timm_config, "transformers": _transformers_config}[architecture.library](
+            directory / CONFIG, model, architecture
+        )
+    else:
+        content = {
+            "library_name": library,
+            "model": type(model).__name__,
+            "architecture": architecture.model_dump(mode="json") if architecture else None,
+        }
+        (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    code = {
+        "timm": 'import timm\n\nmodel = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)',
+        "transformers": f"from transformers import {name}\n\n"
+        f'model = {name}.from_pretrained("OWNER/NAME")',
+        "rba_compress": "from huggingface_hub import snapshot_download\n"
+        'from rba_compress import load\n\nmodel = load(snapshot_download("OWNER/NAME")'
+        + (")" if architecture else f", model=...)  # the dense {type(model).__name__}"),
+    }[library]
+    environment = Environment(autoescape=False, keep_trailing_newline=True)
+    text = environment.from_string(_CARD).render(
+        library=library,
+        name=name,
+        model=type(model).__name__,
+        report=report,
+        rows=report.rows() if report else (),
+        code=code,
+    )
+    (directory / CARD).write_text(text, encoding="utf-8")
+
+
+def _timm_config(path: Path, model: nn.Module, architecture: Architecture) -> None:
+    from timm.models import _hub
+
+    arguments = {k: v for k, v in architecture.arguments.items() if k != "num_classes"}
+    _hub.save_config_for_hf(model, str(path), model_args=arguments)
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+
+
+def _transformers_config(path: Path, model: nn.Module, architecture: Architecture) -> None:
+    config: Any = model.config
+    config.architectures = [architecture.name]
+    config.to_json_file(path)
