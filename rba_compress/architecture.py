@@ -52,13 +52,13 @@ class Architecture(BaseModel):
     def _transformers(self) -> nn.Module:
         import transformers
 
-        kind: Any = getattr(transformers, self.name)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        found: Any = getattr(transformers, self.name)
+        if transformers.PreTrainedModel not in getattr(found, "__mro__", ()):
             raise TypeError("it is no model class of transformers")
         fields = dict(self.arguments)
         attention = fields.pop("attn_implementation", None)
         config = transformers.AutoConfig.for_model(**fields)
-        model: nn.Module = kind._from_config(config, attn_implementation=attention)
+        model: nn.Module = found._from_config(config, attn_implementation=attention)
         return model
 
     def with_blocks(self, kept: Mapping[str, tuple[int, Sequence[int]]]) -> list[Architecture]:

@@ -175,8 +175,15 @@ def test_a_damaged_artefact_is_named(slim: Path) -> None:
 def test_a_newer_a_foreign_and_no_manifest_are_named(slim: Path, tmp_path: Path) -> None:
     manifest = slim / "plan.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"schema_version": 3}))
-    with pytest.raises(ArtifactError, match="has schema 3, this version reads up to 2: upgrade"):
+    manifest.write_text(json.dumps(content | {"schema_version": 4}))
+    with pytest.raises(ArtifactError, match="has schema 4, this version reads up to 3: upgrade"):
+        load(slim)
+    old = {k: v for k, v in content.items() if k not in ("seal", "folded", "probe")}
+    old["architecture"] = {k: v for k, v in old["architecture"].items() if k != "library"}
+    manifest.write_text(json.dumps(old | {"schema_version": 2}))
+    assert load(slim)
+    manifest.write_text(json.dumps(old))
+    with pytest.raises(ArtifactError, match=r"plan.json is not what was saved \(its seal does not fit"):
         load(slim)
     manifest.write_text('{"spans": []}')
     with pytest.raises(ArtifactError, match=r"plan.json is not a manifest"):
