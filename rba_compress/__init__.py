@@ -14,6 +14,7 @@ from rba_compress.errors import (
     ActivationError,
     ArtifactError,
     BudgetError,
+    ExportError,
     LoaderError,
     ModelError,
     NoChainError,
@@ -22,10 +23,12 @@ from rba_compress.errors import (
     WeightsError,
 )
 from rba_compress.measure import benchmark
+from rba_compress.onnx_export import Certificate, export_onnx, export_pt2
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
 from rba_compress.report import Report
 from rba_compress.surgery import splice
+from rba_compress.verification import verify
 
 __version__ = "0.1.0"
 
@@ -35,7 +38,9 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "BudgetError",
+    "Certificate",
     "Config",
+    "ExportError",
     "LoaderError",
     "ModelError",
     "NoChainError",
@@ -49,10 +54,13 @@ __all__ = [
     "WeightsError",
     "benchmark",
     "compress",
+    "export_onnx",
+    "export_pt2",
     "load",
     "profile",
     "save",
     "search",
     "splice",
     "supports",
+    "verify",
 ]

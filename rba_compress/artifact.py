@@ -59,8 +59,8 @@ class Manifest(BaseModel):
     """None: `load(dir, model=...)` is given the architecture."""
     delta: bool = False
     """Whether the weights are the fitted ones alone: `load(dir, base=...)` is given the original."""
-    folded: bool = False
-    """Whether the replaced blocks are gone: the architecture is a stock one with fewer blocks."""
+    folded: Architecture | None = None
+    """With fewer blocks, where the replaced ones are gone: what builds the network then."""
     model: str
     """Class of the dense network."""
     plan: Plan
@@ -119,9 +119,10 @@ def write_artifact(
     if delta and (fold or hub):
         raise ArtifactError("a delta needs the original beside it: it cannot be folded or for a hub")
     probe = _probe(example, model)
-    sample = example.select([0])
+    sample, stock = example.select([0]), None
     if fold:
-        model, architecture = folded(model, plan, architecture or architecture_of(model), sample)
+        architecture = architecture or architecture_of(model)
+        model, stock = folded(model, plan, architecture, sample)
     state, tied = _unique(model.state_dict())
     if delta:
         state, tied, architecture = _fitted(plan, state), {}, None
@@ -132,11 +133,11 @@ def write_artifact(
         if report is not None:
             (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if hub:
-            write_hub(temporary, model, architecture, report, folded=fold)
+            write_hub(temporary, model, stock or architecture, report, folded=fold)
         manifest = Manifest(
             architecture=architecture,
             delta=delta,
-            folded=fold,
+            folded=stock,
             model=type(model).__name__,
             plan=plan,
             tied=tied,
@@ -173,9 +174,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         temporary.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write {target}: {error}") from error
     finally:
@@ -239,7 +240,8 @@ def load(
     """
     root = Path(directory)
     manifest = read_manifest(root)
-    _require_intact(root, manifest)
+    for name, digest in manifest.sha256.items():
+        require_intact(root, name, digest)
     if manifest.folded and base is not None:
         raise ArtifactError(f"{root} is folded: it loads without the original, load(dir)")
     if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
@@ -253,8 +255,8 @@ def load(
     given = model if base is None else base
     if given is not None:
         skeleton = copy_model(unwrap(given)).cpu().eval()
-    elif manifest.architecture is not None:
-        skeleton = manifest.architecture.build()
+    elif (architecture := manifest.folded or manifest.architecture) is not None:
+        skeleton = architecture.build()
     else:
         raise ArtifactError(
             f"{root} does not know how to build a {manifest.model}: pass the dense architecture, "
@@ -404,16 +406,20 @@ def require_vacant(target: Path) -> None:
         raise ArtifactError(f"{target} is a file: name a new directory")
 
 
-def _require_intact(root: Path, manifest: Manifest) -> None:
-    for name, expected in manifest.sha256.items():
-        path = root / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the artefact is incomplete")
-        if sha256(path) != expected:
-            raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
+def require_intact(root: Path, name: str, digest: str) -> None:
+    """
+    Raises:
+        ArtifactError: a file is missing, or its SHA-256 is another.
+    """
+    path = root / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: the artefact is incomplete")
+    if sha256(path) != digest:
+        raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -76,6 +76,14 @@ class Batch:
 
         return self._map(pick)
 
+    def cut(self, length: int) -> Batch:
+        """Sequences (N, T) of integers cut to their first `length` positions."""
+
+        def first(value: Tensor) -> Tensor:
+            return value if value.is_floating_point() or value.ndim != 2 else value[:, :length]
+
+        return self._map(first)
+
     @classmethod
     def join(cls, batches: list[Batch]) -> Batch:
         """One batch of all samples; tensors of one name must agree in all dimensions but the first.

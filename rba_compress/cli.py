@@ -31,6 +31,7 @@ from rba_compress.maps import Kind
 from rba_compress.plan import Budget, Config
 from rba_compress.planner import search
 from rba_compress.report import plot_similarity
+from rba_compress.verification import verify
 
 
 @dataclass
@@ -195,6 +196,18 @@ class Supports:
         print(supports(model, torch.randn(4, *size, generator=generator)))
 
 
+@dataclass
+class Verify:
+    """Check every file of an artefact again: hashes, reload, parity; exits 4 on the first lie."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote, with or without exported files."""
+
+    def run(self) -> None:
+        for line in verify(self.directory):
+            print(line)
+
+
 def _to_device(model: nn.Module, name: str) -> None:
     try:
         model.to(name)
@@ -207,6 +220,7 @@ Command = (
     | Annotated[Compress, tyro.conf.subcommand("compress")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Supports, tyro.conf.subcommand("supports")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 

@@ -37,3 +37,7 @@ class WeightsError(RBAError):
 
 class ArtifactError(RBAError):
     """A directory cannot be written, or holds no artefact that this version reads."""
+
+
+class ExportError(RBAError):
+    """A network cannot be exported, or the file does not compute what the network does."""

@@ -155,7 +155,7 @@ def test_a_save_that_is_cut_off_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rba_compress.artifact._flush", full)
+    monkeypatch.setattr("rba_compress.artifact.flush", full)
     with pytest.raises(ArtifactError, match=r"cannot write .*slim: .*No space left on device"):
         result.save(tmp_path / "slim", architecture=DIGITS)
     assert not list(tmp_path.iterdir())

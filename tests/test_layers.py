@@ -37,6 +37,8 @@ LAYERS = [
     "hub",
     "artifact",
     "front",
+    "onnx_export",
+    "verification",
     "api",
     "images",
     "digits",

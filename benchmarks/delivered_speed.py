@@ -1,0 +1,164 @@
+"""Claim: a slim network is as much faster as it is smaller: what stays of latency is what stays of MACs.
+
+Dense and slim are timed in turn in one run (dense, slim, dense, slim, ...), at batch 1 and 32, in eager
+mode, compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of
+replacement, and a ViT-B/16 with random weights and all kinds at once. `excess` is the ratio of latencies over the
+share of MACs that is kept; 1 is ideal. The plans are written by hand: time does not depend on weights.
+`python -m benchmarks.delivered_speed` writes `benchmarks/results/delivered_speed.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks.real_data import deit_tiny
+from rba_compress import Plan, export_onnx, splice, supports
+from rba_compress.batches import as_batch
+from rba_compress.drafts import skip
+from rba_compress.maps import MapSpec
+from rba_compress.measure import benchmark, cost
+from rba_compress.onnx_export import OnnxModel
+from rba_compress.plan import Chain, Replacement
+
+GOALS = {1: 1.08, 32: 1.03}
+
+
+@dataclass
+class Run:
+    networks: tuple[str, ...] = ("deit_tiny", "vit_base")
+    seconds: float = 20.0
+    """For each comparison, and at least seven pairs."""
+    out: Path = Path(__file__).parent / "results" / "delivered_speed.json"
+
+
+def plans(chain: Chain) -> dict[str, Plan]:
+    """One plan for each kind of replacement."""
+
+    def mapped(start: int, stop: int, unit: str = "span") -> Replacement:
+        found = skip(chain, start, stop, unit)  # type: ignore[arg-type]
+        return found.model_copy(update={"map": MapSpec(kind="shrunk", shrink=0.7)})
+
+    last = len(chain) - 1
+    exact = skip(chain, last, last + 1, "read_out").model_copy(update={"exact": True})
+    return {
+        "blocks skipped": Plan(replacements=tuple(skip(chain, b, b + 1, "span") for b in (4, 6, 8))),
+        "spans mapped": Plan(replacements=(mapped(3, 5), mapped(7, 9))),
+        "blocks thinned": Plan(
+            replacements=(
+                mapped(4, 5, "attention_free"),
+                mapped(6, 7, "mlp_free"),
+                mapped(8, 9, "mlp_free"),
+                mapped(last - 1, last, "read_out"),
+                exact,
+            )
+        ),
+        "all kinds": Plan(
+            replacements=(
+                skip(chain, 3, 4, "span"),
+                mapped(5, 7),
+                mapped(8, 9, "attention_free"),
+                mapped(9, 10, "mlp_free"),
+                exact,
+            )
+        ),
+    }
+
+
+def networks(name: str) -> tuple[nn.Module, list[str]]:
+    """A network, and the plans that it is timed with."""
+    if name == "deit_tiny":
+        return deit_tiny().eval(), ["blocks skipped", "spans mapped", "blocks thinned"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model("vit_base_patch16_224").eval(), ["all kinds"]
+
+
+def spliced(model: nn.Module, plan: Plan) -> nn.Module:
+    """The slim network, its maps near the identity."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for replacement in plan.replacements:
+        if replacement.map.kind == "shrunk":
+            d = replacement.width
+            noise = torch.randn(d, d, generator=generator)
+            tensors[f"{replacement.key}weight"] = torch.eye(d) + 0.02 * noise / d**0.5
+            tensors[f"{replacement.key}bias"] = torch.zeros(d)
+    return splice(model, plan, tensors)
+
+
+def main(how: Run) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 3, 224, 224, generator=generator)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def onnx(net: nn.Module, name: str) -> nn.Module:
+            path = Path(folder) / name / "model.onnx"
+            export_onnx(net, path, x[:2])
+            return OnnxModel(path)
+
+        forms: dict[str, Callable[[nn.Module, str], nn.Module]] = {
+            "eager": lambda net, _: net,
+            "compiled": lambda net, _: torch.compile(net, dynamic=False),  # type: ignore[return-value]
+            "ONNX Runtime": onnx,
+        }
+        for network in how.networks:
+            model, wanted = networks(network)
+            (chain,) = supports(model, x[:2]).chains
+            for form, build in forms.items():
+                torch.compiler.reset()
+                dense = build(model, f"{network} dense")
+                for name in wanted:
+                    plan = plans(chain)[name]
+                    thin = spliced(model, plan)
+                    kept = cost(thin, as_batch(x[:1])).macs / cost(model, as_batch(x[:1])).macs
+                    slim = build(thin, f"{network} {name}")
+                    for batch in GOALS:
+                        row = timed(dense, slim, thin, x[:batch], seconds=how.seconds)
+                        excess = row["latency"] / kept
+                        row = {
+                            "network": network,
+                            "plan": name,
+                            "form": form,
+                            "batch": batch,
+                            "macs_kept": round(kept, 4),
+                            "excess": round(excess, 4),
+                            "goal": GOALS[batch],
+                            **row,
+                        }
+                        rows.append(row)
+                        print(json.dumps(row), flush=True)
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    how.out.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
+
+
+def timed(
+    dense: nn.Module, slim: nn.Module, expected: nn.Module, x: Tensor, *, seconds: float
+) -> dict[str, float]:
+    """The paired ratio, once it is sure that what is timed is the slim network."""
+    with torch.no_grad():
+        output = slim(x)
+        found = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(found, expected(x), rtol=1e-3, atol=1e-3)
+    latency = benchmark(dense, slim, x, seconds=seconds)
+    return {
+        "latency": round(latency.ratio, 4),
+        "low": round(latency.ratio_low, 4),
+        "high": round(latency.ratio_high, 4),
+        "dense_ms": round(latency.dense_ms, 2),
+        "pairs": latency.pairs,
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))

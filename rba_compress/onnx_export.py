@@ -1,0 +1,537 @@
+"""ONNX and `torch.export` files, each with a certificate that it computes what the network computes.
+
+A file is written to a temporary directory, checked, run against the network on several batch sizes, and
+moved to where it is wanted when all of that holds; `certificate.json` beside it says what was measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rba_compress.artifact import WEIGHTS, flush, load, read_manifest, versions
+from rba_compress.batches import Batch, as_batch
+from rba_compress.errors import ArtifactError, ExportError
+from rba_compress.measure import Latency, benchmark
+from rba_compress.probe import Given, Probe
+from rba_compress.recorder import evaluating, unwrap
+from rba_compress.sealed import BLANK, is_intact, sealed, sha256
+
+Format = Literal["onnx", "pt2"]
+CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
+_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
+EXTERNAL = 1_900_000_000
+"""Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB."""
+SIZES = (1, 3, 8)
+"""Batch sizes to compare on; the last one is larger where the example is."""
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
+"""The largest difference allowed, relative to the largest absolute value of the outputs."""
+
+
+class Parity(BaseModel):
+    """How far a file's outputs are from the network's on one batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    batch: int
+    max_abs: float
+    max_rel: float
+    """max_abs over the largest absolute value of that output; the largest of all outputs."""
+    argmax_agreement: float | None
+    """Share of equal argmax along the last axis of the first output; None where that has one entry."""
+
+
+class Weight(BaseModel):
+    """What a file weighs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    """Of all its parts."""
+    nodes: int
+    """Operations of its graph."""
+    opset: int | None
+
+
+class Certificate(BaseModel):
+    """certificate.json: what was exported, and how its parity with the network was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    schema_version: int = 1
+    seal: str = BLANK
+    """SHA-256 of this file, see `rba_compress.sealed`."""
+    format: Format
+    file: str
+    sha256: dict[str, str]
+    """Of the file, and of external weights beside it."""
+    weights: str | None
+    """SHA-256 of the artefact's weights that it was exported from."""
+    model: str
+    """Class of the network."""
+    dtype: str
+    dynamic: bool
+    """Whether batches of any size, and sequences of any length, may be run."""
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    probe: Probe | None
+    """Inputs that are like those it was exported with; no sample of them is kept."""
+    preprocessing: dict[str, JsonValue] | None
+    """timm's: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    tolerance: float
+    """Of max_rel."""
+    parity: tuple[Parity, ...]
+    slim: Weight
+    dense: Weight | None
+    """Of the dense network, exported alike; None where it was not at hand."""
+    latency: Latency | None
+    """Of both in ONNX Runtime, in pairs; None where the dense network was not at hand."""
+    versions: dict[str, str]
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file in ONNX Runtime on the CPU: tensors in, in the file's order, and all outputs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [given.name for given in self.session.get_inputs()]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = {n: t.numpy() for n, t in zip(self.names, tensors, strict=True)}
+        return tuple(torch.from_numpy(found) for found in self.session.run(None, given))
+
+
+class _Flat(nn.Module):
+    """A network from the tensors of a batch, in order, to those of its output."""
+
+    def __init__(self, network: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.network = network
+        self.places = len(batch.args)
+        self.keys = [key for key, value in batch.kwargs.items() if isinstance(value, Tensor)]
+        self.constants = {k: v for k, v in batch.kwargs.items() if k not in self.keys}
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.keys, tensors[self.places :], strict=True))
+        return _leaves(self.network(*tensors[: self.places], **named, **self.constants))
+
+    def names(self) -> list[str]:
+        """Of the inputs: the parameters of the network's forward."""
+        parameters = list(inspect.signature(self.network.forward).parameters)
+        return [*parameters[: self.places], *self.keys]
+
+
+def _leaves(output: Any) -> tuple[Tensor, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _flat(batch: Batch) -> Batch:
+    return Batch(tuple(batch.tensors.values()), {}, None)
+
+
+def export_onnx(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dense: nn.Module | None = None,
+    dynamic: bool = True,
+    tolerance: float | None = None,
+    seconds: float = 2.0,
+) -> Certificate:
+    """Write a network as ONNX, with `certificate.json` beside it, or neither.
+
+    Args:
+        model: a network in any mode, or the directory of an artefact that `load` reads alone.
+        path: of the file to write; neither it nor a certificate of another file may be there.
+        example: a batch of real inputs in any form that a loader may yield, on which the file is
+            compared; the more samples, the more is compared.
+        dense: the network to compare cost and latency with; by default, of an artefact whose
+            architecture is known, the dense one with random weights.
+        dynamic: batches of any size, and for inputs (N, T) of integers sequences of any length.
+        tolerance: the largest difference of outputs, relative to the largest absolute value of the
+            output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
+        seconds: how long to time it in ONNX Runtime.
+
+    Raises:
+        ExportError: the example does not run, the network has an operation that ONNX lacks, ONNX
+            Runtime cannot run the file, or its outputs differ; nothing is left at `path`.
+        ArtifactError, WeightsError: the directory holds no artefact that loads.
+    """
+    return _export(
+        "onnx",
+        model,
+        path,
+        example,
+        dense=dense,
+        dynamic=dynamic,
+        tolerance=tolerance,
+        seconds=seconds,
+    )
+
+
+def export_pt2(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: bool = True,
+    tolerance: float | None = None,
+) -> Certificate:
+    """Write a network as `torch.export` does, with the checks of `export_onnx`.
+
+    Raises:
+        ExportError, ArtifactError, WeightsError: as `export_onnx`.
+    """
+    return _export("pt2", model, path, example, dynamic=dynamic, tolerance=tolerance)
+
+
+@torch.inference_mode(False)
+def _export(
+    kind: Format,
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: bool,
+    tolerance: float | None,
+    dense: nn.Module | None = None,
+    seconds: float = 0.0,
+) -> Certificate:
+    target = Path(path).absolute()
+    _require_free(target, kind)
+    weights = None
+    if not isinstance(model, nn.Module):
+        root = Path(model)
+        weights = read_manifest(root).sha256[WEIGHTS]
+        if kind == "onnx":
+            dense = dense or dense_of(root)
+        model = load(root)
+    network = unwrap(model)
+    batch = as_batch(example).to(network)
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in TOLERANCES:
+        raise ExportError(
+            f"the network is in {str(dtype).removeprefix('torch.')}, which ONNX Runtime does not run "
+            "on a CPU: export it in float32 or float16"
+        )
+    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+    _require_runs(network, batch)
+    batches = _sized(batch) if dynamic else [batch]
+    with _beside(target, kind) as folder:
+        file = folder / target.name
+        names, slim = _write(kind, network, batches[-1], file, dynamic=dynamic)
+        runner = open_file(kind, file)
+        parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
+        other, latency = None, None
+        if dense is not None:
+            with tempfile.TemporaryDirectory() as aside:
+                beside = Path(aside) / f"dense{target.suffix}"
+                dense = dense.to(next(network.parameters()).device, dtype)
+                _, other = _write(kind, dense, batches[-1], beside, dynamic=dynamic)
+                latency = benchmark(
+                    open_file(kind, beside), runner, _cpu(_flat(batch)), seconds=seconds
+                )
+        certificate = Certificate(
+            format=kind,
+            file=target.name,
+            sha256={p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+            weights=weights,
+            model=type(network).__name__,
+            dtype=str(dtype).removeprefix("torch."),
+            dynamic=dynamic,
+            input_names=names[0],
+            output_names=names[1],
+            probe=Probe.of(batch),
+            preprocessing=_preprocessing(network),
+            tolerance=allowed,
+            parity=parity,
+            slim=slim,
+            dense=other,
+            latency=latency,
+            versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
+        )
+        (folder / CERTIFICATES[kind]).write_bytes(sealed(certificate.model_dump_json(indent=2) + "\n"))
+        certificate = read_certificate(folder, kind)
+    return certificate
+
+
+def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
+    """certificate.json of a directory.
+
+    Raises:
+        ArtifactError: it is missing, not a certificate, or not what was written.
+    """
+    path = directory / CERTIFICATES[kind]
+    try:
+        content = path.read_bytes()
+        certificate = Certificate.model_validate_json(content)
+    except (OSError, ValueError) as error:
+        found = "not a certificate" if isinstance(error, ValidationError) else "unreadable"
+        raise ArtifactError(f"{path} is {found}: {error}") from error
+    if not is_intact(content):
+        raise ArtifactError(f"{path} is not what was written (its seal does not fit): export again")
+    return certificate
+
+
+def compared(
+    network: nn.Module, runner: nn.Module, batch: Batch, tolerance: float, name: str
+) -> Parity:
+    """How far a file's outputs are from the network's on one batch.
+
+    Raises:
+        ExportError: the file does not run, or its outputs differ by more than `tolerance`.
+    """
+    moved = batch.to(network)
+    with evaluating(network):
+        wanted = _leaves(moved.run(network))
+    try:
+        with torch.no_grad():
+            found = _leaves(_cpu(_flat(moved)).run(runner))
+    except Exception as error:
+        raise ExportError(f"{name} does not run on a batch of {len(batch)}: {error}") from error
+    shapes = [[tuple(t.shape) for t in each] for each in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise ExportError(f"{name} gives outputs of shapes {shapes[1]}, the network of {shapes[0]}")
+    furthest, relative = 0.0, 0.0
+    for a, b in zip(wanted, found, strict=True):
+        if a.numel():
+            x, y = a.detach().cpu().double(), b.double()
+            apart, scale = float((x - y).abs().max()), float(x.abs().max())
+            furthest = max(furthest, apart) if apart == apart else apart  # noqa: PLR0124  NaN stays
+            relative = max(relative, apart / scale) if scale > 0 else max(relative, apart)
+            if not relative <= tolerance or math.isnan(apart):
+                raise ExportError(
+                    f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
+                    f"{relative:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
+                    "network runs other code in export, or allow more by tolerance="
+                )
+    first, second = wanted[0].detach().cpu(), found[0]
+    classes = first.ndim > 1 and first.shape[-1] > 1
+    agreed = float((first.argmax(-1) == second.argmax(-1)).double().mean()) if classes else None
+    return Parity(batch=len(batch), max_abs=furthest, max_rel=relative, argmax_agreement=agreed)
+
+
+def dense_of(root: Path) -> nn.Module | None:
+    """The dense network of an artefact with random weights, or None where it is not known."""
+    architecture = read_manifest(root).architecture
+    return None if architecture is None else architecture.build()
+
+
+def open_file(kind: Format, file: Path) -> nn.Module:
+    """A file as a module from tensors to tensors.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    try:
+        if kind == "onnx":
+            return OnnxModel(file)
+        module: nn.Module = torch.export.load(file).module()
+    except Exception as error:
+        raise ExportError(f"{file.name} cannot be opened: {error}") from error
+    return module
+
+
+def require_valid(kind: Format, file: Path) -> None:
+    """
+    Raises:
+        ExportError: onnx.checker refuses the file.
+    """
+    import onnx
+
+    if kind == "onnx":
+        try:
+            onnx.checker.check_model(str(file), full_check=True)
+        except Exception as error:
+            raise ExportError(f"onnx.checker refuses {file.name}: {error}") from error
+
+
+def _cpu(batch: Batch) -> Batch:
+    return Batch(tuple(tensor.cpu() for tensor in batch.args), {}, None)
+
+
+def _sized(batch: Batch) -> list[Batch]:
+    """The example's samples in batches of several sizes; the second has sequences half as long."""
+    n = len(batch)
+    found = []
+    for k, size in enumerate((*SIZES[:-1], max(SIZES[-1], n))):
+        each = batch.select([(row + k) % n for row in range(size)])
+        length = _length(each)
+        if k == 1 and length is not None:
+            each = each.cut(max(1, length // 2))
+        found.append(each)
+    return found
+
+
+def _length(batch: Batch) -> int | None:
+    """Of the sequences of a batch; None where there are none."""
+    lengths = {t.shape[1] for t in batch.tensors.values() if Given.of(None, t, len(batch)).sequence}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _require_runs(network: nn.Module, batch: Batch) -> None:
+    try:
+        with evaluating(network):
+            batch.run(network)
+    except Exception as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
+        raise ExportError(
+            f"the {type(network).__name__} does not run on the example ({shapes}): {error}"
+        ) from error
+
+
+def _require_free(target: Path, kind: Format) -> None:
+    certificate = target.parent / CERTIFICATES[kind]
+    if target.exists() or target.is_symlink():
+        raise ExportError(f"{target} exists: name a new file, or remove it first")
+    if certificate.exists() and (target.parent / _named(certificate)).is_file():
+        raise ExportError(f"{certificate} is that of {_named(certificate)}: name another directory")
+
+
+def _named(certificate: Path) -> str:
+    """The file that a certificate is of."""
+    try:
+        return str(json.loads(certificate.read_bytes())["file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return certificate.name
+
+
+@contextmanager
+def _beside(target: Path, kind: Format) -> Iterator[Path]:
+    """A temporary sibling directory whose files are moved beside `target` at the end, that one last."""
+    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder
+        # The file comes last: where it is, its certificate is.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
+            flush(path)
+            path.replace(target.parent / path.name)
+        flush(target.parent)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(
+    kind: Format, network: nn.Module, batch: Batch, file: Path, *, dynamic: bool
+) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], Weight]:
+    """Write the file; names of its inputs and outputs, and what it weighs."""
+    flat, tensors = _Flat(network, batch), tuple(batch.tensors.values())
+    names = flat.names(), _output_names(network, batch)
+    with warnings.catch_warnings(), evaluating(flat):
+        warnings.simplefilter("ignore")  # of the exporter, about its own passes
+        program = _traced(flat, tensors, batch, dynamic=dynamic)
+        if kind == "pt2":
+            torch.export.save(program, file)
+            weight = Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
+        else:
+            weight = _write_onnx(program, names, file)
+    return (tuple(names[0]), tuple(names[1])), weight
+
+
+def _traced(
+    flat: _Flat, tensors: tuple[Tensor, ...], batch: Batch, *, dynamic: bool
+) -> torch.export.ExportedProgram:
+    shapes: tuple[dict[int, Any], ...] | None = None
+    if dynamic:
+        rows = torch.export.Dim("batch")
+        long = torch.export.Dim.DYNAMIC  # its bound is the network's
+        text = _length(batch) is not None
+        given = [Given.of(None, tensor, len(batch)) for tensor in tensors]
+        shapes = tuple(
+            ({0: rows} if g.batched else {}) | ({1: long} if text and g.sequence else {}) for g in given
+        )
+    try:
+        return torch.export.export(
+            flat, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
+        )
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot trace the {type(flat.network).__name__}"
+            f"{' for batches of any size (try dynamic=False)' if dynamic else ''}: {error}"
+        ) from error
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
+) -> Weight:
+    import onnx
+
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, input_names=names[0], output_names=names[1], verbose=False
+        )
+    except Exception as error:
+        raise ExportError(_lacking(program, error)) from error
+    assert exported is not None
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    exported.save(file, external_data=size > EXTERNAL)
+    require_valid("onnx", file)
+    model = onnx.load(str(file), load_external_data=False)
+    size = sum(p.stat().st_size for p in file.parent.iterdir() if p.name.startswith(file.name))
+    opset = next(each.version for each in model.opset_import if not each.domain)
+    return Weight(bytes=size, nodes=len(model.graph.node), opset=opset)
+
+
+def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
+    """What the exporter stumbled over: the operation, and the module that it comes from."""
+    found = re.search(r"op='([\w.:]+)'", str(error))
+    if found is None:
+        return f"torch.onnx cannot export the network: {error}"
+    name = found[1]
+    for node in program.run_decompositions().graph.nodes:
+        if str(node.target).startswith(name):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            path, module = stack[-1] if stack else ("", "")
+            path = re.sub(r"^L\['self'\]\.?|^network\.?", "", str(path))
+            kind = module if isinstance(module, str) else module.__name__
+            return (
+                f"ONNX lacks the operation {name} of {path or 'the network'} "
+                f"({kind.rpartition('.')[2]}): write it in other operations there"
+            )
+    return f"ONNX lacks the operation {name}"
+
+
+def _output_names(network: nn.Module, batch: Batch) -> list[str]:
+    with evaluating(network):
+        output = batch.run(network)
+    if isinstance(output, Mapping):
+        keys = [key for key, value in output.items() for _ in _leaves(value)]
+    else:
+        keys = ["output" for _ in _leaves(output)]
+    return [key if keys.count(key) == 1 else f"{key}_{k}" for k, key in enumerate(keys)]
+
+
+def _preprocessing(network: nn.Module) -> dict[str, JsonValue] | None:
+    if not isinstance(getattr(network, "pretrained_cfg", None), Mapping):
+        return None
+    from timm.data import resolve_data_config
+
+    found = resolve_data_config({}, model=network)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
