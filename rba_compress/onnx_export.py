@@ -254,7 +254,7 @@ def _export(
                 latency = benchmark(
                     open_file(kind, beside), runner, _cpu(_flat(batch)), seconds=seconds
                 )
-        certificate = Certificate(
+        content = Certificate(
             format=kind,
             file=target.name,
             sha256={p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
@@ -272,10 +272,9 @@ def _export(
             dense=other,
             latency=latency,
             versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
-        )
-        (folder / CERTIFICATES[kind]).write_bytes(sealed(certificate.model_dump_json(indent=2) + "\n"))
-        certificate = read_certificate(folder, kind)
-    return certificate
+        ).model_dump_json(indent=2)
+        (folder / CERTIFICATES[kind]).write_bytes(sealed(content + "\n"))
+        return read_certificate(folder, kind)
 
 
 def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:

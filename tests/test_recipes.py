@@ -1,0 +1,183 @@
+"""export/: each recipe as a platform engineer runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+
+from rba_compress import Budget, Config, compress, load
+from tests.networks import LIGHT, seeded
+
+ROOT = Path(__file__).parents[1]
+EXPORT = ROOT / "export"
+
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "rba_compress", "timm", "onnx"):
+    sys.modules[name] = None  # importing them raises
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def recipe(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert found.returncode == code, found.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and a slim ViT with its ONNX file."""
+    folder = tmp_path_factory.mktemp("work")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(8):
+        path = folder / "images" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = (170 + 9 * index, 200, 3) if index % 2 else (200, 170 + 5 * index, 3)
+        pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
+    data = torch.randn(20, 3, 160, 160, generator=generator)
+    found = compress(model, list(data.split(10)), budget=Budget(macs=0.95), config=LIGHT)
+    found.save(folder / "slim")
+    line = recipe(EXPORT / "to_onnx.py", folder / "slim", "--inputs", folder / "images").stdout
+    (folder / "line.json").write_text(line)
+    return folder
+
+
+def test_to_onnx_prints_one_json_line(work: Path) -> None:
+    line = json.loads((work / "line.json").read_text())
+    assert line["file"] == str(work / "slim" / "model.onnx")
+    assert line["bytes"] == (work / "slim" / "model.onnx").stat().st_size
+    assert 0 <= line["max_rel"] <= 1e-4
+    assert line["argmax_agreement"] == 1
+    assert line["latency_ratio"] > 0
+    np.save(work / "x.npy", np.zeros((2, 3, 160, 160), np.float32))
+    out = work / "program" / "slim.pt2"
+    again = recipe(
+        EXPORT / "to_onnx.py", work / "slim", "--inputs", work / "x.npy", "--out", out
+    ).stdout
+    assert json.loads(again)["file"] == str(out)
+    assert out.is_file()
+
+
+def test_to_safetensors_writes_the_whole_state(work: Path) -> None:
+    out = work / "slim.safetensors"
+    line = json.loads(recipe(EXPORT / "to_safetensors.py", work / "slim", "--out", out).stdout)
+    state = load(work / "slim").state_dict()
+    stored = load_file(out)
+    assert line["tensors"] == len(state) == len(stored)
+    assert all(torch.equal(stored[name], state[name]) for name in state)
+    assert (
+        "exists: name a new file"
+        in recipe(EXPORT / "to_safetensors.py", work / "slim", "--out", out, code=1).stderr
+    )
+
+
+def test_the_runner_prepares_images_as_timm_does_and_needs_no_torch(work: Path) -> None:
+    run = (EXPORT / "serve" / "run.py", work / "slim")
+    found = recipe(
+        "-c", WITHOUT_TORCH, *run, "--images", work / "images", "--save", work / "y.npy", "--batch", 3
+    )
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["input"] for line in lines] == sorted(line["input"] for line in lines)
+    assert len(lines) == 8
+    model = load(work / "slim")
+    transform = create_transform(**resolve_data_config({}, model=model))
+    pictures = [Image.open(work / "images" / line["input"]).convert("RGB") for line in lines]
+    x = torch.stack([transform(picture) for picture in pictures])
+    with torch.no_grad():
+        wanted = model(x)
+    np.testing.assert_allclose(np.load(work / "y.npy"), wanted.numpy(), atol=1e-4)
+    for line, row in zip(lines, wanted.softmax(-1), strict=True):
+        assert line["classes"] == row.argsort(descending=True).tolist()
+        assert line["probabilities"] == pytest.approx(
+            row.sort(descending=True).values.tolist(), abs=1e-4
+        )
+    np.save(work / "z.npy", x.numpy())
+    recipe("-c", WITHOUT_TORCH, *run, "--inputs", work / "z.npy", "--save", work / "w.npy")
+    np.testing.assert_allclose(np.load(work / "w.npy"), wanted.numpy(), atol=1e-4)
+
+
+def test_the_runner_refuses_what_is_not_certified(work: Path, tmp_path: Path) -> None:
+    runner = EXPORT / "serve" / "run.py"
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 10, 10), np.float32))
+    given = ("--inputs", tmp_path / "x.npy")
+    assert "samples have the shape (3, 10, 10)" in recipe(runner, work / "slim", *given, code=2).stderr
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    assert (
+        "allow_pickle" in recipe(runner, work / "slim", "--inputs", tmp_path / "o.npy", code=2).stderr
+    )
+    (tmp_path / "none").mkdir()
+    assert "no images in" in recipe(runner, work / "slim", "--images", tmp_path / "none", code=2).stderr
+    assert "certificate.json is missing" in recipe(runner, tmp_path, *given, code=2).stderr
+    shutil.copytree(work / "slim", tmp_path / "slim")
+    for name, message in (
+        ("model.onnx", "is not the certified file"),
+        ("certificate.json", "is not what"),
+    ):
+        path = tmp_path / "slim" / name
+        good = path.read_bytes()
+        path.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+        assert message in recipe(runner, tmp_path / "slim", *given, code=2).stderr
+        path.write_bytes(good)
+
+
+@pytest.mark.slow
+def test_the_runner_in_an_environment_of_its_own(work: Path, tmp_path: Path) -> None:
+    serve = EXPORT / "serve"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "-r", serve / "requirements.txt"]
+    subprocess.run([str(part) for part in install], check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
+    command = [python, serve / "run.py", work / "slim", "--images", work / "images"]
+    found = subprocess.run([str(p) for p in command], capture_output=True, text=True, check=True)
+    assert len(found.stdout.splitlines()) == 8
+
+
+def test_the_dockerfile_copies_what_is_there() -> None:
+    lines = (EXPORT / "serve" / "Dockerfile").read_text().splitlines()
+    instructions = [line.split() for line in lines if line and not line.startswith("#")]
+    assert instructions[0][0] == "FROM"
+    assert ":" in instructions[0][1]  # a version, not whatever is latest
+    assert {"USER", "ENTRYPOINT"} <= {line[0] for line in instructions}
+    for _, source, _ in (line for line in instructions if line[0] == "COPY"):
+        assert (EXPORT / "serve" / source).is_file()
+
+
+@pytest.mark.slow
+def test_the_dockerfile_builds() -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True, check=False).returncode:
+        pytest.skip("docker does not run here")
+    subprocess.run([docker, "build", "-q", str(EXPORT / "serve")], check=True)
+
+
+def test_a_delta_becomes_one_file(tmp_path: Path) -> None:
+    model = seeded(timm.create_model, "test_vit")  # the recipe builds a network by its name alone
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    data = torch.randn(20, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    config = Config(maps=("shrunk",), units=("span",), shrinks=(0.6,), swaps=0, refit=False)
+    found = compress(model, list(data.split(10)), budget=Budget(macs=0.95), config=config)
+    found.save(tmp_path / "delta", delta=True)
+    out = tmp_path / "slim.safetensors"
+    base = ("--base", "test_vit", "--weights", tmp_path / "dense.safetensors")
+    recipe(EXPORT / "to_safetensors.py", tmp_path / "delta", *base, "--out", out)
+    stored, wanted = load_file(out), found.model.state_dict()
+    assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
