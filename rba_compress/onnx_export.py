@@ -240,6 +240,8 @@ def _export(
     allowed = TOLERANCES[dtype] if tolerance is None else tolerance
     _require_runs(network, batch)
     batches = _sized(batch) if dynamic else [batch]
+    for each in batches:
+        _require_runs(network, each, hint=": batches of any size are asked of it, see dynamic=False")
     with _beside(target, kind) as folder:
         file = folder / target.name
         names, slim = _write(kind, network, batches[-1], file, dynamic=dynamic)
@@ -354,18 +356,17 @@ def open_file(kind: Format, file: Path) -> nn.Module:
     return module
 
 
-def require_valid(kind: Format, file: Path) -> None:
+def require_valid(file: Path) -> None:
     """
     Raises:
         ExportError: onnx.checker refuses the file.
     """
     import onnx
 
-    if kind == "onnx":
-        try:
-            onnx.checker.check_model(str(file), full_check=True)
-        except Exception as error:
-            raise ExportError(f"onnx.checker refuses {file.name}: {error}") from error
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:
+        raise ExportError(f"onnx.checker refuses {file.name}: {error}") from error
 
 
 def _cpu(batch: Batch) -> Batch:
@@ -391,14 +392,14 @@ def _length(batch: Batch) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _require_runs(network: nn.Module, batch: Batch) -> None:
+def _require_runs(network: nn.Module, batch: Batch, hint: str = "") -> None:
     try:
         with evaluating(network):
             batch.run(network)
     except Exception as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
         raise ExportError(
-            f"the {type(network).__name__} does not run on the example ({shapes}): {error}"
+            f"the {type(network).__name__} does not run on the example ({shapes}){hint}: {error}"
         ) from error
 
 
@@ -491,7 +492,7 @@ def _write_onnx(
     assert exported is not None
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(file, external_data=size > EXTERNAL)
-    require_valid("onnx", file)
+    require_valid(file)
     model = onnx.load(str(file), load_external_data=False)
     size = sum(p.stat().st_size for p in file.parent.iterdir() if p.name.startswith(file.name))
     opset = next(each.version for each in model.opset_import if not each.domain)

@@ -7,12 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from rba_compress.artifact import MANIFEST, REPORT, load, read_manifest, require_intact
+from rba_compress.artifact import (
+    MANIFEST,
+    REPORT,
+    Manifest,
+    load,
+    read_manifest,
+    require_intact,
+)
 from rba_compress.errors import ArtifactError, ExportError, RBAError
 from rba_compress.onnx_export import (
     CERTIFICATES,
     SIZES,
-    Format,
+    Certificate,
     compared,
     open_file,
     read_certificate,
@@ -38,15 +45,22 @@ def verify(
 
 
 def checks(root: Path, *, model: nn.Module | None, base: nn.Module | None) -> Iterator[str]:
-    """As `verify`, one by one."""
+    """As `verify`, one by one: every hash, then what takes longer."""
     kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
-    network = None
-    if (root / MANIFEST).exists() or not kinds:
-        manifest = read_manifest(root)
+    manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
+    certificates = {kind: read_certificate(root, kind) for kind in kinds}
+    if manifest is not None:
         yield f"{MANIFEST}: intact, schema {manifest.schema_version}"
-        for name in manifest.sha256:
-            require_intact(root, name, manifest.sha256[name])
+    for digests in (each.sha256 for each in (manifest, *certificates.values()) if each):
+        for name, digest in digests.items():
+            require_intact(root, name, digest)
             yield f"{name}: SHA-256 is as written"
+    certified = {name for each in certificates.values() for name in each.sha256}
+    for path in root.iterdir():
+        if path.suffix in (".onnx", ".pt2") and path.name not in certified:
+            raise ArtifactError(f"{path} has no certificate: export it again")
+    network = None
+    if manifest is not None:
         if REPORT in manifest.sha256:
             Report.model_validate_json((root / REPORT).read_bytes())
         known = manifest.folded or manifest.architecture
@@ -54,55 +68,47 @@ def checks(root: Path, *, model: nn.Module | None, base: nn.Module | None) -> It
             wanted = "base" if manifest.delta else "model"
             yield f"reload: not checked, it needs the {manifest.model} ({wanted}=)"
         else:
-            network = _reloaded(root, model, base)
+            network = _reloaded(root, manifest, model, base)
             yield "reload: the network is built anew, its outputs are as recorded"
-    for path in root.iterdir():
-        if path.suffix in (".onnx", ".pt2") and path.suffix[1:] not in kinds:
-            raise ArtifactError(f"{path} has no certificate: export it again")
-    for kind in kinds:
-        yield from _exported(root, kind, network)
+    for certificate in certificates.values():
+        if manifest and certificate.weights not in (None, *manifest.sha256.values()):
+            raise ArtifactError(f"{certificate.file} was exported from other weights than those here")
+        yield f"{certificate.file}: {_parity(root, certificate, network)}"
 
 
-def _reloaded(root: Path, model: nn.Module | None, base: nn.Module | None) -> nn.Module:
+def _reloaded(
+    root: Path, manifest: Manifest, model: nn.Module | None, base: nn.Module | None
+) -> nn.Module:
     try:
         network = load(root, model=model, base=base)
     except RBAError as error:
         raise ArtifactError(f"{root} does not load: {error}") from error
-    probe = read_manifest(root).probe
-    flaw = probe.flaw(network) if probe else None
+    flaw = manifest.probe.flaw(network) if manifest.probe else None
     if flaw is not None:
         raise ArtifactError(f"{root} loads, but it is not the network that was saved: {flaw}")
     return network
 
 
-def _exported(root: Path, kind: Format, network: nn.Module | None) -> Iterator[str]:
-    certificate = read_certificate(root, kind)
-    for name, digest in certificate.sha256.items():
-        require_intact(root, name, digest)
-        yield f"{name}: SHA-256 is that of its certificate"
-    for path in root.glob(f"*.{kind}"):
-        if path.name not in certificate.sha256:
-            raise ArtifactError(f"{path} is another file than its certificate is of: export it again")
-    if kind == "pt2":
+def _parity(root: Path, certificate: Certificate, network: nn.Module | None) -> str:
+    """What an exported file gives against the network."""
+    if certificate.format == "pt2":
         # Its reader unpickles parts of the archive.
-        yield f"{certificate.file}: not opened; parity was measured when it was exported"
-        return
+        return "not opened; parity was measured when it was exported"
+    file = root / certificate.file
     try:
-        require_valid(kind, root / certificate.file)
-        runner = open_file(kind, root / certificate.file)
+        require_valid(file)
+        runner = open_file("onnx", file)
         if network is None or certificate.probe is None:
-            yield f"{certificate.file}: opens; parity is not checked, it needs the network"
-            return
-        manifest = read_manifest(root)
-        if certificate.weights not in (None, *manifest.sha256.values()):
-            raise ArtifactError(f"{certificate.file} was exported from other weights than those here")
+            return "opens; parity is not checked, it needs the network"
         sizes = SIZES if certificate.dynamic else (certificate.parity[0].batch,)
-        batches = certificate.probe.draws(sizes)
-        found = [compared(network, runner, b, certificate.tolerance, certificate.file) for b in batches]
+        found = [
+            compared(network, runner, batch, certificate.tolerance, file.name)
+            for batch in certificate.probe.draws(sizes)
+        ]
     except ExportError as error:
         raise ArtifactError(str(error)) from error
-    furthest = max(found, key=lambda each: each.max_rel)
-    yield (
-        f"{certificate.file}: outputs at batch {', '.join(map(str, sizes))} are at most "
-        f"{furthest.max_rel:.2g} of the largest apart, allowed are {certificate.tolerance:g}"
+    furthest = max(parity.max_rel for parity in found)
+    return (
+        f"outputs at batch {', '.join(map(str, sizes))} are at most {furthest:.2g} of the largest "
+        f"apart, allowed are {certificate.tolerance:g}"
     )

@@ -75,6 +75,7 @@ def test_a_foldable_search_folds_into_a_stock_timm_network(
     printed = alone(
         """
 import timm, torch, json
+from safetensors.torch import load_file
 directory, name, arguments, x = sys.argv[1:]
 x = torch.load(x, weights_only=True)
 model = timm.create_model(name, **json.loads(arguments)).eval()
@@ -151,6 +152,7 @@ def test_a_hugging_face_network_folds(tmp_path: Path) -> None:
         """
 import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from safetensors.torch import load_file
 directory = sys.argv[1]
 model = AutoModelForImageClassification.from_pretrained(directory).eval()
 bare = ViTForImageClassification(ViTConfig.from_pretrained(directory)).eval()
