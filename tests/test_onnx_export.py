@@ -156,7 +156,7 @@ def test_half_precision_is_measured_or_refused_by_name(
     assert certificate.dtype == "float16"
     assert max(parity.max_rel for parity in certificate.parity) <= certificate.tolerance == 1e-2
     with pytest.raises(ExportError, match="in bfloat16, which ONNX Runtime does not run on a CPU"):
-        export_onnx(model.bfloat16(), tmp_path / "brain.onnx", held_out[0][:8])
+        export_onnx(model.bfloat16(), tmp_path / "brain" / "model.onnx", held_out[0][:8])
 
 
 def test_a_torch_export_program(
