@@ -15,34 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Plan, splice, supports
+from rba_compress import Plan, export_onnx, splice, supports
 from rba_compress.batches import as_batch
 from rba_compress.drafts import Solution, skip, with_read_outs
 from rba_compress.measure import benchmark, cost
-
-
-class OnnxModel(nn.Module):
-    """A network in ONNX Runtime, on two threads as torch is."""
-
-    def __init__(self, model: nn.Module, example: Tensor, path: Path) -> None:
-        super().__init__()
-        batch = torch.export.Dim("batch")
-        torch.onnx.export(
-            model, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-        )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        (name,) = (given.name for given in self.session.get_inputs())
-        return torch.from_numpy(self.session.run(None, {name: x.numpy()})[0])
+from rba_compress.onnx_export import OnnxModel
 
 
 @dataclass
@@ -62,33 +44,40 @@ def main(how: Run) -> None:
     slim = {name: splice(model, plan, {}) for name, plan in plans.items()}
     with torch.no_grad():
         torch.testing.assert_close(slim["exact"](x), model(x), rtol=1e-4, atol=1e-4)
+
+    def onnx(net: nn.Module, path: Path) -> OnnxModel:
+        export_onnx(net, path, x[:2])
+        return OnnxModel(path)
+
     forms: dict[str, Any] = {
         "eager": lambda net, _: net,
         "compiled": lambda net, _: torch.compile(net),
-        "ONNX Runtime": lambda net, path: OnnxModel(net, x[:2], path),
+        "ONNX Runtime": onnx,
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for form, build in forms.items():
-            dense = build(model, Path(folder) / "dense.onnx")
+            dense = build(model, Path(folder) / form / "model.onnx")
             for name, plan in plans.items():
-                thin = build(slim[name], Path(folder) / f"{name}.onnx")
+                thin = build(slim[name], Path(folder) / form / name / "model.onnx")
                 kept = cost(slim[name], as_batch(x)).macs / cost(model, as_batch(x)).macs
                 for batch in (1, 32):
                     with torch.no_grad():
                         expected = slim[name](x[:batch])
-                        torch.testing.assert_close(thin(x[:batch]), expected, rtol=1e-3, atol=1e-3)
-                    found = benchmark(dense, thin, x[:batch], seconds=how.seconds)
+                        output = thin(x[:batch])
+                        found = output[0] if isinstance(output, tuple) else output
+                        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+                    timed = benchmark(dense, thin, x[:batch], seconds=how.seconds)
                     row = {
                         "network": name,
                         "plan": str(plan) if name == "exact" else "blocks 1 to 11 read out, identity",
                         "form": form,
                         "batch": batch,
                         "macs_kept": round(kept, 4),
-                        "latency": round(found.ratio, 4),
-                        "quartiles": [round(found.ratio_low, 4), round(found.ratio_high, 4)],
-                        "dense_ms": round(found.dense_ms, 2),
-                        "pairs": found.pairs,
+                        "latency": round(timed.ratio, 4),
+                        "quartiles": [round(timed.ratio_low, 4), round(timed.ratio_high, 4)],
+                        "dense_ms": round(timed.dense_ms, 2),
+                        "pairs": timed.pairs,
                     }
                     rows.append(row)
                     print(json.dumps(row), flush=True)
