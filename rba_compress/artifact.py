@@ -235,7 +235,7 @@ def load(
     Raises:
         ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not
             what was written.
-        WeightsError: the weights do not fit `model`, or `base` has other weights.
+        WeightsError: the weights do not fit `model`, are no safetensors, or `base` has others.
         PlanError: `model` does not have the blocks that the plan replaces.
     """
     root = Path(directory)
@@ -251,7 +251,7 @@ def load(
             raise ArtifactError(
                 f"{root} is a delta: pass the {manifest.model} that it was made of, load(dir, base=...)"
             )
-        return splice(unwrap(base), manifest.plan, load_file(root / WEIGHTS)).cpu().eval()
+        return splice(unwrap(base), manifest.plan, _read_state(root / WEIGHTS)).cpu().eval()
     given = model if base is None else base
     if given is not None:
         skeleton = copy_model(unwrap(given)).cpu().eval()
@@ -262,7 +262,7 @@ def load(
             f"{root} does not know how to build a {manifest.model}: pass the dense architecture, "
             "load(dir, model=...)"
         )
-    state = load_file(root / WEIGHTS)
+    state = _read_state(root / WEIGHTS)
     plan = Plan() if manifest.folded else manifest.plan
     return _restore(skeleton, plan, state, manifest.tied, manifest.buffers)
 
@@ -304,12 +304,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         WeightsError: the file is missing, damaged, not safetensors, or does not fit the architecture.
     """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+    state = _read_state(Path(path))
     _require_fit(model.state_dict(), state, str(path), type(model).__name__)
     model.load_state_dict(state)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _require_fit(

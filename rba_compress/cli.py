@@ -81,6 +81,8 @@ class _Job:
     """Re-solve kept layers behind a replaced span where that helps."""
     keep_features: bool = False
     """Compute every position, also those that the output does not read."""
+    foldable: bool = False
+    """Search for a stock network with fewer blocks, which timm loads without this package."""
     batch_size: int = 16
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
@@ -95,7 +97,7 @@ class _Job:
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        own = ("maps", "shrinks", "refit", "keep_features", "seed")
+        own = ("maps", "shrinks", "refit", "keep_features", "foldable", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
@@ -138,6 +140,9 @@ class _Ready:
 class Compress(_Job):
     """Compress a timm model on your images and save the slim model."""
 
+    hub: bool = False
+    """Write config.json and a model card beside it, for a model hub."""
+
     def run(self) -> None:
         job = self.prepare()
         result = compress(job.dense, job.loader, budget=job.budget, config=job.config)
@@ -151,7 +156,9 @@ class Compress(_Job):
                 result.plan,
                 samples=job.samples,
             )
-        result.with_report(report).save(self.out, architecture=job.architecture)
+        result.with_report(report).save(
+            self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub
+        )
         for profiled in result.profile.chains:
             name = profiled.chain.name.replace(".", "_")
             plot_similarity(profiled).savefig(self.out / f"similarity_{name}.png", dpi=120)

@@ -32,6 +32,7 @@ from rba_compress.measure import Latency, benchmark
 from rba_compress.probe import Given, Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.sealed import BLANK, is_intact, sealed, sha256
+from rba_compress.surgery import copy_model
 
 Format = Literal["onnx", "pt2"]
 CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
@@ -251,7 +252,7 @@ def _export(
         if dense is not None:
             with tempfile.TemporaryDirectory() as aside:
                 beside = Path(aside) / f"dense{target.suffix}"
-                dense = dense.to(next(network.parameters()).device, dtype)
+                dense = copy_model(unwrap(dense)).to(next(network.parameters()).device, dtype)
                 _, other = _write(kind, dense, batches[-1], beside, dynamic=dynamic)
                 latency = benchmark(
                     open_file(kind, beside), runner, _cpu(_flat(batch)), seconds=seconds

@@ -69,7 +69,7 @@ class Thinned(nn.Module):
         for signature, names, body in self._bodies:
             if signature.mismatch(args, kwargs) is None:
                 values = [_tensor(self, name) for name in names]
-                stream = body(*values, *signature.tensors(args, kwargs))
+                stream = body.forward(*values, *signature.tensors(args, kwargs))
                 return signature.rebuild(stream, args, kwargs)
         signature = self._bodies[0][0]
         raise ModelError(

@@ -24,10 +24,12 @@ from rba_compress import (
     compress,
     load,
     save,
+    verify,
 )
 from rba_compress.artifact import load_weights, read_manifest
 from rba_compress.calibration import fingerprint
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
+from rba_compress.sealed import BLANK, sealed, sha256
 from tests.networks import LIGHT, Chain, images, loader, rows, seeded
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
@@ -237,6 +239,22 @@ def test_a_pickle_is_never_unpickled(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not a readable safetensors file"):
         load_weights(seeded(Chain), path)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"head.bias": 1}), b"", b"\x10" + b"\0" * 7 + b"{}"])
+def test_weights_that_are_no_safetensors_are_named_whatever_their_hash(
+    content: bytes, slim: Path
+) -> None:
+    """A pickle, an empty and a truncated file, in a manifest that a forger has sealed anew."""
+    (slim / "model.safetensors").write_bytes(content)
+    manifest = read_manifest(slim)
+    hashes = manifest.sha256 | {"model.safetensors": sha256(slim / "model.safetensors")}
+    forged = manifest.model_copy(update={"sha256": hashes, "seal": BLANK})
+    (slim / "plan.json").write_bytes(sealed(forged.model_dump_json(indent=2)))
+    with pytest.raises(WeightsError, match="model.safetensors is not a readable safetensors file"):
+        load(slim)
+    with pytest.raises(ArtifactError, match="does not load: .* is not a readable safetensors file"):
+        verify(slim)
 
 
 def test_a_result_is_a_value(result: Result) -> None:

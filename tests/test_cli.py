@@ -83,6 +83,15 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
 
 
+def test_a_stock_network_from_files(folder: Path) -> None:
+    assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
+    found = timm.create_model(f"local-dir:{folder / 'slim'}", pretrained=True)
+    assert len(found.blocks) < 6
+    x = torch.zeros(1, 3, 160, 160)
+    assert torch.equal(found.eval()(x), load(folder / "slim")(x))
+    assert main(["verify", str(folder / "slim")]) == 0
+
+
 def test_what_is_reported_on_is_not_calibrated_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
