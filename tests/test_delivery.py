@@ -343,6 +343,38 @@ def test_of_two_saves_into_one_directory_one_wins(result: Result, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slim"]
 
 
+RACED = """
+import os, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from rba_compress import ArtifactError, Budget, compress, save, verify
+from tests.networks import Chain, LIGHT, loader, seeded
+found = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT)
+for race in range(20):
+    target = Path(sys.argv[1]) / str(race)
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                save(found, target)
+            except ArtifactError:
+                os._exit(7)
+            os._exit(0)
+    codes = sorted(os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children)
+    assert codes == [0, 7], codes
+    verify(target)
+assert len(list(Path(sys.argv[1]).iterdir())) == 20
+"""
+
+
+def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", RACED, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert found.returncode == 0, found.stderr
+
+
 def test_a_read_only_place_is_named(result: Result, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="cannot write"):
