@@ -35,13 +35,14 @@ def attend(
         (N, heads, queries, d).
     """
     n, heads, queries, d = q.shape
+    # Products by head, for a weight that is broadcast over samples is copied for each of them.
     if isinstance(keys, tuple):
         x, weight = keys
-        moved = torch.matmul(q, weight.reshape(heads, d, -1))  # (N, heads, queries, width)
-        products = torch.matmul(moved.reshape(n, heads * queries, -1), x.transpose(1, 2))
-        scores = products.reshape(n, heads, queries, -1) * scale
+        moved = torch.bmm(_by_head(q * scale), weight.reshape(heads, d, -1))
+        moved = _by_sample(moved, n, queries).reshape(n, heads * queries, -1)
+        scores = torch.bmm(moved, x.transpose(1, 2)).reshape(n, heads, queries, -1)
     else:
-        scores = torch.matmul(q, keys.transpose(-1, -2)) * scale
+        scores = torch.matmul(q * scale, keys.transpose(-1, -2))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(mask.logical_not(), -torch.inf)
     elif mask is not None:
@@ -50,7 +51,20 @@ def attend(
     if not isinstance(values, tuple):
         return torch.matmul(shares, values)
     x, weight, bias = values
-    means = torch.matmul(shares.reshape(n, heads * queries, -1), x)  # (N, heads * queries, width)
-    means = means.reshape(n, heads, queries, -1)
-    read = torch.matmul(means, weight.reshape(heads, d, -1).transpose(1, 2))
-    return read if bias is None else read + bias.reshape(heads, 1, d)
+    means = torch.bmm(shares.reshape(n, heads * queries, -1), x).reshape(n, heads, queries, -1)
+    read = torch.bmm(_by_head(means), weight.reshape(heads, d, -1).transpose(1, 2))
+    if bias is not None:
+        read = read + bias.reshape(heads, 1, d)
+    return _by_sample(read, n, queries)
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """(N, heads, queries, d) as (heads, N * queries, d)."""
+    _, heads, _, d = tensor.shape
+    return tensor.transpose(0, 1).reshape(heads, -1, d)
+
+
+def _by_sample(tensor: Tensor, n: int, queries: int) -> Tensor:
+    """(heads, N * queries, d) as (N, heads, queries, d)."""
+    heads, _, d = tensor.shape
+    return tensor.reshape(heads, n, queries, d).transpose(0, 1)

@@ -168,7 +168,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda x, w: x @ (x.transpose(1, 2) @ x),
     "attention": lambda x, w: scaled_dot_product_attention(x, x.tanh(), x),
     "residual": lambda x, w: x + torch.sigmoid(x).mean(-1, keepdim=True),
-    "chunks": lambda x, w: torch.cat([p.exp() for p in x.chunk(2, -1)], -1),
+    "chunks": lambda x, w: torch.cat([p.sin() for p in x.chunk(2, -1)], -1),
     "stack": lambda x, w: torch.stack([x, -x], -1).sum(-1) + x,
     "prefix": lambda x, w: torch.cat([x[:, :2] * 2, x[:, 2:]], 1),
     "mixing": lambda x, w: x + x.mean(1, keepdim=True),
