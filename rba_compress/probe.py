@@ -50,7 +50,7 @@ class Given(BaseModel):
 
     @property
     def sequence(self) -> bool:
-        """Whether its samples are sequences of any length: token ids (N, T), or a mask beside them."""
+        """Whether it may be a sequence: token ids (N, T), or a mask beside them."""
         return self.batched and len(self.shape) == 1 and "float" not in self.dtype
 
     def draw(self, samples: int, generator: torch.Generator, length: int | None = None) -> Tensor:
@@ -106,10 +106,10 @@ class Probe(BaseModel):
             tuple(tensor for name, tensor in drawn if name is None), {**kwargs, **self.constants}, None
         )
 
-    def draws(self, sizes: Sequence[int]) -> list[Batch]:
-        """Batches of so many samples each; the second has sequences of half the length."""
+    def draws(self, sizes: Sequence[int], *, sequences: bool) -> list[Batch]:
+        """Batches of so many samples each; the second, of `sequences`, is half as long."""
         lengths = [given.shape[0] for given in self.inputs if given.sequence]
-        half = max(1, min(lengths) // 2) if lengths else None
+        half = min(lengths) // 2 if sequences else None
         return [
             self.draw(size, seed=k, length=half if k == 1 else None) for k, size in enumerate(sizes)
         ]

@@ -103,7 +103,7 @@ def _parity(root: Path, certificate: Certificate, network: nn.Module | None) -> 
         sizes = SIZES if certificate.dynamic else (certificate.parity[0].batch,)
         found = [
             compared(network, runner, batch, certificate.tolerance, file.name)
-            for batch in certificate.probe.draws(sizes)
+            for batch in certificate.probe.draws(sizes, sequences=certificate.sequences)
         ]
     except ExportError as error:
         raise ArtifactError(str(error)) from error

@@ -138,12 +138,34 @@ def test_text_of_any_length(tmp_path: Path) -> None:
     example = {"input_ids": ids, "attention_mask": mask}
     certificate = export_onnx(model, tmp_path / "bert.onnx", example)
     assert certificate.input_names == ("input_ids", "attention_mask")
+    assert certificate.sequences
     assert certificate.output_names == ("last_hidden_state", "pooler_output")
     runner = OnnxModel(tmp_path / "bert.onnx")
     longer = torch.randint(0, 50, (2, 31), generator=generator)
     with torch.no_grad():
         wanted = model(input_ids=longer, attention_mask=torch.ones_like(longer)).last_hidden_state
     torch.testing.assert_close(runner(longer, torch.ones_like(longer))[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+class Codes(nn.Module):
+    """Integer codes (N, 5), a table for each column, as of clinical records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, 4) for _ in range(5))
+        self.rest = Chain()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        columns = zip(self.tables, codes.unbind(1), strict=True)
+        return self.rest(torch.stack([table(column) for table, column in columns]).sum(0))
+
+
+def test_integers_in_columns_are_no_sequences(tmp_path: Path) -> None:
+    codes = torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(0))
+    certificate = export_onnx(seeded(Codes), tmp_path / "codes.onnx", codes)
+    assert certificate.dynamic
+    assert not certificate.sequences
+    assert len(certificate.parity) == 3
 
 
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
