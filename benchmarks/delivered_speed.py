@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from benchmarks.real_data import deit_tiny
 from rba_compress import Plan, export_onnx, splice, supports
 from rba_compress.batches import as_batch
+from rba_compress.certificate import OnnxModel
 from rba_compress.drafts import skip
 from rba_compress.maps import MapSpec
 from rba_compress.measure import benchmark, cost
-from rba_compress.onnx_export import OnnxModel
 from rba_compress.plan import Chain, Replacement
 
 GOALS = {1: 1.08, 32: 1.03}

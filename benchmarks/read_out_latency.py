@@ -22,9 +22,9 @@ from torch import nn
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Plan, export_onnx, splice, supports
 from rba_compress.batches import as_batch
+from rba_compress.certificate import OnnxModel
 from rba_compress.drafts import Solution, skip, with_read_outs
 from rba_compress.measure import benchmark, cost
-from rba_compress.onnx_export import OnnxModel
 
 
 @dataclass

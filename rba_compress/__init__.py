@@ -9,6 +9,7 @@ from rba_compress.api import Result, compress, save
 from rba_compress.architecture import Architecture
 from rba_compress.artifact import load
 from rba_compress.calibration import Profile, profile
+from rba_compress.certificate import Certificate
 from rba_compress.chains import Support, supports
 from rba_compress.errors import (
     ActivationError,
@@ -23,7 +24,7 @@ from rba_compress.errors import (
     WeightsError,
 )
 from rba_compress.measure import benchmark
-from rba_compress.onnx_export import Certificate, export_onnx, export_pt2
+from rba_compress.onnx_export import export_onnx, export_pt2
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
 from rba_compress.report import Report

@@ -17,114 +17,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rba_compress.artifact import WEIGHTS, flush, load, read_manifest, versions
 from rba_compress.batches import Batch, as_batch
-from rba_compress.errors import ArtifactError, ExportError
-from rba_compress.measure import Latency, benchmark
+from rba_compress.certificate import (
+    CERTIFICATES,
+    SIZES,
+    TOLERANCES,
+    Certificate,
+    Format,
+    Weight,
+    compared,
+    flat,
+    leaves,
+    open_file,
+    read_certificate,
+    require_valid,
+)
+from rba_compress.errors import ExportError
+from rba_compress.measure import benchmark
 from rba_compress.probe import Given, Probe
 from rba_compress.recorder import evaluating, unwrap
-from rba_compress.sealed import BLANK, is_intact, sealed, sha256
+from rba_compress.sealed import sealed, sha256
 from rba_compress.surgery import copy_model
 
-Format = Literal["onnx", "pt2"]
-CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
 EXTERNAL = 1_900_000_000
 """Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB."""
-SIZES = (1, 3, 8)
-"""Batch sizes to compare on; the last one is larger where the example is."""
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest difference allowed, relative to the largest absolute value of the outputs."""
-
-
-class Parity(BaseModel):
-    """How far a file's outputs are from the network's on one batch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    batch: int
-    max_abs: float
-    max_rel: float
-    """max_abs over the largest absolute value of that output; the largest of all outputs."""
-    argmax_agreement: float | None
-    """Share of equal argmax along the last axis of the first output; None where that has one entry."""
-
-
-class Weight(BaseModel):
-    """What a file weighs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bytes: int
-    """Of all its parts."""
-    nodes: int
-    """Operations of its graph."""
-    opset: int | None
-
-
-class Certificate(BaseModel):
-    """certificate.json: what was exported, and how its parity with the network was measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    schema_version: int = 1
-    seal: str = BLANK
-    """SHA-256 of this file, see `rba_compress.sealed`."""
-    format: Format
-    file: str
-    sha256: dict[str, str]
-    """Of the file, and of external weights beside it."""
-    weights: str | None
-    """SHA-256 of the artefact's weights that it was exported from."""
-    model: str
-    """Class of the network."""
-    dtype: str
-    dynamic: bool
-    """Whether batches of any size may be run."""
-    sequences: bool
-    """Whether inputs (N, T) of integers may have any length T."""
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-    probe: Probe | None
-    """Inputs that are like those it was exported with; no sample of them is kept."""
-    preprocessing: dict[str, JsonValue] | None
-    """timm's: input_size, mean, std, interpolation, crop_pct, crop_mode."""
-    tolerance: float
-    """Of max_rel."""
-    parity: tuple[Parity, ...]
-    slim: Weight
-    dense: Weight | None
-    """Of the dense network, exported alike; None where it was not at hand."""
-    latency: Latency | None
-    """Of both in ONNX Runtime, in pairs; None where the dense network was not at hand."""
-    versions: dict[str, str]
-
-
-class OnnxModel(nn.Module):
-    """An ONNX file in ONNX Runtime on the CPU: tensors in, in the file's order, and all outputs."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        # Threads of one session that wait in a loop would slow down the next one that is timed.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.names = [given.name for given in self.session.get_inputs()]
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = {n: t.numpy() for n, t in zip(self.names, tensors, strict=True)}
-        return tuple(torch.from_numpy(found) for found in self.session.run(None, given))
 
 
 class _Flat(nn.Module):
@@ -139,20 +63,12 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.keys, tensors[self.places :], strict=True))
-        return _leaves(self.network(*tensors[: self.places], **named, **self.constants))
+        return leaves(self.network(*tensors[: self.places], **named, **self.constants))
 
     def names(self) -> list[str]:
         """Of the inputs: the parameters of the network's forward."""
         parameters = list(inspect.signature(self.network.forward).parameters)
         return [*parameters[: self.places], *self.keys]
-
-
-def _leaves(output: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-def _flat(batch: Batch) -> Batch:
-    return Batch(tuple(batch.tensors.values()), {}, None)
 
 
 def export_onnx(
@@ -259,9 +175,7 @@ def _export(
                 beside = Path(aside) / f"dense{target.suffix}"
                 dense = copy_model(unwrap(dense)).to(next(network.parameters()).device, dtype)
                 _, other = _write(kind, dense, batches[-1], beside, **how)
-                latency = benchmark(
-                    open_file(kind, beside), runner, _cpu(_flat(batch)), seconds=seconds
-                )
+                latency = benchmark(open_file(kind, beside), runner, flat(batch), seconds=seconds)
         content = Certificate(
             format=kind,
             file=target.name,
@@ -286,98 +200,10 @@ def _export(
         return read_certificate(folder, kind)
 
 
-def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
-    """certificate.json of a directory.
-
-    Raises:
-        ArtifactError: it is missing, not a certificate, or not what was written.
-    """
-    path = directory / CERTIFICATES[kind]
-    try:
-        content = path.read_bytes()
-        certificate = Certificate.model_validate_json(content)
-    except (OSError, ValueError) as error:
-        found = "not a certificate" if isinstance(error, ValidationError) else "unreadable"
-        raise ArtifactError(f"{path} is {found}: {error}") from error
-    if not is_intact(content):
-        raise ArtifactError(f"{path} is not what was written (its seal does not fit): export again")
-    return certificate
-
-
-def compared(
-    network: nn.Module, runner: nn.Module, batch: Batch, tolerance: float, name: str
-) -> Parity:
-    """How far a file's outputs are from the network's on one batch.
-
-    Raises:
-        ExportError: the file does not run, or its outputs differ by more than `tolerance`.
-    """
-    moved = batch.to(network)
-    with evaluating(network):
-        wanted = _leaves(moved.run(network))
-    try:
-        with torch.no_grad():
-            found = _leaves(_cpu(_flat(moved)).run(runner))
-    except Exception as error:
-        raise ExportError(f"{name} does not run on a batch of {len(batch)}: {error}") from error
-    shapes = [[tuple(t.shape) for t in each] for each in (wanted, found)]
-    if shapes[0] != shapes[1]:
-        raise ExportError(f"{name} gives outputs of shapes {shapes[1]}, the network of {shapes[0]}")
-    furthest, relative = 0.0, 0.0
-    for a, b in zip(wanted, found, strict=True):
-        if a.numel():
-            x, y = a.detach().cpu().double(), b.double()
-            apart, scale = float((x - y).abs().max()), float(x.abs().max())
-            share = apart / scale if scale > 0 else apart
-            if not share <= tolerance:  # NaN is not, either
-                raise ExportError(
-                    f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
-                    f"{share:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
-                    "network runs other code in export, or allow more by tolerance="
-                )
-            furthest, relative = max(furthest, apart), max(relative, share)
-    first, second = wanted[0].detach().cpu(), found[0]
-    classes = first.ndim > 1 and first.shape[-1] > 1
-    agreed = float((first.argmax(-1) == second.argmax(-1)).double().mean()) if classes else None
-    return Parity(batch=len(batch), max_abs=furthest, max_rel=relative, argmax_agreement=agreed)
-
-
 def dense_of(root: Path) -> nn.Module | None:
     """The dense network of an artefact with random weights, or None where it is not known."""
     architecture = read_manifest(root).architecture
     return None if architecture is None else architecture.build()
-
-
-def open_file(kind: Format, file: Path) -> nn.Module:
-    """A file as a module from tensors to tensors.
-
-    Raises:
-        ExportError: it cannot be read.
-    """
-    try:
-        if kind == "onnx":
-            return OnnxModel(file)
-        module: nn.Module = torch.export.load(file).module()
-    except Exception as error:
-        raise ExportError(f"{file.name} cannot be opened: {error}") from error
-    return module
-
-
-def require_valid(file: Path) -> None:
-    """
-    Raises:
-        ExportError: onnx.checker refuses the file.
-    """
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(file), full_check=True)
-    except Exception as error:
-        raise ExportError(f"onnx.checker refuses {file.name}: {error}") from error
-
-
-def _cpu(batch: Batch) -> Batch:
-    return Batch(tuple(tensor.cpu() for tensor in batch.args), {}, None)
 
 
 def _sized(batch: Batch, *, sequences: bool) -> list[Batch]:
@@ -461,11 +287,11 @@ def _write(
     kind: Format, network: nn.Module, batch: Batch, file: Path, *, dynamic: bool, sequences: bool
 ) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], Weight]:
     """Write the file; names of its inputs and outputs, and what it weighs."""
-    flat, tensors = _Flat(network, batch), tuple(batch.tensors.values())
-    names = flat.names(), _output_names(network, batch)
-    with warnings.catch_warnings(), evaluating(flat):
+    whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
+    names = whole.names(), _output_names(network, batch)
+    with warnings.catch_warnings(), evaluating(whole):
         warnings.simplefilter("ignore")  # of the exporter, about its own passes
-        program = _traced(flat, tensors, batch, dynamic=dynamic, sequences=sequences)
+        program = _traced(whole, tensors, batch, dynamic=dynamic, sequences=sequences)
         if kind == "pt2":
             torch.export.save(program, file)
             weight = Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
@@ -475,7 +301,7 @@ def _write(
 
 
 def _traced(
-    flat: _Flat, tensors: tuple[Tensor, ...], batch: Batch, *, dynamic: bool, sequences: bool
+    whole: _Flat, tensors: tuple[Tensor, ...], batch: Batch, *, dynamic: bool, sequences: bool
 ) -> torch.export.ExportedProgram:
     shapes: tuple[dict[int, Any], ...] | None = None
     if dynamic:
@@ -488,11 +314,11 @@ def _traced(
         )
     try:
         return torch.export.export(
-            flat, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
+            whole, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
         )
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot trace the {type(flat.network).__name__}"
+            f"torch.export cannot trace the {type(whole.network).__name__}"
             f"{' for batches of any size (try dynamic=False)' if dynamic else ''}: {error}"
         ) from error
 
@@ -541,9 +367,9 @@ def _output_names(network: nn.Module, batch: Batch) -> list[str]:
     with evaluating(network):
         output = batch.run(network)
     if isinstance(output, Mapping):
-        keys = [key for key, value in output.items() for _ in _leaves(value)]
+        keys = [key for key, value in output.items() for _ in leaves(value)]
     else:
-        keys = ["output" for _ in _leaves(output)]
+        keys = ["output" for _ in leaves(output)]
     return [key if keys.count(key) == 1 else f"{key}_{k}" for k, key in enumerate(keys)]
 
 

@@ -15,8 +15,7 @@ from rba_compress.artifact import (
     read_manifest,
     require_intact,
 )
-from rba_compress.errors import ArtifactError, ExportError, RBAError
-from rba_compress.onnx_export import (
+from rba_compress.certificate import (
     CERTIFICATES,
     SIZES,
     Certificate,
@@ -25,6 +24,7 @@ from rba_compress.onnx_export import (
     read_certificate,
     require_valid,
 )
+from rba_compress.errors import ArtifactError, ExportError, RBAError
 from rba_compress.report import Report
 
 

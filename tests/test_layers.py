@@ -37,6 +37,7 @@ LAYERS = [
     "hub",
     "artifact",
     "front",
+    "certificate",
     "onnx_export",
     "verification",
     "api",

@@ -25,9 +25,9 @@ from rba_compress import (
     verify,
 )
 from rba_compress import onnx_export as exporting
+from rba_compress.certificate import OnnxModel, read_certificate
 from rba_compress.cli import main
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
-from rba_compress.onnx_export import OnnxModel, read_certificate
 from tests.networks import Chain, rows, seeded
 from tests.test_delivery import flips
 
