@@ -98,26 +98,30 @@ def spliced(model: nn.Module, plan: Plan) -> nn.Module:
     return splice(model, plan, tensors)
 
 
+def forms(folder: Path, example: Tensor) -> dict[str, Callable[[nn.Module, str], Any]]:
+    """Ways to run a network, by what builds it under a name of its own."""
+
+    def onnx(net: nn.Module, name: str) -> nn.Module:
+        path = folder / name / "model.onnx"
+        export_onnx(net, path, example)
+        return OnnxModel(path)
+
+    return {
+        "eager": lambda net, _: net,
+        "compiled": lambda net, _: torch.compile(net, dynamic=False),
+        "ONNX Runtime": onnx,
+    }
+
+
 def main(how: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 3, 224, 224, generator=generator)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-
-        def onnx(net: nn.Module, name: str) -> nn.Module:
-            path = Path(folder) / name / "model.onnx"
-            export_onnx(net, path, x[:2])
-            return OnnxModel(path)
-
-        forms: dict[str, Callable[[nn.Module, str], Any]] = {
-            "eager": lambda net, _: net,
-            "compiled": lambda net, _: torch.compile(net, dynamic=False),
-            "ONNX Runtime": onnx,
-        }
         for network in how.networks:
             model, wanted = networks(network)
             (chain,) = supports(model, x[:2]).chains
-            for form, build in forms.items():
+            for form, build in forms(Path(folder), x[:2]).items():
                 torch.compiler.reset()
                 dense = build(model, f"{network} dense")
                 for name in wanted:

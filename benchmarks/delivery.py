@@ -45,14 +45,18 @@ class Run:
     out: Path = Path(__file__).parent / "results" / "delivery.json"
 
 
+def flips(size: int, count: int = FLIPS) -> list[tuple[int, int]]:
+    """Places in a file, first and last among them, and what to xor them with."""
+    generator = torch.Generator().manual_seed(size)
+    places = torch.randint(0, size, (count - 2,), generator=generator).tolist()
+    masks = torch.randint(1, 256, (count,), generator=generator).tolist()
+    return list(zip([0, size - 1, *places], masks, strict=True))
+
+
 def caught(folder: Path, path: Path) -> int:
     """How many of `FLIPS` single flipped bytes `verify` notices."""
-    good = path.read_bytes()
-    generator = torch.Generator().manual_seed(len(good))
-    places = torch.randint(0, len(good), (FLIPS,), generator=generator).tolist()
-    masks = torch.randint(1, 256, (FLIPS,), generator=generator).tolist()
-    found = 0
-    for place, mask in zip(places, masks, strict=True):
+    good, found = path.read_bytes(), 0
+    for place, mask in flips(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ mask]) + good[place + 1 :])
         try:
             verify(folder)

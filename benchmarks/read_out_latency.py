@@ -13,18 +13,16 @@ import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
-from torch import nn
 
+from benchmarks.delivered_speed import forms, timed
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Plan, export_onnx, splice, supports
+from rba_compress import Plan, splice, supports
 from rba_compress.batches import as_batch
-from rba_compress.certificate import OnnxModel
 from rba_compress.drafts import Solution, skip, with_read_outs
-from rba_compress.measure import benchmark, cost
+from rba_compress.measure import cost
 
 
 @dataclass
@@ -44,40 +42,22 @@ def main(how: Run) -> None:
     slim = {name: splice(model, plan, {}) for name, plan in plans.items()}
     with torch.no_grad():
         torch.testing.assert_close(slim["exact"](x), model(x), rtol=1e-4, atol=1e-4)
-
-    def onnx(net: nn.Module, path: Path) -> OnnxModel:
-        export_onnx(net, path, x[:2])
-        return OnnxModel(path)
-
-    forms: dict[str, Any] = {
-        "eager": lambda net, _: net,
-        "compiled": lambda net, _: torch.compile(net),
-        "ONNX Runtime": onnx,
-    }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for form, build in forms.items():
-            dense = build(model, Path(folder) / form / "model.onnx")
+        for form, build in forms(Path(folder), x[:2]).items():
+            dense = build(model, f"{form} dense")
             for name, plan in plans.items():
-                thin = build(slim[name], Path(folder) / form / name / "model.onnx")
+                thin = build(slim[name], f"{form} {name}")
                 kept = cost(slim[name], as_batch(x)).macs / cost(model, as_batch(x)).macs
                 for batch in (1, 32):
-                    with torch.no_grad():
-                        expected = slim[name](x[:batch])
-                        output = thin(x[:batch])
-                        found = output[0] if isinstance(output, tuple) else output
-                        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-                    timed = benchmark(dense, thin, x[:batch], seconds=how.seconds)
+                    found = timed(dense, thin, slim[name], x[:batch], seconds=how.seconds)
                     row = {
                         "network": name,
                         "plan": str(plan) if name == "exact" else "blocks 1 to 11 read out, identity",
                         "form": form,
                         "batch": batch,
                         "macs_kept": round(kept, 4),
-                        "latency": round(timed.ratio, 4),
-                        "quartiles": [round(timed.ratio_low, 4), round(timed.ratio_high, 4)],
-                        "dense_ms": round(timed.dense_ms, 2),
-                        "pairs": timed.pairs,
+                        **found,
                     }
                     rows.append(row)
                     print(json.dumps(row), flush=True)

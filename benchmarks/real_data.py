@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture
-from rba_compress.artifact import load_weights
 from rba_compress.images import ImageFiles
+from rba_compress.weights import load_weights
 
 DEIT = Architecture(name="deit_tiny_patch16_224")
 

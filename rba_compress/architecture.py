@@ -8,24 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import Field, JsonValue
 from torch import fx, nn
 
 from rba_compress.errors import WeightsError
+from rba_compress.plan import Frozen
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """What configs of transformers call the number of their layers."""
 
 
-class Architecture(BaseModel):
+class Architecture(Frozen):
     """A timm or transformers architecture, from which the dense network is built anew."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     library: Literal["timm", "transformers"] = "timm"
     name: str
     """For `timm.create_model`, or a model class of transformers."""
-    arguments: dict[str, JsonValue] = {}
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords of `timm.create_model`, or the fields of the config, `model_type` among them."""
 
     def build(self) -> nn.Module:

@@ -12,49 +12,47 @@ which is cut off leaves what was there.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch, main_output
 from rba_compress.calibration import fingerprint
 from rba_compress.errors import ArtifactError, WeightsError
+from rba_compress.files import (
+    Sealed,
+    read_sealed,
+    require_intact,
+    require_vacant,
+    sealed,
+    sha256,
+    written_whole,
+)
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
 from rba_compress.plan import Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
-from rba_compress.sealed import BLANK, is_intact, seal_of, sealed, sha256
 from rba_compress.surgery import copy_model, splice
+from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
 SCHEMA = 3
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
-class Manifest(BaseModel):
+class Manifest(Sealed):
     """plan.json: what is needed to build the slim network again, and to check it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
     schema_version: int = SCHEMA
-    seal: str | None = BLANK
-    """SHA-256 of this file, see `rba_compress.sealed`; files of schema 1 and 2 have none."""
     architecture: Architecture | None
     """None: `load(dir, model=...)` is given the architecture."""
     delta: bool = False
@@ -75,6 +73,11 @@ class Manifest(BaseModel):
     probe: Probe | None = None
     """What the slim network gives on inputs alike, to know it again; None where none can be drawn."""
     versions: dict[str, str]
+
+    @property
+    def builder(self) -> Architecture | None:
+        """What builds the network before its weights, and its maps where it is not folded."""
+        return self.folded or self.architecture
 
 
 def write_artifact(
@@ -123,7 +126,7 @@ def write_artifact(
     if fold:
         architecture = architecture or architecture_of(model)
         model, stock = folded(model, plan, architecture, sample)
-    state, tied = _unique(model.state_dict())
+    state, tied = unique(model.state_dict())
     if delta:
         state, tied, architecture = _fitted(plan, state), {}, None
     elif not fold:
@@ -133,7 +136,7 @@ def write_artifact(
         if report is not None:
             (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if hub:
-            write_hub(temporary, model, stock or architecture, report, folded=fold)
+            write_hub(temporary, model, report, architecture=architecture, stock=stock)
         manifest = Manifest(
             architecture=architecture,
             delta=delta,
@@ -141,7 +144,7 @@ def write_artifact(
             model=type(model).__name__,
             plan=plan,
             tied=tied,
-            buffers=_unsaved_buffers(model),
+            buffers=unsaved_buffers(model),
             # A model card is there to be written on.
             sha256={p.name: sha256(p) for p in sorted(temporary.iterdir()) if p.suffix != ".md"},
             dense_weights=dense_weights,
@@ -159,28 +162,6 @@ def _probe(example: Batch, model: nn.Module) -> Probe | None:
         return Probe.of(example, model)
     except Exception:  # noqa: BLE001  a network may refuse inputs that mean nothing; a probe is a help
         return None
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` to write into; renamed to it at the end, or removed.
-
-    Raises:
-        ArtifactError: something cannot be written.
-    """
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            flush(path)
-        temporary.rename(target)
-        flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fitted(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,7 +200,6 @@ def _checked(
     return None
 
 
-@torch.inference_mode(False)
 def load(
     directory: str | Path, *, model: nn.Module | None = None, base: nn.Module | None = None
 ) -> nn.Module:
@@ -242,6 +222,14 @@ def load(
     manifest = read_manifest(root)
     for name, digest in manifest.sha256.items():
         require_intact(root, name, digest)
+    return rebuilt(root, manifest, model=model, base=base)
+
+
+@torch.inference_mode(False)
+def rebuilt(
+    root: Path, manifest: Manifest, *, model: nn.Module | None = None, base: nn.Module | None = None
+) -> nn.Module:
+    """As `load`, of an artefact whose files were found to be intact."""
     if manifest.folded and base is not None:
         raise ArtifactError(f"{root} is folded: it loads without the original, load(dir)")
     if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
@@ -251,18 +239,18 @@ def load(
             raise ArtifactError(
                 f"{root} is a delta: pass the {manifest.model} that it was made of, load(dir, base=...)"
             )
-        return splice(unwrap(base), manifest.plan, _read_state(root / WEIGHTS)).cpu().eval()
+        return splice(unwrap(base), manifest.plan, read_state(root / WEIGHTS)).cpu().eval()
     given = model if base is None else base
     if given is not None:
         skeleton = copy_model(unwrap(given)).cpu().eval()
-    elif (architecture := manifest.folded or manifest.architecture) is not None:
-        skeleton = architecture.build()
+    elif manifest.builder is not None:
+        skeleton = manifest.builder.build()
     else:
         raise ArtifactError(
             f"{root} does not know how to build a {manifest.model}: pass the dense architecture, "
             "load(dir, model=...)"
         )
-    state = _read_state(root / WEIGHTS)
+    state = read_state(root / WEIGHTS)
     plan = Plan() if manifest.folded else manifest.plan
     return _restore(skeleton, plan, state, manifest.tied, manifest.buffers)
 
@@ -275,60 +263,13 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.
     """
-    path = root / MANIFEST
-    try:
-        content = path.read_bytes()
-        schema = json.loads(content).get("schema_version")
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {schema}, this version reads up to {SCHEMA}: upgrade rba_compress"
-            )
-        manifest = Manifest.model_validate_json(content)
-    except (OSError, ValueError, AttributeError) as error:
-        kind = "not a manifest" if isinstance(error, ValidationError) else "unreadable"
-        raise ArtifactError(f"{path} is {kind}: {error}") from error
-    if not is_intact(content) and (manifest.schema_version > 2 or seal_of(content)):
-        raise ArtifactError(f"{path} is not what was saved (its seal does not fit): get it anew")
-    return manifest
+    return read_sealed(root / MANIFEST, Manifest, newest=SCHEMA, sealed_since=3)
 
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that shape a result."""
     packages = ("rba_compress", "torch", "timm", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file strictly into `model`; the model is unchanged where it does not fit.
-
-    Raises:
-        WeightsError: the file is missing, damaged, not safetensors, or does not fit the architecture.
-    """
-    state = _read_state(Path(path))
-    _require_fit(model.state_dict(), state, str(path), type(model).__name__)
-    model.load_state_dict(state)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _require_fit(
-    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, target: str
-) -> None:
-    missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    flaws = [f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in found.items() if n]
-    if flaws:
-        raise WeightsError(f"{source} does not fit a {target}: {'; '.join(flaws)}")
 
 
 def _restore(
@@ -340,15 +281,8 @@ def _restore(
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
     splice(skeleton, plan, _fitted(plan, state), inplace=True)
-    for name, buffer in skeleton.named_buffers():
-        if name in buffers:
-            buffer.data = buffer.data.to(getattr(torch, buffers[name]))
     whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
-    own = skeleton.state_dict(keep_vars=True)
-    _require_fit(own, whole, WEIGHTS, type(skeleton).__name__)
-    for name, tensor in own.items():
-        tensor.data = tensor.data.to(whole[name].dtype)  # in place, so that tied weights stay tied
-    skeleton.load_state_dict(whole)
+    fill(skeleton, whole, buffers, WEIGHTS)
     return skeleton.eval()
 
 
@@ -363,7 +297,7 @@ def _rebuild_flaw(
 ) -> str | None:
     """Why the network built anew is not the one that is saved, or None."""
     try:
-        anew = _restore(architecture.build(), plan, state, tied, _unsaved_buffers(model))
+        anew = _restore(architecture.build(), plan, state, tied, unsaved_buffers(model))
         anew.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         with evaluating(model), evaluating(anew):
             batch = example.to(model)
@@ -372,60 +306,3 @@ def _rebuild_flaw(
     except Exception as error:  # noqa: BLE001  whatever fails, it cannot be built anew
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU copies of each distinct tensor, and aliases: key -> the key that is stored."""
-    kept: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and place in seen:
-            tied[name] = seen[place]
-        else:
-            seen[place] = name
-            kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return kept, tied
-
-
-def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
-    saved = model.state_dict()
-    return {
-        name: str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in model.named_buffers()
-        if name not in saved
-    }
-
-
-def require_vacant(target: Path) -> None:
-    """
-    Raises:
-        ArtifactError: the path is a file, or a directory that is not empty.
-    """
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise ArtifactError(f"{target} is not empty: name a new directory, or empty it first")
-    elif target.exists() or target.is_symlink():
-        raise ArtifactError(f"{target} is a file: name a new directory")
-
-
-def require_intact(root: Path, name: str, digest: str) -> None:
-    """
-    Raises:
-        ArtifactError: a file is missing, or its SHA-256 is another.
-    """
-    path = root / name
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: the artefact is incomplete")
-    if sha256(path) != digest:
-        raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

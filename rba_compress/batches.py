@@ -76,13 +76,19 @@ class Batch:
 
         return self._map(pick)
 
+    def is_sequence(self, value: Tensor) -> bool:
+        """Whether a tensor of the batch may hold sequences: token ids (N, T), or a mask beside them."""
+        return value.ndim == 2 and len(value) == len(self) and not value.is_floating_point()
+
+    @property
+    def length(self) -> int | None:
+        """Of its sequences; None where there are none, or some of another length."""
+        lengths = {t.shape[1] for t in self.tensors.values() if self.is_sequence(t)}
+        return lengths.pop() if len(lengths) == 1 else None
+
     def cut(self, length: int) -> Batch:
-        """Sequences (N, T) of integers cut to their first `length` positions."""
-
-        def first(value: Tensor) -> Tensor:
-            return value if value.is_floating_point() or value.ndim != 2 else value[:, :length]
-
-        return self._map(first)
+        """Its sequences cut to their first `length` positions."""
+        return self._map(lambda value: value[:, :length] if self.is_sequence(value) else value)
 
     @classmethod
     def join(cls, batches: list[Batch]) -> Batch:

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rba_compress.batches import Batch
-from rba_compress.errors import ArtifactError, ExportError
-from rba_compress.measure import Latency
+from rba_compress.errors import ExportError
+from rba_compress.files import Sealed, read_sealed
+from rba_compress.measure import Latency, gap
+from rba_compress.plan import Frozen
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating
-from rba_compress.sealed import BLANK, is_intact
 
+SCHEMA = 1
 Format = Literal["onnx", "pt2"]
 CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
 SIZES = (1, 3, 8)
@@ -25,10 +27,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 """The largest difference allowed, relative to the largest absolute value of the outputs."""
 
 
-class Parity(BaseModel):
+class Parity(Frozen):
     """How far a file's outputs are from the network's on one batch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     batch: int
     max_abs: float
@@ -38,10 +38,8 @@ class Parity(BaseModel):
     """Share of equal argmax along the last axis of the first output; None where that has one entry."""
 
 
-class Weight(BaseModel):
+class Weight(Frozen):
     """What a file weighs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
     """Of all its parts."""
@@ -50,14 +48,10 @@ class Weight(BaseModel):
     opset: int | None
 
 
-class Certificate(BaseModel):
+class Certificate(Sealed):
     """certificate.json: what was exported, and how its parity with the network was measured."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    schema_version: int = 1
-    seal: str = BLANK
-    """SHA-256 of this file, see `rba_compress.sealed`."""
+    schema_version: int = SCHEMA
     format: Format
     file: str
     sha256: dict[str, str]
@@ -112,18 +106,9 @@ def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
     """certificate.json of a directory.
 
     Raises:
-        ArtifactError: it is missing, not a certificate, or not what was written.
+        ArtifactError: it is missing, of a newer schema, not a certificate, or not what was written.
     """
-    path = directory / CERTIFICATES[kind]
-    try:
-        content = path.read_bytes()
-        certificate = Certificate.model_validate_json(content)
-    except (OSError, ValueError) as error:
-        found = "not a certificate" if isinstance(error, ValidationError) else "unreadable"
-        raise ArtifactError(f"{path} is {found}: {error}") from error
-    if not is_intact(content):
-        raise ArtifactError(f"{path} is not what was written (its seal does not fit): export again")
-    return certificate
+    return read_sealed(directory / CERTIFICATES[kind], Certificate, newest=SCHEMA)
 
 
 def compared(
@@ -147,17 +132,14 @@ def compared(
         raise ExportError(f"{name} gives outputs of shapes {shapes[1]}, the network of {shapes[0]}")
     furthest, relative = 0.0, 0.0
     for a, b in zip(wanted, found, strict=True):
-        if a.numel():
-            x, y = a.detach().cpu().double(), b.double()
-            apart, scale = float((x - y).abs().max()), float(x.abs().max())
-            share = apart / scale if scale > 0 else apart
-            if not share <= tolerance:  # NaN is not, either
-                raise ExportError(
-                    f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
-                    f"{share:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
-                    "network runs other code in export, or allow more by tolerance="
-                )
-            furthest, relative = max(furthest, apart), max(relative, share)
+        apart, share = gap(a, b)
+        if not share <= tolerance:  # NaN is not, either
+            raise ExportError(
+                f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
+                f"{share:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
+                "network runs other code in export, or allow more by tolerance="
+            )
+        furthest, relative = max(furthest, apart), max(relative, share)
     first, second = wanted[0].detach().cpu(), found[0]
     classes = first.ndim > 1 and first.shape[-1] > 1
     agreed = float((first.argmax(-1) == second.argmax(-1)).double().mean()) if classes else None

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 
 from rba_compress.api import compare, compress, measure_front
 from rba_compress.architecture import Architecture
-from rba_compress.artifact import load_weights, require_vacant
 from rba_compress.batches import read
 from rba_compress.calibration import profile
 from rba_compress.chains import supports
 from rba_compress.demo import free_directory, run_demo
 from rba_compress.errors import ArtifactError, BudgetError, LoaderError, ModelError, RBAError
+from rba_compress.files import require_vacant
 from rba_compress.front import write_front
 from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
@@ -32,6 +32,7 @@ from rba_compress.plan import Budget, Config
 from rba_compress.planner import search
 from rba_compress.report import plot_similarity
 from rba_compress.verification import checks
+from rba_compress.weights import load_weights
 
 
 @dataclass
@@ -211,7 +212,7 @@ class Verify:
     """What `compress` or `save` wrote, with or without exported files."""
 
     def run(self) -> None:
-        for line in checks(self.directory, model=None, base=None):
+        for line in checks(self.directory):
             print(line)
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from rba_compress.architecture import Architecture, siblings
 from rba_compress.batches import Batch, main_output
 from rba_compress.errors import PlanError, WeightsError
+from rba_compress.measure import gap
 from rba_compress.plan import Plan
 from rba_compress.recorder import evaluating
+from rba_compress.weights import fill, unsaved_buffers
 
 FOLDABLE = ("identity", "folded")
 TOLERANCE = 1e-5
@@ -55,16 +57,14 @@ def folded(
         )
     kept = _kept(model, plan)
     state = _renumbered(model.state_dict(), kept)
-    if not plan.replacements:
-        return model, architecture
     flaws = []
-    for candidate in architecture.with_blocks(kept):
+    for candidate in architecture.with_blocks(kept) if kept else [architecture]:
         try:
             stock = candidate.build()
         except WeightsError as error:
             flaws.append(str(error))
             continue
-        flaw = _loaded(stock, model, state, example)
+        flaw = _flaw(stock, model, state, example)
         if flaw is None:
             return stock, candidate
         flaws.append(f"{candidate.arguments}: {flaw}")
@@ -104,23 +104,14 @@ def _renumbered(state: dict[str, Tensor], kept: dict[str, tuple[int, list[int]]]
     return moved
 
 
-def _loaded(stock: nn.Module, model: nn.Module, state: dict[str, Tensor], example: Batch) -> str | None:
+def _flaw(stock: nn.Module, model: nn.Module, state: dict[str, Tensor], example: Batch) -> str | None:
     """Load the weights into a stock network, and say how it differs from the slim one, or None."""
-    own = stock.state_dict(keep_vars=True)
-    if set(own) != set(state) or any(own[k].shape != state[k].shape for k in own):
-        return "the weights do not fit it"
-    for name, tensor in own.items():
-        tensor.data = tensor.data.to(state[name].dtype)
-    mine, theirs = dict(model.named_buffers()), dict(stock.named_buffers())
-    for name, buffer in theirs.items():
-        if name not in own and name in mine:
-            buffer.data = buffer.data.to(mine[name].dtype)
-    stock.load_state_dict(state, strict=True)
+    try:
+        fill(stock, state, unsaved_buffers(model), "the folded network")
+    except WeightsError as error:
+        return str(error)
     stock.to(next(model.parameters()).device)
     with evaluating(model), evaluating(stock):
         batch = example.to(model)
-        wanted, found = main_output(batch.run(model)).double(), main_output(batch.run(stock)).double()
-    if wanted.shape != found.shape:
-        return "its output has another shape"
-    apart = float((wanted - found).abs().max())
-    return None if apart <= TOLERANCE * float(wanted.abs().max()) else f"outputs are {apart:.3g} apart"
+        apart, share = gap(main_output(batch.run(model)), main_output(batch.run(stock)))
+    return None if share <= TOLERANCE else f"outputs are {apart:.3g} apart"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rba_compress.artifact import require_vacant, write_artifact, written_whole
+from rba_compress.artifact import write_artifact
 from rba_compress.calibration import Profile
+from rba_compress.files import require_vacant, written_whole
 from rba_compress.plan import Plan
 from rba_compress.report import Report
 from rba_compress.surgery import splice

@@ -52,48 +52,45 @@ Warning: {{ warning }}
 def write_hub(
     directory: Path,
     model: nn.Module,
-    architecture: Architecture | None,
     report: Report | None,
     *,
-    folded: bool,
+    architecture: Architecture | None,
+    stock: Architecture | None,
 ) -> None:
     """Write config.json and README.md, the model card with the measured table.
 
     Args:
         directory: of the artefact.
         model: the network whose weights lie there.
-        architecture: what builds it, or where it is not folded, the dense network.
         report: what was measured.
-        folded: whether the architecture's own library loads it.
+        architecture: of the dense network.
+        stock: what builds the network without this package, where it is folded.
     """
     from jinja2 import Environment
 
-    name = architecture.name if architecture else type(model).__name__
-    library = architecture.library if architecture and folded else "rba_compress"
-    if architecture is not None and folded:
-        {"timm": _timm_config, "transformers": _transformers_config}[architecture.library](
-            directory / CONFIG, model, architecture
+    kind, config = type(model).__name__, directory / CONFIG
+    library = stock.library if stock else "rba_compress"
+    name = architecture.name if architecture else kind
+    if stock is None:
+        known = architecture.model_dump(mode="json") if architecture else None
+        content = {"library_name": library, "model": kind, "architecture": known}
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        given = "" if architecture else f", model=...  # the dense {kind}\n"
+        code = (
+            "from huggingface_hub import snapshot_download\nfrom rba_compress import load\n\n"
+            f'model = load(snapshot_download("OWNER/NAME"){given})'
         )
+    elif stock.library == "timm":
+        _timm_config(config, model, stock)
+        code = 'import timm\n\nmodel = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)'
     else:
-        content = {
-            "library_name": library,
-            "model": type(model).__name__,
-            "architecture": architecture.model_dump(mode="json") if architecture else None,
-        }
-        (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    code = {
-        "timm": 'import timm\n\nmodel = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)',
-        "transformers": f"from transformers import {name}\n\n"
-        f'model = {name}.from_pretrained("OWNER/NAME")',
-        "rba_compress": "from huggingface_hub import snapshot_download\n"
-        'from rba_compress import load\n\nmodel = load(snapshot_download("OWNER/NAME")'
-        + (")" if architecture else f", model=...)  # the dense {type(model).__name__}"),
-    }[library]
+        _transformers_config(config, model, stock)
+        code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("OWNER/NAME")'
     environment = Environment(autoescape=False, keep_trailing_newline=True)
     text = environment.from_string(_CARD).render(
         library=library,
         name=name,
-        model=type(model).__name__,
+        model=kind,
         report=report,
         rows=report.rows() if report else (),
         code=code,

@@ -6,6 +6,7 @@ included, counted on a recorded forward pass. Latency is a paired ratio in one r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,13 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from scipy import stats
 from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.demand import packet_of
-from rba_compress.plan import Chain
+from rba_compress.plan import Chain, Frozen
 from rba_compress.recorder import Recording, evaluating, record
 from rba_compress.streams import observe
 
@@ -41,18 +41,14 @@ _PASSED = {
 _PRODUCTS = {_aten.addmm, _aten.mm, _aten.linear, _aten.convolution}
 
 
-class _Measured(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Cost(_Measured):
+class Cost(Frozen):
     """Of one sample, and of the network."""
 
     macs: int
     params: int
 
 
-class Latency(_Measured):
+class Latency(Frozen):
     """A paired comparison: dense, slim, dense, slim, ... in one run."""
 
     dense_ms: float
@@ -69,7 +65,7 @@ class Latency(_Measured):
     device: str
 
 
-class Fidelity(_Measured):
+class Fidelity(Frozen):
     """The slim network against the dense one, on samples that nothing was chosen on."""
 
     samples: int
@@ -132,6 +128,23 @@ def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:
     dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
     tiny = torch.finfo(dense.dtype).tiny
     return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
+
+
+def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """The largest difference of two outputs, and its share of the largest absolute value wanted.
+
+    Infinite where shapes differ, or where something else than zeros is found for zeros; NaN where
+    either holds one, which is below no tolerance.
+    """
+    if wanted.shape != found.shape:
+        return math.inf, math.inf
+    if not wanted.numel():
+        return 0.0, 0.0
+    a, b = wanted.detach().cpu().double(), found.detach().cpu().double()
+    apart, scale = float((a - b).abs().max()), float(a.abs().max())
+    if scale == 0:
+        return apart, math.inf if apart else 0.0
+    return apart, apart / scale
 
 
 @dataclass

@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shutil
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from rba_compress.artifact import WEIGHTS, flush, load, read_manifest, versions
+from rba_compress.artifact import WEIGHTS, load, read_manifest, versions
 from rba_compress.batches import Batch, as_batch
 from rba_compress.certificate import (
     CERTIFICATES,
@@ -40,10 +38,10 @@ from rba_compress.certificate import (
     require_valid,
 )
 from rba_compress.errors import ExportError
+from rba_compress.files import flush, sealed, sha256, sibling
 from rba_compress.measure import benchmark
-from rba_compress.probe import Given, Probe
+from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
-from rba_compress.sealed import sealed, sha256
 from rba_compress.surgery import copy_model
 
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
@@ -64,11 +62,6 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.keys, tensors[self.places :], strict=True))
         return leaves(self.network(*tensors[: self.places], **named, **self.constants))
-
-    def names(self) -> list[str]:
-        """Of the inputs: the parameters of the network's forward."""
-        parameters = list(inspect.signature(self.network.forward).parameters)
-        return [*parameters[: self.places], *self.keys]
 
 
 def export_onnx(
@@ -145,9 +138,10 @@ def _export(
     weights = None
     if not isinstance(model, nn.Module):
         root = Path(model)
-        weights = read_manifest(root).sha256[WEIGHTS]
-        if kind == "onnx":
-            dense = dense or dense_of(root)
+        manifest = read_manifest(root)
+        weights = manifest.sha256[WEIGHTS]
+        if kind == "onnx" and dense is None and manifest.architecture is not None:
+            dense = manifest.architecture.build()
         model = load(root)
     network = unwrap(model)
     batch = as_batch(example).to(network)
@@ -158,24 +152,27 @@ def _export(
             "float32 or float16"
         )
     allowed = TOLERANCES[dtype] if tolerance is None else tolerance
-    _require_runs(network, batch)
-    sequences = dynamic and _takes_shorter(network, batch)
-    batches = _sized(batch, sequences=sequences) if dynamic else [batch]
-    for each in batches:
-        _require_runs(network, each, hint=": batches of any size are asked of it, see dynamic=False")
-    with _beside(target, kind) as folder:
-        file = folder / target.name
-        how = {"dynamic": dynamic, "sequences": sequences}
-        names, slim = _write(kind, network, batches[-1], file, **how)
-        runner = open_file(kind, file)
+    names = _input_names(network, batch), _output_names(_run(network, batch))
+    half = _half(network, batch) if dynamic else None
+    batches = [batch]
+    if dynamic:
+        batches = _sized(batch, half)
+        for each in batches:
+            _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
+    with _beside(target) as folder:
+
+        def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
+            program = _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
+            return _write(kind, program, names, file), open_file(kind, file)
+
+        slim, runner = written(network, folder / target.name)
         parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
         other, latency = None, None
         if dense is not None:
             with tempfile.TemporaryDirectory() as aside:
-                beside = Path(aside) / f"dense{target.suffix}"
                 dense = copy_model(unwrap(dense)).to(next(network.parameters()).device, dtype)
-                _, other = _write(kind, dense, batches[-1], beside, **how)
-                latency = benchmark(open_file(kind, beside), runner, flat(batch), seconds=seconds)
+                other, twin = written(dense, Path(aside) / f"dense{target.suffix}")
+                latency = benchmark(twin, runner, flat(batch), seconds=seconds)
         content = Certificate(
             format=kind,
             file=target.name,
@@ -184,9 +181,9 @@ def _export(
             model=type(network).__name__,
             dtype=str(dtype).removeprefix("torch."),
             dynamic=dynamic,
-            sequences=sequences,
-            input_names=names[0],
-            output_names=names[1],
+            sequences=half is not None,
+            input_names=tuple(names[0]),
+            output_names=tuple(names[1]),
             probe=Probe.of(batch),
             preprocessing=_preprocessing(network),
             tolerance=allowed,
@@ -200,47 +197,36 @@ def _export(
         return read_certificate(folder, kind)
 
 
-def dense_of(root: Path) -> nn.Module | None:
-    """The dense network of an artefact with random weights, or None where it is not known."""
-    architecture = read_manifest(root).architecture
-    return None if architecture is None else architecture.build()
-
-
-def _sized(batch: Batch, *, sequences: bool) -> list[Batch]:
-    """The example's samples in batches of several sizes; the second of sequences half as long."""
+def _sized(batch: Batch, half: int | None) -> list[Batch]:
+    """The example's samples in batches of several sizes; sequences of the second of length `half`."""
     n = len(batch)
-    found = []
-    for k, size in enumerate((*SIZES[:-1], max(SIZES[-1], n))):
-        each = batch.select([(row + k) % n for row in range(size)])
-        if k == 1 and sequences:
-            each = each.cut((_length(each) or 2) // 2)
-        found.append(each)
+    sizes = (*SIZES[:-1], max(SIZES[-1], n))
+    found = [batch.select([(row + k) % n for row in range(size)]) for k, size in enumerate(sizes)]
+    if half is not None:
+        found[1] = found[1].cut(half)
     return found
 
 
-def _length(batch: Batch) -> int | None:
-    """Of the sequences of a batch; None where there are none."""
-    lengths = {t.shape[1] for t in batch.tensors.values() if Given.of(None, t, len(batch)).sequence}
-    return lengths.pop() if len(lengths) == 1 else None
+def _half(network: nn.Module, batch: Batch) -> int | None:
+    """Half the length of its sequences, if the network takes that; of codes in columns it does not."""
+    if batch.length is None or batch.length < 4:
+        return None
+    half = batch.length // 2
+    try:
+        _run(network, batch.cut(half))
+    except ExportError:
+        return None
+    return half
 
 
-def _takes_shorter(network: nn.Module, batch: Batch) -> bool:
-    """Whether its inputs (N, T) of integers are sequences; of codes in columns there are always T."""
-    length = _length(batch)
-    if length is None or length < 4:
-        return False
+def _run(network: nn.Module, batch: Batch, hint: str = "") -> Any:
+    """
+    Raises:
+        ExportError: the network does not run on the batch.
+    """
     try:
         with evaluating(network):
-            batch.cut(length // 2).run(network)
-    except Exception:  # noqa: BLE001  whatever it says, it asks for the whole length
-        return False
-    return True
-
-
-def _require_runs(network: nn.Module, batch: Batch, hint: str = "") -> None:
-    try:
-        with evaluating(network):
-            batch.run(network)
+            return batch.run(network)
     except Exception as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
         raise ExportError(
@@ -265,72 +251,67 @@ def _named(certificate: Path) -> str:
 
 
 @contextmanager
-def _beside(target: Path, kind: Format) -> Iterator[Path]:
+def _beside(target: Path) -> Iterator[Path]:
     """A temporary sibling directory whose files are moved beside `target` at the end, that one last."""
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        # The file comes last: where it is, its certificate is.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
-            flush(path)
-            path.replace(target.parent / path.name)
-        flush(target.parent)
+        with sibling(target) as folder:
+            yield folder
+            # The file comes last: where it is, its certificate is.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
+                flush(path)
+                path.replace(target.parent / path.name)
+            flush(target.parent)
     except OSError as error:
         raise ExportError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(
-    kind: Format, network: nn.Module, batch: Batch, file: Path, *, dynamic: bool, sequences: bool
-) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], Weight]:
-    """Write the file; names of its inputs and outputs, and what it weighs."""
-    whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
-    names = whole.names(), _output_names(network, batch)
-    with warnings.catch_warnings(), evaluating(whole):
-        warnings.simplefilter("ignore")  # of the exporter, about its own passes
-        program = _traced(whole, tensors, batch, dynamic=dynamic, sequences=sequences)
-        if kind == "pt2":
-            torch.export.save(program, file)
-            weight = Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
-        else:
-            weight = _write_onnx(program, names, file)
-    return (tuple(names[0]), tuple(names[1])), weight
 
 
 def _traced(
-    whole: _Flat, tensors: tuple[Tensor, ...], batch: Batch, *, dynamic: bool, sequences: bool
+    network: nn.Module, batch: Batch, *, dynamic: bool, sequences: bool
 ) -> torch.export.ExportedProgram:
+    """The network's program, from the tensors of a batch to those of its output."""
+    whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
     shapes: tuple[dict[int, Any], ...] | None = None
     if dynamic:
         rows = torch.export.Dim("batch")
         long = torch.export.Dim.DYNAMIC  # its bound is the network's
-        given = [Given.of(None, tensor, len(batch)) for tensor in tensors]
         shapes = tuple(
-            ({0: rows} if each.batched else {}) | ({1: long} if sequences and each.sequence else {})
-            for each in given
+            ({0: rows} if tensor.ndim and len(tensor) == len(batch) else {})
+            | ({1: long} if sequences and batch.is_sequence(tensor) else {})
+            for tensor in tensors
         )
     try:
-        return torch.export.export(
-            whole, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
-        )
+        with warnings.catch_warnings(), evaluating(whole):
+            warnings.simplefilter("ignore")  # of torch, about its own passes
+            return torch.export.export(
+                whole, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
+            )
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot trace the {type(whole.network).__name__}"
+            f"torch.export cannot trace the {type(network).__name__}"
             f"{' for batches of any size (try dynamic=False)' if dynamic else ''}: {error}"
         ) from error
 
 
+def _write(
+    kind: Format, program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
+) -> Weight:
+    """Write the file, inputs and outputs named, and say what it weighs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "pt2":
+            torch.export.save(program, file)
+            return Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
+        return _write_onnx(program, *names, file)
+
+
 def _write_onnx(
-    program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
+    program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], file: Path
 ) -> Weight:
     import onnx
 
     try:
         exported = torch.onnx.export(
-            program, dynamo=True, input_names=names[0], output_names=names[1], verbose=False
+            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
         )
     except Exception as error:
         raise ExportError(_lacking(program, error)) from error
@@ -363,9 +344,13 @@ def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
     return f"ONNX lacks the operation {name}"
 
 
-def _output_names(network: nn.Module, batch: Batch) -> list[str]:
-    with evaluating(network):
-        output = batch.run(network)
+def _input_names(network: nn.Module, batch: Batch) -> list[str]:
+    """The keywords of a batch, and before them what the network's forward calls its first arguments."""
+    parameters = list(inspect.signature(network.forward).parameters)
+    return [*parameters[: len(batch.args)], *(k for k in batch.kwargs if k in batch.tensors)]
+
+
+def _output_names(output: Any) -> list[str]:
     if isinstance(output, Mapping):
         keys = [key for key, value in output.items() for _ in leaves(value)]
     else:

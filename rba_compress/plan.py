@@ -36,11 +36,13 @@ Unit = Literal["span", "whole", "read_out", "attention_free", "mlp_free", "read_
 """What is done to a block: see `rba_compress.thinning`; a span of blocks is replaced by one map."""
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A value that reads and writes JSON."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
-class Budget(_Frozen):
+class Budget(Frozen):
     """What the slim network may cost, and how far it may fall; several limits hold together.
 
     Costs: a float up to 1 is the share to keep, an int is absolute. With limits of quality alone the
@@ -129,7 +131,7 @@ def _number(value: Any, wanted: str) -> float | int | None:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-class Config(_Frozen):
+class Config(Frozen):
     """How to search; every field has a measured or stated default."""
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
@@ -190,7 +192,7 @@ class Config(_Frozen):
         return found
 
 
-class Input(_Frozen):
+class Input(Frozen):
     """A tensor that a block is called with."""
 
     path: Path
@@ -206,7 +208,7 @@ class Input(_Frozen):
         return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
 
 
-class Signature(_Frozen):
+class Signature(Frozen):
     """How a block is called: where the stream comes in, and what it gives back.
 
     `output` is a template: "stream" is the stream, a list a path of the call's inputs, None nothing,
@@ -321,7 +323,7 @@ def _fill(template: JsonValue, stream: Any, args: tuple[Any, ...], kwargs: dict[
     return None
 
 
-class Branch(_Frozen):
+class Branch(Frozen):
     """The last linear layer of a residual branch: its output, times `scale`, is added to the stream."""
 
     path: str
@@ -329,7 +331,7 @@ class Branch(_Frozen):
     """A parameter (d,), the layer scale."""
 
 
-class UnitCost(_Frozen):
+class UnitCost(Frozen):
     """What is left to pay of a block that is thinned, its map aside."""
 
     unit: Unit
@@ -339,7 +341,7 @@ class UnitCost(_Frozen):
     params: int
 
 
-class Block(_Frozen):
+class Block(Frozen):
     """A replaceable block: its module path, and how it is wired."""
 
     path: str
@@ -368,7 +370,7 @@ class Block(_Frozen):
         return next((u for u in self.units if (u.unit, u.narrow) == (unit, narrow)), None)
 
 
-class Chain(_Frozen):
+class Chain(Frozen):
     """Blocks in sequence: each one's stream input is the one before's output, read by nobody else."""
 
     name: str
@@ -405,7 +407,7 @@ class Chain(_Frozen):
         ]
 
 
-class Replacement(_Frozen):
+class Replacement(Frozen):
     """The span `start:stop` of a chain replaced by one map, or a block of it thinned."""
 
     chain: str
@@ -463,7 +465,7 @@ class Replacement(_Frozen):
         return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
 
 
-class Refit(_Frozen):
+class Refit(Frozen):
     """A kept linear layer with a new weight and bias, solved towards the original stream."""
 
     chain: str
@@ -484,7 +486,7 @@ class Refit(_Frozen):
         return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
 
 
-class Refusal(_Frozen):
+class Refusal(Frozen):
     """A candidate that is not replaced, and why."""
 
     paths: tuple[str, ...]
@@ -498,7 +500,7 @@ class Refusal(_Frozen):
         return f"{shown} ({self.type}): {self.reason}"
 
 
-class Candidate(_Frozen):
+class Candidate(Frozen):
     """One change that the search judged on all samples that it chooses on."""
 
     step: int
@@ -514,7 +516,7 @@ class Candidate(_Frozen):
     params: int
 
 
-class Step(_Frozen):
+class Step(Frozen):
     """One decision of the search, and what it came to."""
 
     action: str
@@ -529,7 +531,7 @@ class Step(_Frozen):
     params: int
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """What is replaced by what, and why the rest was not. Holds no tensors."""
 
     replacements: tuple[Replacement, ...] = ()

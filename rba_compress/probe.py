@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from rba_compress.batches import Batch, main_output
+from rba_compress.measure import gap
+from rba_compress.plan import Frozen
 from rba_compress.recorder import evaluating
 
 _VALUES = 64
@@ -16,10 +18,8 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, to
 """Of outputs on another machine, relative to the largest of them: sums in another order."""
 
 
-class Given(BaseModel):
+class Given(Frozen):
     """One input tensor of a network, with the range of its values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     name: str | None
     """The keyword that it is passed by; None for a positional one."""
@@ -69,13 +69,11 @@ class Given(BaseModel):
         return drawn.to(dtype)
 
 
-class Probe(BaseModel):
+class Probe(Frozen):
     """Inputs to draw, and what a network makes of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
     inputs: tuple[Given, ...]
-    constants: dict[str, JsonValue] = {}
+    constants: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords that are no tensors."""
     outputs: tuple[float, ...] = ()
     """Some values of the output on `draw(2)`, evenly spaced."""
@@ -125,13 +123,11 @@ class Probe(BaseModel):
         if not self.outputs:
             return None
         found, wanted = torch.tensor(self.outputs_of(model)), torch.tensor(self.outputs)
-        if len(found) != len(wanted):
-            return "its output has another shape"
+        apart, share = gap(wanted, found)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        allowed = _TOLERANCES[dtype] * max(float(wanted.abs().max()), 1e-6)
-        apart = float((found - wanted).abs().max())
+        if share <= _TOLERANCES[dtype]:
+            return None
         return (
-            None
-            if apart <= allowed
-            else f"its outputs are {apart:.3g} apart, allowed are {allowed:.3g}"
+            f"its outputs are {apart:.3g} apart, {share:.3g} of the largest, allowed are "
+            f"{_TOLERANCES[dtype]:g}"
         )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from rba_compress.calibration import ChainProfile
 from rba_compress.measure import Cost, Fidelity, Latency
+from rba_compress.plan import Frozen
 from rba_compress.similarity import Metric
 
 if TYPE_CHECKING:
@@ -16,10 +15,8 @@ if TYPE_CHECKING:
 PICTURED: tuple[Metric, ...] = ("cosine", "cka", "r2")
 
 
-class Report(BaseModel):
+class Report(Frozen):
     """Cost and fidelity, before and after, on samples that nothing was chosen on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     model: str
     plan: str

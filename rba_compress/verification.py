@@ -11,9 +11,8 @@ from rba_compress.artifact import (
     MANIFEST,
     REPORT,
     Manifest,
-    load,
     read_manifest,
-    require_intact,
+    rebuilt,
 )
 from rba_compress.certificate import (
     CERTIFICATES,
@@ -25,6 +24,7 @@ from rba_compress.certificate import (
     require_valid,
 )
 from rba_compress.errors import ArtifactError, ExportError, RBAError
+from rba_compress.files import require_intact
 from rba_compress.report import Report
 
 
@@ -44,7 +44,9 @@ def verify(
     return list(checks(Path(directory), model=model, base=base))
 
 
-def checks(root: Path, *, model: nn.Module | None, base: nn.Module | None) -> Iterator[str]:
+def checks(
+    root: Path, *, model: nn.Module | None = None, base: nn.Module | None = None
+) -> Iterator[str]:
     """As `verify`, one by one: every hash, then what takes longer."""
     kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
     manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
@@ -63,8 +65,7 @@ def checks(root: Path, *, model: nn.Module | None, base: nn.Module | None) -> It
     if manifest is not None:
         if REPORT in manifest.sha256:
             Report.model_validate_json((root / REPORT).read_bytes())
-        known = manifest.folded or manifest.architecture
-        if (base if manifest.delta else known or model or base) is None:
+        if (base if manifest.delta else manifest.builder or model or base) is None:
             wanted = "base" if manifest.delta else "model"
             yield f"reload: not checked, it needs the {manifest.model} ({wanted}=)"
         else:
@@ -80,7 +81,7 @@ def _reloaded(
     root: Path, manifest: Manifest, model: nn.Module | None, base: nn.Module | None
 ) -> nn.Module:
     try:
-        network = load(root, model=model, base=base)
+        network = rebuilt(root, manifest, model=model, base=base)
     except RBAError as error:
         raise ArtifactError(f"{root} does not load: {error}") from error
     flaw = manifest.probe.flaw(network) if manifest.probe else None

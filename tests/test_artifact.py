@@ -26,10 +26,11 @@ from rba_compress import (
     save,
     verify,
 )
-from rba_compress.artifact import load_weights, read_manifest
+from rba_compress.artifact import read_manifest
 from rba_compress.calibration import fingerprint
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
-from rba_compress.sealed import BLANK, sealed, sha256
+from rba_compress.files import BLANK, sealed, sha256
+from rba_compress.weights import load_weights
 from tests.networks import LIGHT, Chain, images, loader, rows, seeded
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
@@ -157,7 +158,7 @@ def test_a_save_that_is_cut_off_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rba_compress.artifact.flush", full)
+    monkeypatch.setattr("rba_compress.files.flush", full)
     with pytest.raises(ArtifactError, match=r"cannot write .*slim: .*No space left on device"):
         result.save(tmp_path / "slim", architecture=DIGITS)
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.delivery import flips
 from rba_compress import (
     Architecture,
     ArtifactError,
@@ -26,9 +27,10 @@ from rba_compress import (
     load,
     verify,
 )
-from rba_compress.artifact import read_manifest, written_whole
+from rba_compress.artifact import read_manifest
 from rba_compress.cli import main
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS
+from rba_compress.files import written_whole
 from tests.networks import LIGHT, Chain, loader, seeded
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
@@ -39,12 +41,18 @@ sys.modules["rba_compress"] = None  # importing it raises
 """
 
 
-def alone(code: str, *arguments: object) -> str:
-    """What a fresh process prints in which this package cannot be imported."""
-    command = [sys.executable, "-c", ALONE + code, *map(str, arguments)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+def script(code: str, *arguments: object) -> str:
+    """What code prints in a fresh process of one thread."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert found.returncode == 0, found.stderr
     return found.stdout
+
+
+def alone(code: str, *arguments: object) -> str:
+    """What it prints where this package cannot be imported."""
+    return script(ALONE + code, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +241,6 @@ def test_verify_notices_another_network_behind_right_hashes(
         verify(tmp_path / "slim")
 
 
-def flips(size: int, count: int = 50) -> list[tuple[int, int]]:
-    """Places in a file, and what to xor them with; first and last among them."""
-    generator = torch.Generator().manual_seed(size)
-    places = torch.randint(0, size, (count - 2,), generator=generator).tolist()
-    masks = torch.randint(1, 256, (count,), generator=generator).tolist()
-    return list(zip([0, size - 1, *places], masks, strict=True))
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "report.json"])
 def test_any_flipped_byte_of_an_artefact_is_caught(name: str, result: Result, tmp_path: Path) -> None:
     result.save(tmp_path / "slim", architecture=DIGITS)
@@ -278,7 +278,7 @@ def child(limit, target):
     count = 0
     def trace(frame, event, _):
         nonlocal count
-        if not frame.f_code.co_filename.endswith(("artifact.py", "hub.py", "sealed.py")):
+        if not frame.f_code.co_filename.endswith(("artifact.py", "hub.py", "files.py")):
             return None
         if event == "line":
             count += 1
@@ -325,11 +325,7 @@ print(killed, whole)
 
 
 def test_a_save_that_is_killed_at_any_line_leaves_what_was_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert found.returncode == 0, found.stderr
-    killed, whole = map(int, found.stdout.split())
+    killed, whole = map(int, script(KILLED, tmp_path).split())
     assert killed > 100  # every line that writes, and some bytes in mid-file
     assert whole >= 1
 
@@ -369,10 +365,7 @@ assert len(list(Path(sys.argv[1]).iterdir())) == 20
 
 
 def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", RACED, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert found.returncode == 0, found.stderr
+    script(RACED, tmp_path)
 
 
 def test_a_read_only_place_is_named(result: Result, tmp_path: Path) -> None:
@@ -396,7 +389,6 @@ try:
 except ArtifactError as error:
     print(error)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = script(code, tmp_path)
     assert "cannot write" in printed
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.delivery import flips
 from rba_compress import (
     Architecture,
     ArtifactError,
@@ -29,7 +30,6 @@ from rba_compress.certificate import OnnxModel, read_certificate
 from rba_compress.cli import main
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from tests.networks import Chain, rows, seeded
-from tests.test_delivery import flips
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
 

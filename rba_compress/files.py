@@ -1,0 +1,145 @@
+"""Files that are written whole or not at all, and known to be what was written.
+
+JSON carries the SHA-256 of its own text in the field `seal`, taken with 64 zeros in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from rba_compress.errors import ArtifactError
+from rba_compress.plan import Frozen
+
+BLANK = "0" * 64
+T = TypeVar("T", bound="Sealed")
+_SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
+
+
+class Sealed(Frozen):
+    """A JSON file that carries its own hash."""
+
+    schema_version: int
+    seal: str | None = BLANK
+    """SHA-256 of the file; None in files of schemas that had none."""
+
+
+def sealed(text: str) -> bytes:
+    """JSON text whose first `seal` is `BLANK`, with its digest there, as UTF-8."""
+    content = text.encode()
+    return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1) -> T:
+    """A sealed JSON file as a value.
+
+    Args:
+        path: of the file.
+        kind: the value's class.
+        newest: the schema that this version writes; it reads older ones.
+        sealed_since: the first schema that has a seal.
+
+    Raises:
+        ArtifactError: it is missing, of a newer schema, not of that kind, or not what was written.
+    """
+    name = kind.__name__.lower()
+    try:
+        content = path.read_bytes()
+        schema = json.loads(content).get("schema_version")
+        if isinstance(schema, int) and schema > newest:
+            raise ArtifactError(
+                f"{path} has schema {schema}, this version reads up to {newest}: upgrade rba_compress"
+            )
+        value = kind.model_validate_json(content)
+    except (OSError, ValueError, AttributeError) as error:
+        what = f"not a {name}" if isinstance(error, ValidationError) else "unreadable"
+        raise ArtifactError(f"{path} is {what}: {error}") from error
+    found = _SEAL.search(content)
+    if found is None:
+        intact = value.schema_version < sealed_since
+    else:
+        blank = content.replace(found[1], BLANK.encode(), 1)
+        intact = hashlib.sha256(blank).hexdigest() == found[1].decode()
+    if not intact:
+        raise ArtifactError(f"{path} is not what was saved (its seal does not fit): get it anew")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_intact(root: Path, name: str, digest: str) -> None:
+    """
+    Raises:
+        ArtifactError: a file is missing, or its SHA-256 is another.
+    """
+    path = root / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: the artefact is incomplete")
+    if sha256(path) != digest:
+        raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
+
+
+def require_vacant(target: Path) -> None:
+    """
+    Raises:
+        ArtifactError: the path is a file, or a directory that is not empty.
+    """
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise ArtifactError(f"{target} is not empty: name a new directory, or empty it first")
+    elif target.exists() or target.is_symlink():
+        raise ArtifactError(f"{target} is a file: name a new directory")
+
+
+@contextmanager
+def sibling(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target`, which may be renamed to it; what is left is removed."""
+    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` to write into; renamed to it at the end, or removed.
+
+    Raises:
+        ArtifactError: something cannot be written.
+    """
+    try:
+        with sibling(target) as folder:
+            yield folder
+            for path in (*folder.rglob("*"), folder):
+                flush(path)
+            folder.rename(target)
+            flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {target}: {error}") from error
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
