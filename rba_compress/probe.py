@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,7 +77,7 @@ class Probe(Frozen):
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords that are no tensors."""
     outputs: tuple[float, ...] = ()
-    """Some values of the output on `draw(2)`, evenly spaced."""
+    """Some values of the output on `draw(2)`, evenly spaced; none where one is not finite."""
 
     @classmethod
     def of(cls, example: Batch, model: nn.Module | None = None) -> Probe | None:
@@ -93,7 +94,9 @@ class Probe(Frozen):
         probe = cls(inputs=tuple(Given.of(k, v, n) for k, v in named), constants=constants)
         if model is None:
             return probe
-        return probe.model_copy(update={"outputs": tuple(probe.outputs_of(model))})
+        outputs = tuple(probe.outputs_of(model))
+        # Drawn inputs may mean nothing to a network; NaN is equal to nothing, not to itself either.
+        return probe.model_copy(update={"outputs": outputs if all(map(math.isfinite, outputs)) else ()})
 
     def draw(self, samples: int, *, seed: int = 0, length: int | None = None) -> Batch:
         """A batch of inputs alike; sequences of `length`, where it is given."""

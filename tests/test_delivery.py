@@ -227,6 +227,23 @@ def test_verify_says_what_held_and_what_was_not_checked(
     assert "plan.json is unreadable" in capsys.readouterr().err
 
 
+class Roots(Chain):
+    """For rows in falling order; no number for any other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x[:, :-1] - x[:, 1:]).sqrt().sum(-1, keepdim=True)
+
+
+def test_outputs_that_are_no_numbers_are_not_recorded(tmp_path: Path) -> None:
+    samples = [x.sort(descending=True).values for x in loader()]
+    found = compress(seeded(Roots), samples, budget=Budget(macs=0.8), config=LIGHT)
+    found.save(tmp_path / "slim")
+    probe = read_manifest(tmp_path / "slim").probe
+    assert probe is not None
+    assert probe.outputs == ()
+    assert verify(tmp_path / "slim", model=seeded(Roots))
+
+
 def test_verify_notices_another_network_behind_right_hashes(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
