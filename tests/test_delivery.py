@@ -295,7 +295,7 @@ def child(limit, target):
     count = 0
     def trace(frame, event, _):
         nonlocal count
-        if not frame.f_code.co_filename.endswith(("artifact.py", "hub.py", "files.py")):
+        if not frame.f_code.co_filename.endswith(("artifact.py", "hub.py", "files.py", "weights.py")):
             return None
         if event == "line":
             count += 1
