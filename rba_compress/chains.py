@@ -161,17 +161,30 @@ def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain]
     return [], [_refuse(chain, reason)]
 
 
+def why_none(support: Support, model: nn.Module) -> str:
+    """One sentence on why nothing of a model can be replaced; empty where something can."""
+    if support.chains:
+        return ""
+    said = (
+        f"nothing of a {type(model).__name__} can be replaced: it has no blocks in a row that each add to "
+        "a stream of one shape, which the next block alone reads"
+    )
+
+    def weight(refusal: Refusal) -> int:
+        parts = (model.get_submodule(path).parameters() for path in refusal.paths)
+        return sum(p.numel() for part in parts for p in part)
+
+    closest = max(support.refusals, key=weight, default=None)
+    return said if closest is None else f"{said}. Closest: {closest}"
+
+
 def require_chains(support: Support, model: nn.Module) -> None:
     """
     Raises:
         NoChainError: there is none; the message lists the refusals.
     """
     if not support.chains:
-        raise NoChainError(
-            f"{type(model).__name__} has no chain of replaceable blocks. {support}\n"
-            "Blocks are modules with a residual addition whose output has their input's shape and is "
-            "read by the next block alone"
-        )
+        raise NoChainError(f"{why_none(support, model)}\n{support}")
 
 
 def _refuse(chain: Chain, reason: str) -> Refusal:

@@ -21,7 +21,8 @@ from rba_compress.api import compare, compress, measure_front
 from rba_compress.architecture import Architecture
 from rba_compress.batches import read
 from rba_compress.calibration import profile
-from rba_compress.chains import supports
+from rba_compress.catalogue import network
+from rba_compress.coverage import tried
 from rba_compress.demo import free_directory, run_demo
 from rba_compress.errors import ArtifactError, BudgetError, LoaderError, ModelError, RBAError
 from rba_compress.files import require_vacant
@@ -192,16 +193,19 @@ class Search(_Job):
 
 @dataclass
 class Supports:
-    """Print the replaceable blocks of a timm architecture, and why others are refused."""
+    """Print the replaceable blocks of a network, why others are refused, and what comes of it: one
+    block replaced, saved, read back and exported.
+    """
 
     name: tyro.conf.Positional[str]
-    """Name of a timm architecture; it gets random weights."""
+    """Any architecture of timm, or transformers/bert, torchvision/resnet18, nn/encoder and the like; it
+    gets random weights."""
+    onnx: bool = True
+    """Export it, which takes most of the time."""
 
     def run(self) -> None:
-        model = Architecture(name=self.name).build()
-        size = model.pretrained_cfg["input_size"]  # type: ignore[index]
-        generator = torch.Generator().manual_seed(0)
-        print(supports(model, torch.randn(4, *size, generator=generator)))
+        support, row = tried(network(self.name), onnx=self.onnx)
+        print(f"{support}\n{row}")
 
 
 @dataclass

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from rba_compress.batches import Batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
-from rba_compress.measure import Divergence, Tally, divergence
+from rba_compress.measure import Criterion, Tally, real_tokens
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
@@ -48,19 +49,20 @@ class Judge:
         self,
         dense: nn.Module,
         chains: Sequence[Chain],
-        kind: Divergence,
+        criterion: Criterion,
         batches: Iterable[Batch],
         *,
         size: int | None = None,
     ) -> None:
-        self.chains, self.kind = chains, kind
+        self.chains, self.criterion = chains, criterion
         self.batches = [batch.to(dense) for batch in regroup(list(batches), size)]
         self.samples = 0.0
         self._streams: list[list[dict[int, Tensor]]] = []
         with evaluating(dense):
-            self.dense = [main_output(batch.run(dense)) for batch in self.batches]
+            self.dense = [criterion.kept(batch.run(dense)) for batch in self.batches]
         self.samples += self.held
-        if not all(bool(torch.isfinite(output).all()) for output in self.dense):
+        leaves = (leaf for output in self.dense for leaf in pytree.tree_leaves(output))
+        if not all(bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor)):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
 
     @property
@@ -75,13 +77,13 @@ class Judge:
             for batch in self.batches:
                 seen = observe(slim, self.chains, batch)
                 self._streams.append(seen.streams)
-                outputs.append(main_output(seen.output))
+                outputs.append(self.criterion.kept(seen.output))
         self.samples += self.held
         tally, each = Tally(), []
         for batch, dense, output in zip(self.batches, self.dense, outputs, strict=True):
-            each.append(divergence(self.kind, dense, output))
-            if self.kind == "kl":
-                tally.add(dense, output, batch.labels)
+            each.append(self.criterion(dense, output, batch))
+            if self.criterion.kind == "kl":
+                tally.add(dense, output, batch.labels, real_tokens(batch, dense))
         return Judged(_finite(torch.cat(each)), tally.agreement, tally.accuracy_drop)
 
     def __call__(
@@ -98,8 +100,9 @@ class Judge:
         found = []
         with evaluating(slim):
             for k in taken:
-                output = main_output(self.batches[k].run(resumed.start(self._streams[k])))
-                found.append(divergence(self.kind, self.dense[k], output))
+                output = self.batches[k].run(resumed.start(self._streams[k]))
+                kept = self.criterion.kept(output)
+                found.append(self.criterion(self.dense[k], kept, self.batches[k]))
         judged = _finite(torch.cat(found))
         blocks = sum(len(c) for c in self.chains)
         passed = boundary + sum(len(c) for c in self.chains[:chain])

@@ -20,11 +20,15 @@ from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.demand import packet_of
+from rba_compress.errors import ActivationError
 from rba_compress.plan import Chain, Frozen
 from rba_compress.recorder import Recording, evaluating, record
 from rba_compress.streams import observe
 
-Divergence = Literal["kl", "nse"]
+Divergence = Literal["kl", "nse", "cosine", "given"]
+Function = Callable[[Any, Any, Batch], Tensor]
+"""A divergence of one's own: the outputs of the dense and of the slim network, as they return them, and
+the batch -> the divergence of each sample, (N,), at least 0."""
 
 _aten = torch.ops.aten
 _PASSED = {
@@ -71,7 +75,8 @@ class Fidelity(Frozen):
     samples: int
     kind: Divergence
     divergence: float
-    """Mean over samples of KL(dense || slim) in nats, or of ||dense - slim||^2 / ||dense||^2."""
+    """Mean over samples of `kl`, KL(dense || slim) in nats, of each token where the output is of
+    tokens; `nse`, ||dense - slim||^2 / ||dense||^2; `cosine`, 1 minus it; or what a function gave."""
     divergence_low: float | None = None
     """Its 95 % interval, by the bootstrap over samples."""
     divergence_high: float | None = None
@@ -99,10 +104,9 @@ def cost(model: nn.Module, batch: Batch) -> Cost:
 
 
 def output_kind(recording: Recording) -> Divergence:
-    """`kl` where the output comes from a linear layer and is (N, classes), otherwise `nse`.
-
-    Also where it is (N, T, classes) and is called `logits`. Sums, means of heads and a log-softmax
-    behind the layer do not matter.
+    """`kl` where the output comes from a linear layer and is (N, classes), also where it is
+    (N, T, classes) and is called `logits`; sums, means of heads and a log-softmax behind the layer do
+    not matter. `cosine` of any other (N, d), an embedding; `nse` of feature maps and all the rest.
     """
     named = recording.outputs.items()
     logits = next((n for path, n in named if path[-1:] == ("logits",)), None)
@@ -110,24 +114,90 @@ def output_kind(recording: Recording) -> Divergence:
     wanted = (2,) if logits is None else (2, 3)
     if node is None or len(node.meta["shape"]) not in wanted or node.meta["shape"][-1] < 2:
         return "nse"
+    other: Divergence = "cosine" if len(node.meta["shape"]) == 2 else "nse"
     while packet_of(node) in _PASSED:
         source = node.args[0]
         if not isinstance(source, fx.Node):
             break
         node = source
-    return "kl" if packet_of(node) in _PRODUCTS else "nse"
+    return "kl" if packet_of(node) in _PRODUCTS else other
 
 
-def divergence(kind: Divergence, dense: Tensor, slim: Tensor) -> Tensor:
-    """The divergence of each sample, (N,) float64; outputs are (N, ..., classes or features)."""
-    dense, slim = dense.double(), slim.double()
+def divergence(kind: Divergence, dense: Tensor, slim: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The divergence of each sample, (N,) float64.
+
+    Args:
+        kind: all but `given`.
+        dense, slim: (N, ..., classes or features).
+        counted: (N, T) of outputs (N, T, ...), true at the positions that count: not at padding.
+    """
     if kind == "kl":
-        log_p, log_q = dense.log_softmax(-1), slim.log_softmax(-1)
-        each = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return each.reshape(len(each), -1).mean(1)
+        # Sample by sample: the logits of a language model in float64 are more than the network.
+        found = [_token_kl(p, q) for p, q in zip(dense, slim, strict=True)]
+        each = torch.stack(found).reshape(len(dense), -1)
+        weight = torch.ones_like(each) if counted is None else counted.to(each).reshape(each.shape)
+        return (each * weight).sum(1) / weight.sum(1).clamp_min(1)
+    dense, slim = dense.double(), slim.double()
+    if counted is not None:
+        kept = counted.reshape(*counted.shape, *[1] * (dense.ndim - 2))
+        dense, slim = dense * kept, slim * kept
     dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
     tiny = torch.finfo(dense.dtype).tiny
+    if kind == "cosine":
+        return 1 - torch.cosine_similarity(dense, slim, eps=tiny)
     return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
+
+
+def _token_kl(dense: Tensor, slim: Tensor) -> Tensor:
+    """KL(dense || slim) over the last dimension, in float64.
+
+    Over a vocabulary in float32: there float64 takes as long as the network, and 1e-6 is precise.
+    """
+    wide = torch.float32 if dense.shape[-1] > 4096 else torch.float64
+    log_p, log_q = dense.to(wide).log_softmax(-1), slim.to(wide).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How far a slim network's output is from the dense one's."""
+
+    kind: Divergence
+    function: Function | None = None
+    """Of `given` alone."""
+
+    def kept(self, output: Any) -> Any:
+        """What of a network's output is compared."""
+        return output if self.kind == "given" else main_output(output)
+
+    def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+        """The divergence of each sample, (N,) float64.
+
+        Args:
+            dense, slim: what `kept` gave.
+            batch: what they were computed from; padding in its mask does not count.
+
+        Raises:
+            ActivationError: a function did not give one number a sample.
+        """
+        if self.function is None:
+            return divergence(self.kind, dense, slim, real_tokens(batch, dense))
+        found = self.function(dense, slim, batch)
+        if not isinstance(found, Tensor) or found.shape != (len(batch),):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ActivationError(
+                f"the divergence function gave {shape} for {len(batch)} samples: return a tensor (N,)"
+            )
+        return found.detach().double()
+
+
+def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
+    """Where an output (N, T, ...) is of real tokens, (N, T), true there; None where all count."""
+    name = "decoder_attention_mask" if "decoder_input_ids" in batch.kwargs else "attention_mask"
+    mask = batch.kwargs.get(name)
+    if not isinstance(mask, Tensor) or output.ndim < 3 or mask.shape != output.shape[:2]:
+        return None
+    return mask.bool().to(output.device)
 
 
 def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
@@ -157,11 +227,16 @@ class Tally:
     right_dense: int = 0
     right_slim: int = 0
 
-    def add(self, dense: Tensor, slim: Tensor, labels: Tensor | None) -> None:
-        """One batch; labels are (N,) integers, and count where a sample has one argmax."""
+    def add(
+        self, dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor | None = None
+    ) -> None:
+        """One batch; labels are (N,) integers, and count where a sample has one argmax. `counted` as
+        in `divergence`."""
         first, second = dense.argmax(-1), slim.argmax(-1)
         self.samples += len(first)
-        self.agreed += float((first == second).float().reshape(len(first), -1).mean(1).sum())
+        equal = (first == second).float().reshape(len(first), -1)
+        weight = torch.ones_like(equal) if counted is None else counted.to(equal).reshape(equal.shape)
+        self.agreed += float(((equal * weight).sum(1) / weight.sum(1).clamp_min(1)).sum())
         if labels is not None and labels.shape == first.shape:
             labels = labels.to(first.device)
             self.labelled += len(labels)
@@ -184,25 +259,28 @@ class Tally:
 
 
 def compare_outputs(
-    kind: Divergence, outputs: Iterable[tuple[Tensor, Tensor, Tensor | None]]
+    criterion: Criterion | Divergence, outputs: Iterable[tuple[Any, Any, Batch]]
 ) -> Fidelity:
-    """Compare batches of (dense output, slim output, labels); outputs are (N, ...).
+    """Compare batches of (dense output, slim output, batch).
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
     """
+    how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
     tally, cosine = Tally(), 0.0
     diverged: list[Tensor] = []
-    for dense, slim, labels in outputs:
-        a, b = dense.float().cpu(), slim.float().cpu()
-        diverged.append(divergence(kind, a, b))
-        cosine += float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
-        if kind == "kl":
-            tally.add(a, b, labels)
+    for dense, slim, batch in outputs:
+        a, b = (main_output(output).float().cpu() for output in (dense, slim))
+        counted = real_tokens(batch, a)
+        each = how(a, b, batch) if how.function is None else how(dense, slim, batch)
+        diverged.append(each.cpu())
+        cosine += float((1 - divergence("cosine", a, b, counted)).sum())
+        if how.kind == "kl":
+            tally.add(a, b, batch.labels, counted)
     each = torch.cat(diverged)
     low, high = interval(each)
     return Fidelity(
         samples=len(each),
-        kind=kind,
+        kind=how.kind,
         divergence=float(each.mean()),
         divergence_low=low,
         divergence_high=high,
@@ -228,16 +306,21 @@ def interval(values: Tensor) -> tuple[float | None, float | None]:
     return float(found.low), float(found.high)
 
 
-def fidelity(dense: nn.Module, slim: nn.Module, batches: Iterable[Batch], kind: Divergence) -> Fidelity:
+def fidelity(
+    dense: nn.Module,
+    slim: nn.Module,
+    batches: Iterable[Batch],
+    criterion: Criterion | Divergence,
+) -> Fidelity:
     """Run two networks, in any mode and on any device, on the same batches and compare."""
 
-    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:
-            a, b = batch.to(dense).run(dense), batch.to(slim).run(slim)
-            yield main_output(a), main_output(b), batch.labels
+            moved = batch.to(dense)
+            yield moved.run(dense), batch.to(slim).run(slim), moved
 
     with evaluating(dense), evaluating(slim):
-        return compare_outputs(kind, outputs())
+        return compare_outputs(criterion, outputs())
 
 
 def benchmark(

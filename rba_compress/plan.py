@@ -166,8 +166,9 @@ class Config(Frozen):
     """Ridge of affine and shrunk maps, relative to the Gram matrix's mean diagonal."""
     window: int | None = Field(None, gt=0)
     """The longest span that is profiled; bounds the memory of wide, deep networks."""
-    divergence: Literal["auto", "kl", "nse"] = "auto"
-    """KL of the class probabilities, or normalised squared error; auto asks the graph which it is."""
+    divergence: Literal["auto", "kl", "nse", "cosine"] = "auto"
+    """KL of the class probabilities, normalised squared error, or one minus the cosine; auto asks the
+    graph which it is: class scores, feature maps or an embedding."""
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
 
@@ -543,7 +544,7 @@ class Plan(Frozen):
     """Every finalist that was judged for them."""
     budget: Budget | None = None
     config: Config = Config()
-    divergence: Literal["kl", "nse"] = "nse"
+    divergence: Literal["kl", "nse", "cosine", "given"] = "nse"
     """The divergence that was minimised."""
     forward_passes: float = 0.0
     """Samples that the search sent through a whole network's worth of blocks, over the loader's."""

@@ -97,7 +97,7 @@ class Search:
         self.judge = Judge(
             model,
             self.chains,
-            profile.divergence,
+            profile.criterion,
             split.part("choose"),
             size=len(profile.example),
         )
@@ -110,7 +110,7 @@ class Search:
             refusals=profile.refusals,
             budget=budget,
             config=self.config,
-            divergence=profile.divergence,
+            divergence=profile.criterion.kind,
         )
         self.start = self.draft(Solution(plan, {}), self.fitter.load(plan))
         self._require_measurable()

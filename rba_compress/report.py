@@ -78,7 +78,13 @@ class Report(Frozen):
 
 
 def _divergence(fidelity: Fidelity) -> str:
-    return "KL divergence" if fidelity.kind == "kl" else "squared error"
+    names = {
+        "kl": "KL divergence",
+        "nse": "squared error",
+        "cosine": "1 - cosine",
+        "given": "divergence",
+    }
+    return names[fidelity.kind]
 
 
 def _row(name: str, before: str, after: str, ratio: float | None = None) -> tuple[str, str, str, str]:

@@ -130,7 +130,7 @@ def test_features_without_classes_are_measured_by_their_error() -> None:
             self.head = nn.LayerNorm(8)
 
     slim = compress(seeded(Features), loader(), budget=Budget(macs=0.8))
-    assert slim.plan.divergence == "nse"
+    assert slim.plan.divergence == "cosine"
     assert slim.report.fidelity.agreement is None
     assert "squared error" in slim.report.table()
 

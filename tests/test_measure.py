@@ -9,7 +9,7 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 
 from rba_compress import Plan, benchmark, splice, supports
-from rba_compress.batches import as_batch, read
+from rba_compress.batches import Batch, as_batch, read
 from rba_compress.calibration import profile
 from rba_compress.drafts import fit_span, keyed, saving
 from rba_compress.maps import MapSpec
@@ -33,18 +33,22 @@ def test_squared_error_is_relative_to_each_sample() -> None:
     torch.testing.assert_close(divergence("nse", a, b), torch.stack(expected))
 
 
+def labelled(labels: torch.Tensor | None) -> Batch:
+    return Batch((), {}, labels)
+
+
 def test_fidelity_by_hand() -> None:
     dense = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     slim = torch.tensor([[2.0, 0.0], [3.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     labels = torch.tensor([0, 1, 1, 1])
     found = compare_outputs(
-        "kl", [(dense[:3], slim[:3], labels[:3]), (dense[3:], slim[3:], labels[3:])]
+        "kl", [(dense[k], slim[k], labelled(labels[k])) for k in (slice(3), slice(3, None))]
     )
     assert (found.samples, found.agreement) == (4, 0.75)
     assert (found.accuracy_dense, found.accuracy_slim) == (0.75, 0.5)
-    unlabelled = compare_outputs("kl", [(dense, slim, None)])
+    unlabelled = compare_outputs("kl", [(dense, slim, labelled(None))])
     assert unlabelled.accuracy_dense is None
-    features = compare_outputs("nse", [(dense, slim, labels)])
+    features = compare_outputs("nse", [(dense, slim, labelled(labels))])
     assert features.agreement is None
     assert features.accuracy_slim is None
 
@@ -53,7 +57,7 @@ def test_scores_of_every_token() -> None:
     dense = torch.eye(3).repeat(2, 1, 1) * 5  # (N, T, classes)
     slim = dense.clone()
     slim[0, 0] = torch.tensor([0.0, 5.0, 0.0])
-    found = compare_outputs("kl", [(dense, slim, torch.tensor([0, 1]))])
+    found = compare_outputs("kl", [(dense, slim, labelled(torch.tensor([0, 1])))])
     assert found.agreement == pytest.approx((2 / 3 + 1) / 2)
     assert found.accuracy_dense is None  # a label a sample says nothing of a token
 
@@ -91,7 +95,7 @@ class Normed(Chain):
 def test_the_graph_tells_class_scores_from_features() -> None:
     assert output_kind(record(seeded(Chain), as_batch(rows(2)))) == "kl"
     assert output_kind(record(seeded(Averaged), as_batch(rows(2)))) == "kl"
-    assert output_kind(record(seeded(Normed), as_batch(rows(2)))) == "nse"
+    assert output_kind(record(seeded(Normed), as_batch(rows(2)))) == "cosine"
 
 
 def test_latency_is_paired_and_keeps_the_mode() -> None:

@@ -1,0 +1,211 @@
+"""Claim: layers of a language model that are chosen one by one and mapped cost less than skipped ones.
+
+SmolLM2-135M-Instruct (30 layers; a 4-bit GGUF, dequantised), calibrated on 32,768 tokens of
+WikiText-2's calibration part (half of them to fit on, two fifths to choose on), measured on 32,768
+tokens of its test part, in sequences of 512 tokens. At 3, 6 and 9 layers taken away:
+
+    skip            ShortGPT (arXiv 2403.03853): the layers with the highest mean cosine between input
+                    and output are skipped
+    linear          the same layers, a plain least-squares map in place of each (RBA, arXiv
+                    2410.04941), each fitted behind the ones before it
+    ours            layer by layer, of the half that `skip` ranks first: the identity or a shrunk map
+                    that raises the output's divergence least, fitted behind the ones before it; then
+                    kept layers are re-solved
+
+`python -m benchmarks.language` writes `benchmarks/results/language.jsonl` and its table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.real_data import smollm2, wikitext2
+from rba_compress import Budget, Config, profile
+from rba_compress.batches import as_batch
+from rba_compress.calibration import Profile
+from rba_compress.drafts import Draft, Solution, with_move
+from rba_compress.fitter import Fitter
+from rba_compress.measure import cost, divergence
+from rba_compress.plan import Plan
+from rba_compress.planner import Search
+from rba_compress.recorder import evaluating
+from rba_compress.surgery import splice_shared
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Run:
+    """What to measure."""
+
+    tokens: int = 32_768
+    """Of each part."""
+    length: int = 512
+    """Tokens of a sequence."""
+    removed: tuple[int, ...] = (3, 6, 9)
+    batch_size: int = 4
+    out: Path = RESULTS / "language.jsonl"
+
+
+def sequences(tokenizer: Any, split: str, how: Run) -> list[dict[str, Any]]:
+    """A loader of the first tokens of a part of WikiText-2."""
+    text = "\n".join(wikitext2(split))
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : how.tokens]
+    assert len(ids) == how.tokens, "the part is shorter"
+    rows = ids.view(-1, how.length)
+    return [{"input_ids": part, "use_cache": False} for part in rows.split(how.batch_size)]
+
+
+def influence(seen: Profile) -> list[int]:
+    """The layers, the most alike in input and output first."""
+    cosines = seen.chains[0].similarity("cosine").diagonal(1)
+    return [int(layer) for layer in cosines.argsort(descending=True)]
+
+
+def of_layers(fitter: Fitter, seen: Profile, layers: Sequence[int], kind: str) -> Solution:
+    """The identity, or a map of another kind fitted behind the earlier ones, in place of each layer."""
+    plan = Plan(config=seen.config)
+    draft = Draft(Solution(plan, {}), fitter.load(plan), judged=None)  # type: ignore[arg-type]
+    for layer in sorted(layers):
+        moves = fitter.moves(draft, [(0, layer, layer + 1, "span")])
+        move = next(m for m in moves if m.replacement.map.kind == kind)
+        draft = Draft(with_move(draft, move), draft.load - move.saving, judged=draft.judged)
+    return draft.solution
+
+
+def searched(search: Search, likely: set[int], removed: Sequence[int]) -> Iterator[Solution]:
+    """Greedy, one layer at a time; re-solved where a solution is handed out, and on from there."""
+    draft = search.start
+    for count in tqdm(range(1, max(removed) + 1), "layers", disable=None):
+        sites = [s for s in search.sites(draft) if s[1] in likely]
+        found = search.best(draft, sites, finalists=2)
+        assert found is not None
+        move, _, margin = found
+        draft = search.draft(with_move(draft, move), draft.load - move.saving)
+        search.note("take", move.replacement, draft, margin)
+        print(json.dumps({"took": str(move.replacement), "divergence": draft.mean}), flush=True)
+        if count in removed:
+            first = min(r.stop for r in draft.solution.plan.replacements)
+            draft = search.refit(draft, 0, first)
+            print(json.dumps({"refits": len(draft.solution.plan.refits), "kl": draft.mean}), flush=True)
+            yield search.finished(draft)
+
+
+@torch.no_grad()
+def perplexities(
+    dense: nn.Module, slims: dict[str, nn.Module], test: Sequence[dict[str, Tensor]]
+) -> dict[str, tuple[float, float, float]]:
+    """Of each network: perplexity, KL per token to the dense one, and agreement of the next token."""
+    nll = dict.fromkeys(slims, 0.0)
+    kl, agreed, tokens, each = dict(nll), dict(nll), 0, 0
+    with evaluating(dense):
+        for item in tqdm(test, "test", disable=None):
+            batch = as_batch(item)
+            ids = item["input_ids"]
+            wanted = batch.run(dense).logits
+            tokens, each = tokens + ids[:, 1:].numel(), each + ids.numel()
+            for name, slim in slims.items():
+                with evaluating(slim):
+                    logits = batch.run(slim).logits
+                nll[name] += float(
+                    nn.functional.cross_entropy(
+                        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+                    )
+                )
+                kl[name] += float(divergence("kl", wanted, logits).sum()) * ids.shape[1]
+                agreed[name] += float((wanted.argmax(-1) == logits.argmax(-1)).sum())
+    return {
+        name: (float(torch.tensor(nll[name] / tokens).exp()), kl[name] / each, agreed[name] / each)
+        for name in slims
+    }
+
+
+def main(how: Run) -> None:
+    """Print a JSON line for each method and number of layers."""
+    model, tokenizer = smollm2()
+    calibration = sequences(tokenizer, "calibration", how)
+    test = sequences(tokenizer, "test", how)
+    config = Config(
+        maps=("linear", "shrunk"),
+        shrinks=(0.5,),
+        units=("span",),
+        refit_dampings=(1.0,),
+        refit_steps=(1.0,),
+        window=1,
+    )
+    start = time.perf_counter()
+    seen = profile(model, calibration, config=config)
+    took = {"profile": time.perf_counter() - start}
+    ranked = influence(seen)
+    fitter = Fitter(model, seen, [b.to(model) for b in seen.split(calibration).part("fit")])
+    found: dict[str, Solution] = {"dense/0": Solution(Plan(), {})}
+    for count in how.removed:
+        for method, kind in (("skip", "identity"), ("linear", "linear")):
+            start = time.perf_counter()
+            found[f"{method}/{count}"] = of_layers(fitter, seen, ranked[:count], kind)
+            took[f"{method}/{count}"] = time.perf_counter() - start
+    start = time.perf_counter()
+    own = replace(seen, config=config.model_copy(update={"maps": ("shrunk",)}))
+    likely = set(ranked[: len(ranked) // 2])
+    search = Search(model, own, calibration, Budget(macs=0.5))
+    for count, solution in zip(how.removed, searched(search, likely, how.removed), strict=True):
+        found[f"ours/{count}"] = solution
+        took[f"ours/{count}"] = time.perf_counter() - start
+    slims = {key: splice_shared(model, s.plan, s.tensors) for key, s in found.items()}
+    measured = perplexities(model, slims, test)
+    rows = []
+    for key, (ppl, kl, agreement) in measured.items():
+        method, number = key.split("/")
+        spent = cost(slims[key], as_batch(test[0]))
+        rows.append(
+            {
+                "method": method,
+                "removed": int(number),
+                "layers": [r.start for r in found[key].plan.replacements],
+                "perplexity": round(ppl, 3),
+                "kl_per_token": round(kl, 4),
+                "agreement": round(agreement, 4),
+                "macs_kept": round(spent.macs / seen.dense.macs, 4),
+                "params": spent.params,
+                "refits": len(found[key].plan.refits),
+                "seconds": round(took.get(key, 0.0), 1),
+                "plan": str(found[key].plan),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    how.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    how.out.with_suffix(".md").write_text(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# SmolLM2-135M-Instruct, layers taken away",
+        "",
+        "Perplexity on 32,768 tokens of WikiText-2's test part; KL and agreement of the next token to the "
+        "dense model.",
+        "",
+        "| layers removed | method | which | perplexity | KL per token | agreement | MACs kept |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['removed']} | {r['method']} | {', '.join(map(str, sorted(r['layers'])))} "
+        f"| {r['perplexity']:.2f} | {r['kl_per_token']:.3f} | {r['agreement']:.3f} "
+        f"| {r['macs_kept']:.3f} |"
+        for r in sorted(rows, key=lambda r: r["removed"])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))
