@@ -166,8 +166,8 @@ def why_none(support: Support, model: nn.Module) -> str:
     if support.chains:
         return ""
     said = (
-        f"nothing of a {type(model).__name__} can be replaced: it has no blocks in a row that each add to "
-        "a stream of one shape, which the next block alone reads"
+        f"nothing of a {type(model).__name__} can be replaced: it has no blocks in a row that each add "
+        "to a stream of one shape, which the next block alone reads"
     )
 
     def weight(refusal: Refusal) -> int:

@@ -235,7 +235,7 @@ def with_move(draft: Draft, move: Move) -> Solution:
     gone = [
         r
         for r in draft.solution.plan.refits
-        if (r.chain == new.chain and new.start <= r.block < new.stop)
+        if any(r.path.startswith(f"{block.path}.") for block in new.blocks)
         or (move.refit is not None and r.path == move.refit.path)
     ]
     bare = {"map": MapSpec(kind="identity"), "diagnostics": None}

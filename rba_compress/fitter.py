@@ -23,11 +23,11 @@ from rba_compress.drafts import (
     skip,
     with_move,
 )
-from rba_compress.fitting import SpanRows, Walk, probed, span_rows
+from rba_compress.fitting import SpanRows, Walk, batch_statistics, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
 from rba_compress.moments import PairMoments
 from rba_compress.plan import Branch, Plan, Refit, Replacement
-from rba_compress.surgery import splice_shared
+from rba_compress.surgery import STATISTICS, splice_shared
 from rba_compress.thinning import Traces
 
 
@@ -180,6 +180,25 @@ class Fitter:
                 refit = Refit(chain=chain.name, block=block, path=path, damping=damping, step=step)
                 tensors = _corrected(slim, refit, gap)
                 yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
+
+    def statistics(self, solution: Solution, path: str) -> Iterator[Solution]:
+        """The solution with BatchNorms behind the block at `path` that know what reaches them by now,
+        for every share of the way there; none where there are no BatchNorms.
+        """
+        slim = self.slim(solution)
+        found = batch_statistics(slim, path, self.batches)
+        self.samples += self.held
+        before = [r for r in solution.plan.refits if r.statistics]
+        for step in sorted(self.config.refit_steps) if found else ():
+            tensors, refits = {}, []
+            for name, measured in found.items():
+                refit = Refit(path=name, step=step, statistics=True)
+                layer = slim.get_submodule(name)
+                for key, new in zip(STATISTICS, measured, strict=True):
+                    old = getattr(layer, key).to(new)
+                    tensors[f"{refit.key}{key}"] = old + step * (new - old)
+                refits.append(refit)
+            yield changed(solution, drop=before, add=refits, tensors=tensors)
 
 
 def _corrected(slim: nn.Module, refit: Refit, gap: PairMoments) -> dict[str, Tensor]:

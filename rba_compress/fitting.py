@@ -9,8 +9,9 @@ weight of theirs comes from one pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,61 @@ def span_rows(
                 new = SpanRows(ends, chain.width, maps, gaps)
                 found[i] = found[i] + new if i in found else new
     return found
+
+
+def batch_statistics(
+    model: nn.Module, path: str, batches: Iterable[Batch]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance (C,), float64, of what reaches each BatchNorm behind the module at `path`.
+
+    One pass, in which every such layer normalises by its batch, as in training: what reaches the next
+    one is what it will get once the statistics are set. Counts, means and variances of the batches are
+    merged exactly (Chan et al. 1979).
+
+    Args:
+        model: with tensors and buffers of its own, which are changed: pass a copy.
+    """
+    seen: dict[str, tuple[float, Tensor, Tensor]] = {}  # rows, mean, sum of squares around it
+    reached = False
+
+    def behind(*_: Any) -> None:
+        nonlocal reached
+        reached = True
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any) -> None:
+            if not reached:
+                return
+            rows = args[0].detach().double().movedim(1, -1).flatten(0, -2)
+            n, mean = float(len(rows)), rows.mean(0)
+            square = (rows - mean).square().sum(0)
+            layer.running_mean = mean.to(layer.running_mean)
+            layer.running_var = (square / n).to(layer.running_var)
+            if name in seen:
+                known, old, squares = seen[name]
+                share, gap = n / (known + n), mean - old
+                square = squares + square + gap.square() * known * share
+                n, mean = known + n, old + gap * share
+            seen[name] = n, mean, square
+
+        return hook
+
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+    handles = [model.get_submodule(path).register_forward_hook(behind)]
+    handles += [layer.register_forward_pre_hook(before(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            for batch in batches if layers else ():
+                reached = False
+                batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (mean, square / n) for name, (n, mean, square) in seen.items()}
 
 
 class _Held(nn.Module):

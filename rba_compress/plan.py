@@ -149,10 +149,12 @@ class Config(Frozen):
     """Ridge of folded corrections, relative to the Gram matrix's mean diagonal."""
     refit: bool = True
     """Re-solve kept layers behind a replaced span where held-out divergence falls."""
+    statistics: bool = True
+    """Re-estimate BatchNorm statistics behind a replaced span where held-out divergence falls."""
     refit_dampings: tuple[float, ...] = Field((0.3, 1.0, 10.0), min_length=1)
     """Ridge of refits, relative to the Gram matrix's mean diagonal."""
     refit_steps: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
-    """Shares of a refit's correction to try."""
+    """Shares of a refit's correction, and of the way to new statistics, to try."""
     tolerance: float = Field(0.005, ge=0)
     """A refit or swap is taken if it lowers the held-out divergence by this share, and by more than one
     standard error of the difference."""
@@ -467,16 +469,20 @@ class Replacement(Frozen):
 
 
 class Refit(Frozen):
-    """A kept linear layer with a new weight and bias, solved towards the original stream."""
+    """A kept linear layer with a new weight and bias, solved towards the original stream; or a
+    BatchNorm with running statistics of what reaches it by now."""
 
-    chain: str
-    block: int
+    chain: str = ""
+    """Of a linear layer, as is its block."""
+    block: int = -1
     path: str
-    damping: float
+    damping: float = 0.0
     step: float
     """Share of the correction that was taken; of the last, where the layer was re-solved again."""
     folded: bool = False
     """Whether it stands in for the span right behind its block."""
+    statistics: bool = False
+    """Whether it is a BatchNorm."""
 
     @property
     def key(self) -> str:
@@ -484,6 +490,8 @@ class Refit(Frozen):
         return f"{self.path}."
 
     def __str__(self) -> str:
+        if self.statistics:
+            return f"{self.path} re-estimated ({self.step:g})"
         return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
 
 
@@ -521,7 +529,8 @@ class Step(Frozen):
     """One decision of the search, and what it came to."""
 
     action: str
-    """take, settle, swap or refit; or stop, before a step that breaks a limit of quality."""
+    """take, settle, swap, refit or statistics; or stop, before a step that breaks a limit of
+    quality."""
     change: str
     divergence: float
     """Of the output behind it."""
@@ -552,6 +561,8 @@ class Plan(Frozen):
     def __str__(self) -> str:
         in_order = sorted(self.replacements, key=lambda r: (r.chain, r.start))
         text = "; ".join(map(str, in_order)) or "nothing replaced"
-        kept = sum(not refit.folded for refit in self.refits)
+        normed = sum(refit.statistics for refit in self.refits)
+        kept = sum(not refit.folded for refit in self.refits) - normed
         text += f"; kept layers re-solved: {kept}" if kept else ""
+        text += f"; BatchNorms re-estimated: {normed}" if normed else ""
         return text + ("; every position is computed" if self.config.keep_features else "")

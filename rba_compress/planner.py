@@ -335,6 +335,8 @@ class Search:
         draft = self.settle(draft, move.chain, move.replacement.stop)
         if self.config.refit:
             draft = self.refit(draft, move.chain, move.replacement.stop)
+        if self.config.statistics:
+            draft = self.statistics(draft)
         return draft
 
     def sites(self, draft: Draft, goal: Load | None = None) -> list[Site]:
@@ -551,6 +553,21 @@ class Search:
                     draft = self.draft(best[2], draft.load)
                     self.note("refit", best[1], draft, before - draft.mean)
         return draft
+
+    def statistics(self, draft: Draft) -> Draft:
+        """Re-estimate the BatchNorms behind the first span that is replaced, all at once."""
+        order = {c.name: k for k, c in enumerate(self.chains)}
+        places = ((order[r.chain], r.start, r) for r in draft.solution.plan.replacements)
+        chain, start, first = min(places, key=lambda place: place[:2])
+        best: tuple[Tensor, Solution] | None = None
+        for solution in self.fitter.statistics(draft.solution, first.blocks[0].path):
+            judged = self.judged(draft, solution, (chain, start))
+            if self.wins(judged, draft.judged.divergence if best is None else best[0]):
+                best = judged, solution
+        if best is None:
+            return draft
+        before, draft = draft.mean, self.draft(best[1], draft.load)
+        return self.note("statistics", best[1].plan.refits[-1], draft, before - draft.mean)
 
 
 def _length(start: int, stop: int, unit: Unit) -> int:

@@ -20,9 +20,12 @@ from torch import Tensor, fx, nn
 
 from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
-from rba_compress.plan import Block, Plan, Replacement, Signature
+from rba_compress.plan import Block, Plan, Refit, Replacement, Signature
 from rba_compress.recorder import module_stack, unwrap
 from rba_compress.thinning import Thinned, Traces, thin
+
+STATISTICS = ("running_mean", "running_var")
+"""Buffers of a BatchNorm."""
 
 
 class Spliced(nn.Module):
@@ -172,14 +175,25 @@ def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     modules, wanted = dict(model.named_modules()), set()
     for refit in plan.refits:
         layer = modules.get(refit.path)
-        if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+        if layer is None or not _refittable(layer, refit):
             raise PlanError(f"{type(model).__name__} has no layer {refit.path!r} to refit")
-        for name, value in layer.named_parameters(recurse=False):
+        for name, value in _moved(layer, refit):
             given = tensors.get(f"{refit.key}{name}")
             if given is None or given.shape != value.shape:
                 raise PlanError(f"{refit}: its tensor {name!r} is missing or of another shape")
             wanted.add(f"{refit.key}{name}")
     return wanted
+
+
+def _refittable(layer: nn.Module, refit: Refit) -> bool:
+    return isinstance(getattr(layer, "running_mean" if refit.statistics else "weight", None), Tensor)
+
+
+def _moved(layer: nn.Module, refit: Refit) -> list[tuple[str, Tensor]]:
+    """The tensors of a layer that a refit changes."""
+    if refit.statistics:
+        return [(name, getattr(layer, name)) for name in STATISTICS]
+    return list(layer.named_parameters(recurse=False))
 
 
 def _build(replacement: Replacement) -> nn.Module:
@@ -274,8 +288,10 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         replace_blocks(model, replacement.blocks, held)
     for refit in plan.refits:
         layer = model.get_submodule(refit.path)
-        for name, old in list(layer.named_parameters(recurse=False)):
-            # A new parameter: the old one may be shared with the original.
-            value = tensors[f"{refit.key}{name}"].to(old.device, old.dtype)
-            setattr(layer, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
+        for name, old in _moved(layer, refit):
+            # A new tensor: the old one may be shared with the original.
+            value = tensors[f"{refit.key}{name}"].to(old.device, old.dtype).clone()
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=old.requires_grad)
+            setattr(layer, name, value)
     return model
