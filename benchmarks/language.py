@@ -8,9 +8,9 @@ tokens of its test part, in sequences of 512 tokens. At 3, 6 and 9 layers taken 
                     and output are skipped
     linear          the same layers, a plain least-squares map in place of each (RBA, arXiv
                     2410.04941)
-    ours            layer by layer, of the half that `skip` ranks first: the identity or a shrunk map
+    ours            layer by layer, of the five that `skip` ranks next: the identity or a shrunk map
                     that raises the output's divergence least, fitted behind the ones before it; then
-                    kept layers are re-solved
+                    what is kept behind the last of them is re-solved
 
 `python -m benchmarks.language` writes `benchmarks/results/language.jsonl` and its table.
 """
@@ -80,20 +80,22 @@ def of_layers(seen: Profile, layers: Sequence[int], spec: MapSpec) -> Solution:
     return Solution(Plan(replacements=tuple(replacement for replacement, _ in fits)), tensors)
 
 
-def searched(search: Search, likely: set[int], removed: Sequence[int]) -> Iterator[Solution]:
+def searched(search: Search, ranked: Sequence[int], removed: Sequence[int]) -> Iterator[Solution]:
     """Greedy, one layer at a time; re-solved where a solution is handed out, and on from there."""
     draft = search.start
     for count in tqdm(range(1, max(removed) + 1), "layers", disable=None):
+        gone = {r.start for r in draft.solution.plan.replacements}
+        likely = [layer for layer in ranked if layer not in gone][:5]
         sites = [s for s in search.sites(draft) if s[1] in likely]
-        found = search.best(draft, sites, finalists=2)
+        found = search.best(draft, sites, finalists=1)
         assert found is not None
         move, _, margin = found
         draft = search.draft(with_move(draft, move), draft.load - move.saving)
         search.note("take", move.replacement, draft, margin)
         print(json.dumps({"took": str(move.replacement), "divergence": draft.mean}), flush=True)
         if count in removed:
-            first = min(r.stop for r in draft.solution.plan.replacements)
-            draft = search.refit(draft, 0, first)
+            last = max(r.stop for r in draft.solution.plan.replacements)
+            draft = search.refit(draft, 0, last)
             print(json.dumps({"refits": len(draft.solution.plan.refits), "kl": draft.mean}), flush=True)
             yield search.finished(draft)
 
@@ -151,9 +153,8 @@ def main(how: Run) -> None:
             found[f"{method}/{count}"] = of_layers(seen, ranked[:count], spec)
             took[f"{method}/{count}"] = time.perf_counter() - start
     start = time.perf_counter()
-    likely = set(ranked[: len(ranked) // 2])
     search = Search(model, seen, calibration, Budget(macs=0.5))
-    for count, solution in zip(how.removed, searched(search, likely, how.removed), strict=True):
+    for count, solution in zip(how.removed, searched(search, ranked, how.removed), strict=True):
         found[f"ours/{count}"] = solution
         took[f"ours/{count}"] = time.perf_counter() - start
     slims = {key: splice_shared(model, s.plan, s.tensors) for key, s in found.items()}

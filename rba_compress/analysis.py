@@ -9,7 +9,7 @@ leak, and refuses it: replacing it would take that value away. Refusals carry th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -283,30 +283,56 @@ def _has_residual(candidate: _Candidate) -> bool:
 
 
 def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
-    """The block as a sum: stream + linear layers' outputs, or nothing where it is no such sum."""
+    """The block as a sum: stream + linear layers' outputs, or nothing where it is no such sum.
+
+    Where a LayerNorm stands behind each sum (BERT), the stream of the next sum is what it gives.
+    """
     assert member.entry is not None
     assert member.stream is not None
-    terms, wanted = [], [member.stream]
-    derived = _derived(member)
+    modules = dict(model.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    tensors = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    derived, stream = _derived(member), member.stream
+    found: list[tuple[int, Branch]] = []
+    while stream is not member.entry:
+        norm = _norm(stream, modules)
+        summed = stream.args[0].args[0] if norm else stream  # type: ignore[union-attr]
+        passed = []
+        for term in _terms(summed, derived):  # type: ignore[arg-type]
+            branch = None if term is member.entry else _branch(term, linears, tensors)
+            if branch is None:
+                passed.append(term)
+            else:
+                found.append((term.meta["index"], branch.model_copy(update={"norm": norm})))
+        if len(passed) != 1 or passed[0] is stream:
+            return ()
+        (stream,) = passed
+        if stream is not member.entry and _norm(stream, modules) is None:
+            return ()
+    return tuple(branch for _, branch in sorted(found, key=lambda pair: pair[0]))
+
+
+def _terms(summed: fx.Node, derived: set[fx.Node]) -> list[fx.Node]:
+    """The operands of additions of what comes from the stream."""
+    terms, wanted = [], [summed]
     while wanted:
         node = wanted.pop()
-        packet = packet_of(node)
-        if packet in (_aten.add, _aten.add_) and all(n in derived for n in node.args[:2]):
+        if packet_of(node) in (_aten.add, _aten.add_) and all(n in derived for n in node.args[:2]):
             wanted += node.args[:2]  # type: ignore[arg-type]
         else:
             terms.append(node)
-    if terms.count(member.entry) != 1:
-        return ()
-    modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tensors = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
-    found: list[tuple[int, Branch]] = []
-    for term in terms:
-        if term is not member.entry:
-            branch = _branch(term, modules, tensors)
-            if branch is None:
-                return ()
-            found.append((term.meta["index"], branch))
-    return tuple(branch for _, branch in sorted(found, key=lambda pair: pair[0]))
+    return terms
+
+
+def _norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module of a LayerNorm over the last axis, with a weight, that a node is the output of."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or packet_of(source) is not _aten.native_layer_norm:
+        return None
+    path = source.meta["calls"][-1].path if source.meta["calls"] else ""
+    module = modules.get(path)
+    plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    return path if plain and module.weight is not None else None  # type: ignore[union-attr]
 
 
 def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | None:

@@ -9,7 +9,7 @@ weight of theirs comes from one pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from rba_compress.recorder import evaluating
 from rba_compress.streams import Observed, attention_mask, observe
 from rba_compress.surgery import copy_model, replace_blocks
 from rba_compress.thinning import Traces, thin
+
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+"""The input and the output of each layer that was observed."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,26 @@ def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
     return scale.detach()
 
 
-def _lacking(gap: Tensor, scale: Tensor | float) -> Tensor:
-    """What a layer's output lacks, before its layer scale; nothing where the scale shuts it off."""
+def _lacking(model: nn.Module, branch: Branch, layers: Layers, gap: Tensor) -> Tensor:
+    """What the output of a branch's layer lacks for the stream behind it to move by `gap`.
+
+    Through a LayerNorm to first order: its input x by `gap` times the spread of x over its weight.
+    Nothing where a layer scale, or that weight, shuts it off.
+    """
+    scale = scale_of(model, branch)
+    if branch.norm is not None:
+        norm: Any = model.get_submodule(branch.norm)
+        given = layers[branch.norm][0]
+        gap = gap * (given.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        scale = scale * norm.weight.detach()
     if isinstance(scale, float):
         return gap
     return gap / torch.where(scale.abs() > 1e-6, scale, torch.inf)
+
+
+def observed(branches: Iterable[Branch]) -> list[str]:
+    """The layers whose inputs and outputs tell what branches lack."""
+    return [path for branch in branches for path in (branch.path, branch.norm) if path is not None]
 
 
 def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Module:
@@ -129,7 +147,7 @@ def span_rows(
     found: dict[float, SpanRows] = {}
     middles = sorted({place for span in spans for place in span if place % 1})
     paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
-    of_slim = [folds[i].path for i in targets if i in folds]
+    of_slim = observed(folds[i] for i in targets if i in folds)
     of_slim += [paths[i] for i in targets if i in paths]
     last_h = math.ceil(max(j for _, j in spans))
     last_g = math.ceil(max(targets))
@@ -149,8 +167,8 @@ def span_rows(
                 maps = Rows.of(chain, g[i], wanted, mask)
                 gaps = None
                 if i in folds:
-                    scale = scale_of(slim, folds[i])
-                    gap = torch.cat([_lacking(h[j] - g[i], scale) for j in ends], chain.axis)
+                    lacking = [_lacking(slim, folds[i], seen.layers, h[j] - g[i]) for j in ends]
+                    gap = torch.cat(lacking, chain.axis)
                     gaps = Rows.of(chain, seen.layers[folds[i].path][0], gap, mask)
                 new = SpanRows(ends, chain.width, maps, gaps)
                 found[i] = found[i] + new if i in found else new
@@ -330,8 +348,7 @@ class Walk:
         `branches` are the block's, up to the one that is asked for. What is lacking is the original
         stream behind that branch minus the stream there by now.
         """
-        paths = [branch.path for branch in branches]
-        scales = [scale_of(self.dense, branch) for branch in branches]
+        last, paths = branches[-1], observed(branches)
         total: Rows | None = None
         stop, b = self.boundary + 1, self.boundary
         dense, light = (
@@ -342,11 +359,15 @@ class Walk:
             for k, batch in enumerate(self.batches):
                 theirs, ours = dense(k).layers, light(k).layers
                 gap = self._h[k][self.index][b] - self._g[k][self.index][b]
-                for path, scale in zip(paths, scales, strict=True):
-                    gap = gap + (theirs[path][1] - ours[path][1]).reshape(gap.shape) * scale
-                mask = attention_mask(batch, self.chain)
-                lacking = _lacking(gap, scales[-1])
-                new = Rows.of(self.chain, ours[paths[-1]][0], lacking, mask)
+                if last.norm is not None:
+                    gap = theirs[last.norm][1] - ours[last.norm][1]
+                for branch in branches if last.norm is None else ():
+                    moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
+                    gap = gap + moved * scale_of(self.dense, branch)
+                lacking = _lacking(slim, last, ours, gap)
+                new = Rows.of(
+                    self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)
+                )
                 total = new if total is None else total + new
         assert total is not None
         return total

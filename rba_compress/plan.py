@@ -332,6 +332,8 @@ class Branch(Frozen):
     path: str
     scale: str | None = None
     """A parameter (d,), the layer scale."""
+    norm: str | None = None
+    """A LayerNorm that the sum goes through, where it stands behind the sum."""
 
 
 class UnitCost(Frozen):
