@@ -251,8 +251,36 @@ def _require_thinnable(model: nn.Module, replacement: Replacement, traces: Trace
         raise PlanError(f"{replacement}: {block.path} cannot be thinned: {error}") from error
 
 
+def _keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
+    """Let a kept layer take the cache index of the first one, where that is gone.
+
+    The key-value cache of a language model of transformers takes its length from the first layer of
+    each kind (`layer_types`: full or sliding attention): without that layer a cached step would take
+    every position for the first.
+    """
+    config: Any = getattr(model, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    for parent in dict.fromkeys(block.path.rpartition(".")[0] for block in gone):
+        kept: dict[int, list[Any]] = {}
+        first: dict[str, int] = {}
+        for path, module in model.named_modules():
+            index = getattr(module, "layer_idx", None)
+            if type(index) is not int or not path.startswith(f"{parent}."):
+                continue
+            kind = kinds[index] if index < len(kinds) else ""
+            first[kind] = min(index, first.get(kind, index))
+            if not any(f"{path}.".startswith(f"{block.path}.") for block in gone):
+                kept.setdefault(index, []).append(module)
+        for kind, index in first.items():
+            alike = [k for k in kept if (kinds[k] if k < len(kinds) else "") == kind]
+            if index not in kept and alike:
+                for module in kept[min(alike)]:
+                    module.layer_idx = index
+
+
 def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces) -> nn.Module:
     _check(model, plan, tensors)
+    _keep_cache_length(model, [b for r in plan.replacements if r.unit == "span" for b in r.blocks])
     built: list[tuple[Replacement, nn.Module]] = []
     for replacement in plan.replacements:
         like = next(

@@ -1,0 +1,153 @@
+"""Language models: caches, padding, bfloat16, and stock models of fewer layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rba_compress import Budget, Config, compress, load, supports
+from rba_compress.calibration import profile
+from rba_compress.drafts import fit_span, keyed
+from rba_compress.maps import MapSpec
+from rba_compress.plan import Plan
+from rba_compress.surgery import splice
+from tests.networks import seeded
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(**changes: Any) -> nn.Module:
+    return seeded(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES | changes))
+
+
+def gemma2() -> nn.Module:
+    """Layers of sliding and of full attention in turn."""
+    config = transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=6)
+    return seeded(transformers.Gemma2ForCausalLM, config)
+
+
+def ids(n: int = 2, length: int = 8, seed: int = 0) -> Tensor:
+    return torch.randint(3, 100, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def texts(samples: int = 20) -> list[dict[str, Tensor]]:
+    whole = ids(samples, 12)
+    return [{"input_ids": part} for part in whole.split(5)]
+
+
+def without(model: nn.Module, *layers: int) -> nn.Module:
+    """The model with affine maps in place of layers, as calibration fits them."""
+    seen = profile(model, texts())
+    made = [fit_span(seen.chains[0], b, b + 1, MapSpec(kind="affine", damping=0.01)) for b in layers]
+    tensors = {key: value for each in made for key, value in keyed(*each).items()}
+    return splice(model, Plan(replacements=tuple(r for r, _ in made)), tensors)
+
+
+def greedy(model: Any, prompt: Tensor, steps: int = 10) -> Tensor:
+    """Without a cache: the whole text through the model at every step."""
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(input_ids=prompt, use_cache=False).logits
+            prompt = torch.cat([prompt, logits[:, -1:].argmax(-1)], 1)
+    return prompt
+
+
+@pytest.mark.parametrize("layers", [(0,), (2,), (0, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("build", [llama, gemma2])
+def test_cached_decoding_equals_uncached(build: Any, layers: tuple[int, ...]) -> None:
+    slim: Any = without(build(), *layers)
+    prompt = ids()
+    wanted = greedy(slim, prompt)
+    how = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    for cache in (None, "static"):
+        found = slim.generate(prompt, attention_mask=mask, cache_implementation=cache, **how)
+        assert torch.equal(found, wanted), cache
+
+
+def test_left_padding_changes_nothing_of_what_is_generated() -> None:
+    slim: Any = without(llama(), 0, 2)
+    prompt = ids()
+    alone = [greedy(slim, prompt[:1, 3:]), greedy(slim, prompt[1:])]
+    padded, mask = prompt.clone(), torch.ones_like(prompt)
+    padded[0, :3], mask[0, :3] = 0, 0
+    found = slim.generate(
+        padded, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(found[0, 3:], alone[0][0])
+    assert torch.equal(found[1], alone[1][0])
+
+
+def test_the_divergence_is_of_real_tokens_alone() -> None:
+    model = llama()
+    how = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
+    plans = []
+    for junk in (5, 77):
+        loader = []
+        for batch in texts():
+            mask = torch.ones_like(batch["input_ids"])
+            mask[::2, 9:] = 0
+            loader.append({"input_ids": batch["input_ids"].masked_fill(mask == 0, junk),
+                           "attention_mask": mask})  # fmt: skip
+        result = compress(model, loader, budget=Budget(macs=0.85), config=how)
+        plans.append((str(result.plan), result.report.fidelity.divergence))
+        assert result.plan.divergence == "kl"
+        assert result.report.fidelity.agreement is not None
+    assert plans[0][0] == plans[1][0]
+    assert plans[0][1] == pytest.approx(plans[1][1], rel=1e-6)
+
+
+def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(foldable=True, swaps=0))
+    result.save(tmp_path / "stock", fold=True, hub=True)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    assert again.config.num_hidden_layers < 4
+    prompt = ids()
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    wanted = result.model.generate(prompt, attention_mask=mask, **how)  # type: ignore[operator]
+    assert torch.equal(again.generate(prompt, attention_mask=mask, **how), wanted)
+    ours = compress(
+        model, texts(), budget=Budget(macs=0.85), config=Config(maps=("shrunk",), units=("span",))
+    )
+    ours.save(tmp_path / "ours")
+    loaded: Any = load(tmp_path / "ours")
+    assert torch.equal(loaded.generate(prompt, attention_mask=mask, **how),
+                       ours.model.generate(prompt, attention_mask=mask, **how))  # type: ignore[operator]  # fmt: skip
+
+
+def test_bfloat16() -> None:
+    model = llama().to(torch.bfloat16)
+    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",), swaps=0))
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    prompt = ids()
+    slim: Any = result.model
+    found = slim.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False
+    )
+    assert found.shape[1] > prompt.shape[1]
+
+
+def test_hidden_states_are_asked_for() -> None:
+    example = {"input_ids": ids(), "output_hidden_states": True}
+    found = supports(llama(), example)
+    assert not found.chains
+    assert "LlamaDecoderLayer" in str(found)
