@@ -140,6 +140,25 @@ def main_output(output: Any) -> Tensor:
     raise ModelError(f"the model's output, a {type(output).__name__}, holds no floating-point tensor")
 
 
+def compared_outputs(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a model's output that a slim one is measured by: `logits` alone where they are
+    named so, otherwise every floating-point tensor (N, ...), those in a list (feature maps) too, and no
+    key-value cache.
+
+    Raises:
+        ModelError: the output holds no floating-point tensor.
+    """
+    main = main_output(output)
+    if isinstance(output, Mapping) and output.get("logits") is main:
+        return (main,)
+    found: list[Tensor] = []
+    tops = output.values() if isinstance(output, Mapping) else output
+    for top in tops if isinstance(tops, Iterable) and not isinstance(output, Tensor) else [output]:
+        leaves = top if isinstance(top, (tuple, list)) else [top]
+        found += [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1]
+    return tuple(found) or (main,)
+
+
 def as_batch(item: Any) -> Batch:
     """Read one item of a loader.
 

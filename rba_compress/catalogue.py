@@ -26,7 +26,7 @@ TIMM = """
     efficientformerv2_s0 efficientnet_b0 efficientnetv2_rw_t efficientvim_m1 efficientvit_b0
     efficientvit_m0 ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8
     fbnetc_100 fbnetv3_b flexivit_small focalnet_tiny_srf gcresnet33ts gcvit_xxtiny gernet_s
-    ghostnet_050 ghostnetv3_050 gmixer_12_224 gmlp_ti16_224 halo2botnet50ts_256 halonet_h1
+    ghostnet_050 ghostnetv3_050 gmixer_12_224 gmlp_ti16_224 halo2botnet50ts_256
     hardcorenas_b hgnet_tiny hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t
     inception_next_atto inception_v3 lambda_resnet26t lcnet_035 lcnetv2_small levit_128s
     lowformer_b0 mambaout_femto maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256
@@ -50,7 +50,6 @@ _SIDES = {
     "efficientformer_l1": 224,
     "eva02_tiny_patch14_224": 56,
     "halo2botnet50ts_256": 128,
-    "halonet_h1": 256,
     "inception_v3": 96,
     "tiny_vit_5m_224": 224,
 }
@@ -227,7 +226,7 @@ class Network:
                         parameter.add_(torch.randn_like(parameter), alpha=0.02)
         return model
 
-    def example(self, model: nn.Module, samples: int = 12, *, seed: int = 0) -> Any:
+    def example(self, model: nn.Module, samples: int = 6, *, seed: int = 0) -> Any:
         """A batch of random inputs, in a form that a loader may yield."""
         return self.inputs(model, samples, torch.Generator().manual_seed(seed))
 

@@ -83,7 +83,8 @@ class Judge:
         for batch, dense, output in zip(self.batches, self.dense, outputs, strict=True):
             each.append(self.criterion(dense, output, batch))
             if self.criterion.kind == "kl":
-                tally.add(dense, output, batch.labels, real_tokens(batch, dense))
+                (a, *_), (b, *_) = dense, output
+                tally.add(a, b, batch.labels, real_tokens(batch, a))
         return Judged(_finite(torch.cat(each)), tally.agreement, tally.accuracy_drop)
 
     def __call__(

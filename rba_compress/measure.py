@@ -18,7 +18,7 @@ import torch
 from scipy import stats
 from torch import Tensor, fx, nn
 
-from rba_compress.batches import Batch, as_batch, main_output
+from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
 from rba_compress.errors import ActivationError
 from rba_compress.plan import Chain, Frozen
@@ -106,11 +106,16 @@ def cost(model: nn.Module, batch: Batch) -> Cost:
 def output_kind(recording: Recording) -> Divergence:
     """`kl` where the output comes from a linear layer and is (N, classes), also where it is
     (N, T, classes) and is called `logits`; sums, means of heads and a log-softmax behind the layer do
-    not matter. `cosine` of any other (N, d), an embedding; `nse` of feature maps and all the rest.
+    not matter. `cosine` of any other (N, d), an embedding; `nse` of feature maps, of several outputs
+    and all the rest.
     """
     named = recording.outputs.items()
     logits = next((n for path, n in named if path[-1:] == ("logits",)), None)
-    node = logits or next((n for _, n in named if n.meta["dtype"].is_floating_point), None)
+    floats = [(p, n) for p, n in named if n.meta["dtype"].is_floating_point]
+    node = logits or next((n for _, n in floats), None)
+    # Feature maps at several depths, say; what lies deeper is a key-value cache.
+    if logits is None and sum(len(p) < 3 and len(n.meta["shape"]) > 1 for p, n in floats) > 1:
+        return "nse"
     wanted = (2,) if logits is None else (2, 3)
     if node is None or len(node.meta["shape"]) not in wanted or node.meta["shape"][-1] < 2:
         return "nse"
@@ -168,10 +173,10 @@ class Criterion:
 
     def kept(self, output: Any) -> Any:
         """What of a network's output is compared."""
-        return output if self.kind == "given" else main_output(output)
+        return output if self.kind == "given" else compared_outputs(output)
 
     def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
-        """The divergence of each sample, (N,) float64.
+        """The divergence of each sample, (N,) float64; of several outputs, their mean.
 
         Args:
             dense, slim: what `kept` gave.
@@ -181,7 +186,9 @@ class Criterion:
             ActivationError: a function did not give one number a sample.
         """
         if self.function is None:
-            return divergence(self.kind, dense, slim, real_tokens(batch, dense))
+            pairs = zip(dense, slim, strict=True)
+            each = [divergence(self.kind, a, b, real_tokens(batch, a)) for a, b in pairs]
+            return torch.stack(each).mean(0)
         found = self.function(dense, slim, batch)
         if not isinstance(found, Tensor) or found.shape != (len(batch),):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -269,13 +276,12 @@ def compare_outputs(
     tally, cosine = Tally(), 0.0
     diverged: list[Tensor] = []
     for dense, slim, batch in outputs:
-        a, b = (main_output(output).float().cpu() for output in (dense, slim))
-        counted = real_tokens(batch, a)
+        a, b = ([t.float().cpu() for t in compared_outputs(output)] for output in (dense, slim))
         each = how(a, b, batch) if how.function is None else how(dense, slim, batch)
         diverged.append(each.cpu())
-        cosine += float((1 - divergence("cosine", a, b, counted)).sum())
+        cosine += float((1 - Criterion("cosine")(a, b, batch)).sum())
         if how.kind == "kl":
-            tally.add(a, b, batch.labels, counted)
+            tally.add(a[0], b[0], batch.labels, real_tokens(batch, a[0]))
     each = torch.cat(diverged)
     low, high = interval(each)
     return Fidelity(
