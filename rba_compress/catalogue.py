@@ -28,7 +28,7 @@ TIMM = """
     fbnetc_100 fbnetv3_b flexivit_small focalnet_tiny_srf gcresnet33ts gcvit_xxtiny gernet_s
     ghostnet_050 ghostnetv3_050 gmixer_12_224 gmlp_ti16_224 halo2botnet50ts_256
     hardcorenas_b hgnet_tiny hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t
-    inception_next_atto inception_v3 lambda_resnet26t lcnet_035 lcnetv2_small levit_128s
+    inception_next_atto inception_v3 lcnet_035 lcnetv2_small levit_128s
     lowformer_b0 mambaout_femto maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256
     maxxvitv2_nano_rw_256 mixer_s16_224 mixnet_s mnasnet_small mobilenet_edgetpu_100
     mobilenetv2_035 mobilenetv3_large_075 mobileone_s1 mobilevit_xxs mobilevitv2_050 mvitv2_tiny

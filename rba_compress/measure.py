@@ -42,6 +42,7 @@ _PASSED = {
     _aten.mul,
     _aten._log_softmax,
 }
+_SCALED = {_aten.div, _aten.mul}
 _PRODUCTS = {_aten.addmm, _aten.mm, _aten.linear, _aten.convolution}
 
 
@@ -121,8 +122,11 @@ def output_kind(recording: Recording) -> Divergence:
         return "nse"
     other: Divergence = "cosine" if len(node.meta["shape"]) == 2 else "nse"
     while packet_of(node) in _PASSED:
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
+        source, *others = node.args
+        # Scores over a temperature are scores; a vector over its own length is a direction.
+        tensors = [n for n in others if isinstance(n, fx.Node)]
+        scaled = packet_of(node) in _SCALED and any(math.prod(n.meta["shape"]) > 1 for n in tensors)
+        if scaled or not isinstance(source, fx.Node):
             break
         node = source
     return "kl" if packet_of(node) in _PRODUCTS else other

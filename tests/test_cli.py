@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,26 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert free_directory(tmp_path / "demo") == tmp_path / "demo-3"
 
 
-def test_supports_prints_chains_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["supports", "resnet18"]) == 0
-    assert "chain layer1: 2 x BasicBlock, width 64" in capsys.readouterr().out
-    assert main(["supports", "test_vit"]) == 0
+def test_supports_prints_chains_refusals_and_the_row_of_a_network(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["supports", "nn/mlp"]) == 0
+    printed = capsys.readouterr().out
+    assert "chain 1: 4 x _Residual, width 16" in printed
+    assert "nn/mlp: 1 chains, 4 blocks, found in" in printed
+    assert "output of the same shape yes, finite yes, as by hand yes" in printed
+    assert "saved and read back bit-equal: yes" in printed
+    assert re.search(r"ONNX Runtime: \S+e-\d+ apart", printed)
+    assert main(["supports", "test_vit", "--no-onnx"]) == 0
     printed = capsys.readouterr().out
     assert "behind it the first 1 of 101 positions are read" in printed
     assert "units: span, read_out, attention_free, mlp_free, read_out_mlp" in printed
-    assert main(["supports", "vgg11"]) == 0
-    assert "no module maps a tensor to one of the same shape" in capsys.readouterr().out
+    assert "ONNX Runtime: not tried" in printed
+    assert main(["supports", "resnet1"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["supports", "ese_vovnet19b_slim_dw"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing of a VovNet can be replaced: it has no blocks in a row that each add" in printed
 
 
 @pytest.fixture

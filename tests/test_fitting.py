@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rba_compress import Budget, Plan, PlanError, compress, profile, splice
+from rba_compress import Budget, Config, Plan, PlanError, compress, load, profile, splice, supports
+from rba_compress.batches import as_batch
 from rba_compress.drafts import Site, with_move
-from rba_compress.fitting import Rows
+from rba_compress.fitting import Rows, _lacking, batch_statistics
 from rba_compress.maps import correction
 from rba_compress.moments import PairMoments
-from rba_compress.plan import Refit
+from rba_compress.plan import Branch, Refit
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
+from rba_compress.surgery import copy_model
 from tests.networks import LIGHT, Block, Chain, images, loader, seeded
 
 
@@ -209,3 +212,126 @@ def test_refits_are_spliced_and_checked() -> None:
     far = Plan(refits=(refit.model_copy(update={"path": "blocks.9.mlp.fc2"}),))
     with pytest.raises(PlanError, match="has no layer 'blocks.9.mlp.fc2' to refit"):
         splice(model, far, tensors)
+
+
+class ConvBlock(nn.Module):
+    """relu(x + bn(conv(x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn(self.conv(x)))
+
+
+def norm_net() -> nn.Sequential:
+    blocks = (ConvBlock() for _ in range(4))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), *blocks, nn.Flatten(), nn.Linear(216, 4))
+
+
+def test_batch_statistics_are_those_of_training_mode_and_of_numpy() -> None:
+    model = seeded(norm_net)
+    whole = as_batch(images(12, 8))
+    found = batch_statistics(copy_model(model), "1", [whole])
+    trained = copy_model(model)
+    for layer in trained.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+            layer.train()
+    whole.run(trained)
+    assert list(found) == ["2.bn", "3.bn", "4.bn"]  # behind the block, not in it
+    # From the first on, all is as in training mode.
+    every = batch_statistics(copy_model(model), "0", [whole])
+    n = 12 * 36
+    for name, (mean, variance) in every.items():
+        layer = trained.get_submodule(name)
+        torch.testing.assert_close(mean.float(), layer.running_mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            variance.float() * n / (n - 1), layer.running_var, rtol=1e-4, atol=1e-5
+        )
+    # Over several batches: what reaches the first one, by numpy.
+    parts = [as_batch(part) for part in images(12, 8).split(5)]
+    mean, variance = batch_statistics(copy_model(model), "0", parts)["1.bn"]
+    with torch.no_grad():
+        seen = model[1].conv(model[0](images(12, 8))).double().numpy()
+    np.testing.assert_allclose(mean, seen.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance, seen.var((0, 2, 3)), rtol=1e-6)
+
+
+def test_statistics_are_a_step_of_the_search_that_must_help(tmp_path: Any) -> None:
+    model = seeded(norm_net)
+    for layer in model.modules():  # a network whose statistics are true, as a trained one's
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.constant_(layer.bias, 1.0)  # each block moves the mean of what reaches the next
+    data = list(images(120, 8).split(20))
+    for name, (mean, variance) in batch_statistics(copy_model(model), "0", map(as_batch, data)).items():
+        layer = model.get_submodule(name)
+        layer.running_mean, layer.running_var = mean.float(), variance.float()
+    how = LIGHT.model_copy(update={"maps": ("identity",)})
+    budget, found = Budget(macs=0.6), {}
+    for on in (False, True):
+        found[on] = compress(
+            model, data, budget=budget, config=how.model_copy(update={"statistics": on})
+        )
+    plain, slim = found[False], found[True]
+    assert not plain.plan.refits
+    assert [s.action for s in slim.plan.steps].count("statistics") >= 1
+    assert slim.plan.steps[-1].divergence < plain.plan.steps[-1].divergence
+    assert "BatchNorms re-estimated" in str(slim.plan)
+    slim.save(tmp_path / "slim")
+    again = load(tmp_path / "slim", model=model)
+    assert torch.equal(again(images(2, 8)), slim.model(images(2, 8)))
+    # A later span takes the statistics of the blocks that it replaces with it.
+    for refit in slim.plan.refits:
+        assert refit.path.split(".")[0] not in {
+            b.path for r in slim.plan.replacements for b in r.blocks
+        }
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=50
+    )
+    return seeded(transformers.BertModel, config)
+
+
+def texts() -> list[dict[str, Tensor]]:
+    ids = torch.randint(3, 50, (20, 7), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": part} for part in ids.split(5)]
+
+
+def test_branches_under_a_layer_norm_behind_the_sum() -> None:
+    (chain,) = supports(bert(), texts()[0]).chains
+    found = [(b.path, b.norm) for b in chain.blocks[1].branches]
+    layer = "encoder.layer.1"
+    assert found == [
+        (f"{layer}.attention.output.dense", f"{layer}.attention.output.LayerNorm"),
+        (f"{layer}.output.dense", f"{layer}.output.LayerNorm"),
+    ]
+
+
+def test_a_small_gap_behind_a_layer_norm_is_closed() -> None:
+    norm = seeded(nn.LayerNorm, 16).double()
+    nn.init.uniform_(norm.weight, 0.5, 2, generator=torch.Generator().manual_seed(0))
+    x = 3 * torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    there = x + 1e-4 * torch.randn(
+        5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    gap = norm(there) - norm(x)
+    holder = nn.ModuleDict({"norm": norm})
+    change = _lacking(holder, Branch(path="layer", norm="norm"), {"norm": (x, norm(x))}, gap)
+    missed = norm(there) - norm(x + change)
+    assert missed.norm() < 1e-3 * gap.norm()
+
+
+def test_a_post_norm_network_folds_into_a_stock_one(tmp_path: Any) -> None:
+    model = bert()
+    how = Config(foldable=True, swaps=0)
+    result = compress(model, texts(), budget=Budget(macs=0.7), config=how)
+    result.save(tmp_path / "slim", fold=True, hub=True)
+    again = transformers.AutoModel.from_pretrained(tmp_path / "slim").eval()
+    with torch.no_grad():
+        a, b = (m(**texts()[0]).last_hidden_state for m in (result.model, again))
+    assert again.config.num_hidden_layers == 2
+    torch.testing.assert_close(a, b)

@@ -1,0 +1,168 @@
+"""Outputs of every kind: what they are compared by, and backbones that read between the blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rba_compress import ActivationError, Budget, Config, compress, supports
+from rba_compress.batches import Batch, as_batch, compared_outputs
+from rba_compress.calibration import profile
+from rba_compress.measure import Criterion, divergence, output_kind, real_tokens
+from rba_compress.recorder import record
+from tests.networks import LIGHT, Chain, images, loader, rows, seeded
+
+
+class Embedding(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
+class Maps(Chain):
+    """(N, 3) -> feature maps (N, 5, 3), as a head of a segmenter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))[:, None].expand(-1, 5, -1)
+
+
+class Pair(Chain):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits, logits.exp()
+
+
+class Named(Chain):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return {"boxes": logits.tanh(), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [(Chain, "kl"), (Named, "kl"), (Embedding, "cosine"), (Maps, "nse"), (Pair, "nse")],
+)
+def test_the_output_chooses_its_divergence(build: type[nn.Module], kind: str) -> None:
+    assert output_kind(record(seeded(build), as_batch(rows(2)))) == kind
+    result = compress(seeded(build), loader(), budget=Budget(macs=0.8), config=LIGHT)
+    assert result.plan.divergence == kind
+    assert result.report.fidelity.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        ((transformers.BertForTokenClassification, transformers.BertConfig), "kl"),
+        ((transformers.BertModel, transformers.BertConfig), "nse"),
+        ((transformers.LlamaForCausalLM, transformers.LlamaConfig), "kl"),
+    ],
+    ids=["token logits", "hidden states and a pooled one", "next tokens"],
+)
+def test_outputs_of_transformers(build: Any, kind: str) -> None:
+    config = build[1](hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+                      vocab_size=50, num_key_value_heads=2)  # fmt: skip
+    model = seeded(build[0], config)
+    ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = as_batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert output_kind(record(model, batch)) == kind
+    with torch.no_grad():
+        found = compared_outputs(batch.run(model))
+    # No key or value of a cache is among them.
+    assert len(found) == (2 if kind == "nse" else 1)
+
+
+def test_several_outputs_count_alike_and_lists_too() -> None:
+    a, b = rows(3), rows(3, seed=1)
+    first, second = divergence("nse", a, b), divergence("nse", b, a)
+    batch = Batch((a,), {}, None)
+    how = Criterion("nse")
+    torch.testing.assert_close(how(how.kept([a, b]), how.kept([b, a]), batch), (first + second) / 2)
+    assert len(compared_outputs({"maps": [a, b], "loss": torch.tensor(1.0), "last": a})) == 3
+
+
+def test_padding_is_not_compared() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = Batch((), {"attention_mask": mask}, None)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    for kind in ("kl", "nse", "cosine"):
+        found = Criterion(kind)((a,), (b,), batch)
+        for n, length in enumerate((2, 1)):
+            alone = divergence(kind, a[n : n + 1, :length], b[n : n + 1, :length])
+            torch.testing.assert_close(found[n : n + 1], alone)
+    assert real_tokens(batch, a[:, 0]) is None
+
+
+def test_cosine_equals_numpy() -> None:
+    a, b = rows(4), rows(4, seed=1)
+    x, y = a.double().numpy(), b.double().numpy()
+    expected = 1 - (x * y).sum(1) / ((x**2).sum(1) * (y**2).sum(1)) ** 0.5
+    torch.testing.assert_close(divergence("cosine", a, b), torch.from_numpy(expected))
+
+
+def test_a_function_of_ones_own_is_minimised_and_reported() -> None:
+    def first_class(dense: Tensor, slim: Tensor, batch: Batch) -> Tensor:
+        assert len(batch) == len(dense)
+        return (dense[:, 0] - slim[:, 0]).square()
+
+    model = seeded(Chain)
+    result = compress(model, loader(), budget=Budget(macs=0.8), config=LIGHT, divergence=first_class)
+    assert result.plan.divergence == "given"
+    held = list(result.profile.split(loader()).part("confirm"))
+    with torch.no_grad():
+        each = [first_class(b.run(model), b.run(result.model), b) for b in held]
+    assert result.report.fidelity.divergence == pytest.approx(float(torch.cat(each).mean()), rel=1e-5)
+    assert "divergence" in result.report.table()
+
+
+def test_a_function_that_gives_no_number_a_sample_is_named() -> None:
+    with pytest.raises(ActivationError, match=r"gave \(\) for \d+ samples: return a tensor \(N,\)"):
+        compress(seeded(Chain), loader(), config=LIGHT, divergence=lambda a, b, _: (a - b).mean())
+    with pytest.raises(ActivationError, match="gave float for"):
+        compress(seeded(Chain), loader(), config=LIGHT, divergence=lambda *_: 0.5)  # type: ignore[arg-type, return-value]
+
+
+def test_backbones_keep_what_they_read_between_the_blocks() -> None:
+    arguments: dict[str, Any] = {"img_size": 32, "depth": 6, "embed_dim": 48, "num_heads": 3}
+    model = seeded(
+        timm.create_model, "vit_tiny_patch16_224", features_only=True, out_indices=(2, 5), **arguments
+    )
+    chains = supports(model, images(4)).chains
+    # A map that is handed out parts the chain: none of its spans passes over it.
+    assert [[b.path[-1] for b in c.blocks] for c in chains] == [["0", "1", "2"], ["3", "4", "5"]]
+    result = compress(model, list(images(20).split(5)), budget=Budget(macs=0.85), config=LIGHT)
+    dense, slim = (m(images(2)) for m in (model, result.model))
+    assert [t.shape for t in dense] == [t.shape for t in slim]
+    assert result.plan.divergence == "nse"
+
+
+def test_feature_maps_of_a_pyramid() -> None:
+    model = seeded(timm.create_model, "resnet34", features_only=True)
+    chains = supports(model, images(4)).chains
+    assert [(c.name, len(c)) for c in chains] == [
+        ("layer1", 3), ("layer2", 3), ("layer3", 5), ("layer4", 2)
+    ]  # fmt: skip
+    seen = profile(model, list(images(10).split(5)), config=Config(window=1))
+    assert seen.criterion.kind == "nse"
+
+
+class Intermediates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=48, num_heads=3
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        return self.vit.forward_intermediates(x, indices=[0, 1, 2, 3], intermediates_only=True)
+
+
+def test_a_network_that_hands_out_every_block_is_refused_by_name() -> None:
+    found = supports(seeded(Intermediates), images(4))
+    assert not found.chains
+    assert "vit.blocks.0" in str(found)
+    assert "not read by one next module" in str(found)
