@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rba_compress import Budget, Config, Plan, PlanError, compress, load, profile, splice, supports
+from rba_compress import Budget, Config, Plan, PlanError, compress, profile, splice, supports
 from rba_compress.batches import as_batch
 from rba_compress.drafts import Site, with_move
 from rba_compress.fitting import Rows, _lacking, batch_statistics
@@ -259,7 +260,7 @@ def test_batch_statistics_are_those_of_training_mode_and_of_numpy() -> None:
     np.testing.assert_allclose(variance, seen.var((0, 2, 3)), rtol=1e-6)
 
 
-def test_statistics_are_a_step_of_the_search_that_must_help(tmp_path: Any) -> None:
+def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     model = seeded(norm_net)
     for layer in model.modules():  # a network whose statistics are true, as a trained one's
         if isinstance(layer, nn.BatchNorm2d):
@@ -268,25 +269,31 @@ def test_statistics_are_a_step_of_the_search_that_must_help(tmp_path: Any) -> No
     for name, (mean, variance) in batch_statistics(copy_model(model), "0", map(as_batch, data)).items():
         layer = model.get_submodule(name)
         layer.running_mean, layer.running_var = mean.float(), variance.float()
-    how = LIGHT.model_copy(update={"maps": ("identity",)})
-    budget, found = Budget(macs=0.6), {}
-    for on in (False, True):
-        found[on] = compress(
-            model, data, budget=budget, config=how.model_copy(update={"statistics": on})
-        )
-    plain, slim = found[False], found[True]
-    assert not plain.plan.refits
-    assert [s.action for s in slim.plan.steps].count("statistics") >= 1
-    assert slim.plan.steps[-1].divergence < plain.plan.steps[-1].divergence
-    assert "BatchNorms re-estimated" in str(slim.plan)
-    slim.save(tmp_path / "slim")
-    again = load(tmp_path / "slim", model=model)
-    assert torch.equal(again(images(2, 8)), slim.model(images(2, 8)))
-    # A later span takes the statistics of the blocks that it replaces with it.
-    for refit in slim.plan.refits:
-        assert refit.path.split(".")[0] not in {
-            b.path for r in slim.plan.replacements for b in r.blocks
-        }
+    how = Config(maps=("identity",), units=("span",), refit_steps=(1.0,))
+    seen = profile(model, data, config=how)
+    search = Search(model, seen, data, Budget(macs=0.5))
+    (move,) = search.fitter.moves(search.start, [(0, 0, 1, "span")])
+    draft = search.draft(with_move(search.start, move), search.start.load - move.saving)
+    better = search.statistics(draft)
+    assert better.mean < 0.9 * draft.mean
+    assert search.steps[-1].action == "statistics"
+    plan = better.solution.plan
+    assert [r.path for r in plan.refits] == ["2.bn", "3.bn", "4.bn"]
+    assert str(plan).endswith("BatchNorms re-estimated: 3")
+    # The tensors alone rebuild the network, and the original keeps its own.
+    slim = splice(model, Plan.model_validate_json(plan.model_dump_json()), better.solution.tensors)
+    assert torch.equal(search.fitter.slim(better.solution)(data[0]), slim(data[0]))
+    assert not torch.equal(slim.get_submodule("2.bn").running_mean, model[2].bn.running_mean)
+    # Re-estimated again, they are as good: what does not help is not taken.
+    assert search.statistics(better) is better
+    # A span takes the statistics of the blocks that it replaces with it.
+    (further,) = search.fitter.moves(better, [(0, 2, 3, "span")])
+    left = with_move(better, further)
+    assert [r.path for r in left.plan.refits] == ["2.bn", "4.bn"]
+    assert not any(key.startswith("3.bn.") for key in left.tensors)
+    without = replace(better.solution, tensors={})
+    with pytest.raises(PlanError, match="2.bn re-estimated .*is missing"):
+        splice(model, without.plan, without.tensors)
 
 
 def bert() -> nn.Module:

@@ -1,0 +1,229 @@
+"""Claim: without a layer or two of six, a sentence encoder keeps its similarities.
+
+all-MiniLM-L6-v2 through transformers, calibrated on sentences of WikiText-2's calibration part with
+their attention mask, measured on sentences of its test part: the cosine of each embedding (mean of
+the real tokens' last hidden states, normalised) to the dense one, and Spearman's correlation of all
+pairwise similarities. The divergence of the search is a function: one minus the cosine of the
+embeddings.
+
+    skip     the layer whose skipping raises the held-out divergence least, then the next
+    linear   a plain least-squares map in place of each of those layers (RBA, arXiv 2410.04941)
+    ours     a search with shrunk maps, kept layers re-solved
+    stock    a search for what folds: a BertModel of fewer layers, which is written, read back by
+             `AutoModel` and by sentence-transformers, and measured as they read it
+
+`python -m benchmarks.sentences` writes `benchmarks/results/sentences.jsonl` and its table.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from benchmarks.real_data import minilm, wikitext2
+from rba_compress import Budget, Config, profile, search
+from rba_compress.artifact import write_artifact
+from rba_compress.batches import Batch
+from rba_compress.calibration import Profile
+from rba_compress.drafts import Solution, fit_span, keyed
+from rba_compress.maps import MapSpec
+from rba_compress.measure import cost
+from rba_compress.plan import Plan
+from rba_compress.planner import Search
+from rba_compress.surgery import splice_shared
+
+RESULTS = Path(__file__).parent / "results"
+BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}
+
+
+@dataclass
+class Run:
+    """What to measure."""
+
+    calibration: int = 600
+    """Sentences; half of them to fit on, two fifths to choose on."""
+    test: int = 600
+    batch_size: int = 20
+    out: Path = RESULTS / "sentences.jsonl"
+
+
+def encoder() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
+
+
+def sentences(split: str, count: int) -> list[str]:
+    """Sentences of 8 to 60 words, spread over a part of WikiText-2."""
+    whole = (s.replace(" @-@ ", "-") for line in wikitext2(split) for s in line.split(" . "))
+    fit = [s.replace("<unk>", "[UNK]") for s in whole if 8 <= len(s.split()) <= 60]
+    return [fit[k * len(fit) // count] for k in range(count)]
+
+
+def loader(tokenizer: Any, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches with an attention mask, each padded to its longest sentence."""
+    parts = (list(texts[k : k + batch_size]) for k in range(0, len(texts), batch_size))
+    return [dict(tokenizer(p, padding=True, truncation=True, return_tensors="pt")) for p in parts]
+
+
+def embedding(output: Any, mask: Tensor) -> Tensor:
+    """(N, d): the mean of the real tokens' last hidden states, normalised."""
+    weight = mask[..., None].to(output.last_hidden_state)
+    mean = (output.last_hidden_state * weight).sum(1) / weight.sum(1)
+    return nn.functional.normalize(mean, dim=-1)
+
+
+def embedding_divergence(dense: Any, slim: Any, batch: Batch) -> Tensor:
+    """One minus the cosine of the two networks' embeddings, (N,)."""
+    mask = batch.kwargs["attention_mask"]
+    return 1 - (embedding(dense, mask) * embedding(slim, mask)).sum(-1)
+
+
+@torch.no_grad()
+def embeddings(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Of every sentence, (sentences, d)."""
+    return torch.cat([embedding(model(**batch), batch["attention_mask"]) for batch in batches])
+
+
+def fidelity(dense: Tensor, slim: Tensor) -> dict[str, float]:
+    """Mean cosine of the embeddings, and Spearman's correlation of all pairwise similarities."""
+    upper = torch.triu_indices(len(dense), len(dense), 1)
+    pairs = [(e @ e.T)[upper[0], upper[1]].numpy() for e in (dense, slim)]
+    cosine = float((dense * slim).sum(-1).mean())
+    return {"cosine": round(cosine, 4), "spearman": round(float(spearmanr(*pairs)[0]), 4)}
+
+
+def baselines(model: nn.Module, seen: Profile, calibration: Any) -> Iterator[tuple[str, Solution]]:
+    """The layers that are best skipped, one and two of them, skipped and mapped."""
+    finder = Search(model, seen, calibration, Budget(macs=0.5))
+    layers: list[int] = []
+    for _ in range(2):
+        trials = [sorted([*layers, b]) for b in range(len(seen.chains[0].chain)) if b not in layers]
+        layers = min(
+            trials, key=lambda trial: finder.draft(skipped(seen, trial), finder.start.load).mean
+        )
+        for method, spec in BASELINES.items():
+            yield method, skipped(seen, layers, spec)
+
+
+def skipped(seen: Profile, layers: Sequence[int], spec: MapSpec = BASELINES["skip"]) -> Solution:
+    """Layers, each replaced by a map that is fitted on the original streams."""
+    made = [fit_span(seen.chains[0], layer, layer + 1, spec) for layer in layers]
+    tensors = {key: value for each in made for key, value in keyed(*each).items()}
+    return Solution(Plan(replacements=tuple(replacement for replacement, _ in made)), tensors)
+
+
+def write_stock(slim: nn.Module, solution: Solution, seen: Profile, directory: Path) -> None:
+    """The slim encoder as a directory that transformers and sentence-transformers read."""
+    write_artifact(
+        slim,
+        solution.plan,
+        directory,
+        example=seen.example,
+        dense_weights=seen.weights,
+        fold=True,
+        hub=True,
+    )
+    shutil.copytree(
+        minilm(),
+        directory,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("model.safetensors", "config.json", "README.md", ".git*"),
+    )
+
+
+def as_stock(
+    slim: nn.Module, solution: Solution, seen: Profile, test: Any, texts: Sequence[str]
+) -> Tensor:
+    """Its embeddings, as transformers and sentence-transformers read them from a directory."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "stock"
+        write_stock(slim, solution, seen, directory)
+        found = embeddings(AutoModel.from_pretrained(directory).eval(), test)
+        theirs = SentenceTransformer(str(directory), device="cpu").encode(
+            list(texts), convert_to_tensor=True, batch_size=len(test[0]["input_ids"])
+        )
+    torch.testing.assert_close(theirs, found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings(slim, test), found, rtol=1e-4, atol=1e-4)
+    return found
+
+
+def main(how: Run) -> None:
+    """Print a JSON line for each method and number of layers."""
+    model, tokenizer = encoder()
+    calibration = loader(tokenizer, sentences("calibration", how.calibration), how.batch_size)
+    texts = sentences("test", how.test)
+    test = loader(tokenizer, texts, how.batch_size)
+    dense = embeddings(model, test)
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, solution: Solution, seen: Profile) -> None:
+        slim = splice_shared(model, solution.plan, solution.tensors)
+        stock = method == "stock"
+        found = as_stock(slim, solution, seen, test, texts) if stock else embeddings(slim, test)
+        spent = cost(slim, seen.example)
+        rows.append(
+            {
+                "method": method,
+                "removed": sum(r.stop - r.start for r in solution.plan.replacements),
+                **fidelity(dense, found),
+                "macs_kept": round(spent.macs / seen.dense.macs, 4),
+                "params_kept": round(spent.params / seen.dense.params, 4),
+                "plan": str(solution.plan),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+
+    searches = {
+        "ours": Config(units=("span",), window=1),
+        "stock": Config(foldable=True, window=1),
+    }
+    for method, config in searches.items():
+        seen = profile(model, calibration, config=config, divergence=embedding_divergence)
+        if method == "ours":
+            for name, solution in baselines(model, seen, calibration):
+                add(name, solution, seen)
+        found = search(model, seen, calibration, budget=Budget(macs=0.705))
+        for point in found.points[:2]:
+            add(method, point, seen)
+    how.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    how.out.with_suffix(".md").write_text(table(rows, how))
+
+
+def table(rows: Sequence[dict[str, Any]], how: Run) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# all-MiniLM-L6-v2, one and two of six layers taken away",
+        "",
+        f"{how.calibration} sentences of WikiText-2's calibration part, measured on {how.test} of its "
+        "test part: cosine of the embeddings to the dense ones, Spearman's correlation of all pairwise "
+        "similarities. A stock model is measured as `AutoModel` reads it, and sentence-transformers "
+        "gives the same.",
+        "",
+        "| layers removed | method | cosine | Spearman | MACs kept | parameters kept | plan |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['removed']} | {r['method']} | {r['cosine']:.3f} | {r['spearman']:.3f} "
+        f"| {r['macs_kept']:.3f} | {r['params_kept']:.3f} | {r['plan']} |"
+        for r in sorted(rows, key=lambda r: r["removed"])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))
