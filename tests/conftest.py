@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from torch import Tensor, nn
 
 from rba_compress import Budget, Result, compress
 from rba_compress.digits import Split, batches, digits_data, digits_model
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; so do the processes that they start.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

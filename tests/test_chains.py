@@ -166,6 +166,18 @@ class AskingOnce(Chain):
         return super().forward(x) * (self.blocks[1].up.weight.shape[0] / 16)
 
 
+class Windowed(Block):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.attn = nn.Linear(width, width)
+        self.attn.window_size = (2, 2)  # type: ignore[assignment]
+
+
+class AskingWindows(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.blocks[1].attn.window_size[0]
+
+
 class RandomNet(Chain):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + torch.rand(1))
@@ -204,6 +216,7 @@ def shared_with_head() -> nn.Module:
         (seeded(Chain, block=Plain), "no addition inside it has two operands that come from the stream"),
         (seeded(Chain, block=Writing), "changes its input in place"),
         (seeded(AskingOnce), "the code around it reads its attribute 'up'"),
+        (seeded(AskingWindows, block=Windowed), r"\(Windowed\): the code around it reads .* 'attn'"),
         (seeded(RandomNet), "two runs on the same batch differ: is it random in eval mode"),
     ],
 )  # fmt: skip
