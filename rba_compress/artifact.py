@@ -45,7 +45,7 @@ from rba_compress.report import Report
 from rba_compress.surgery import copy_model, splice
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
-SCHEMA = 3
+SCHEMA = 4
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
@@ -258,7 +258,7 @@ def rebuilt(
 def read_manifest(root: Path) -> Manifest:
     """plan.json of an artefact.
 
-    Schemas 1 and 2 are read as they are; what they lack has a default.
+    Schemas 1 to 3 are read as they are; what they lack has a default.
 
     Raises:
         ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.

@@ -187,7 +187,7 @@ class Fitter:
         """
         slim = self.slim(solution)
         found = batch_statistics(slim, path, self.batches)
-        self.samples += self.held
+        self.samples += self.held if found else 0
         before = [r for r in solution.plan.refits if r.statistics]
         for step in sorted(self.config.refit_steps) if found else ():
             tensors, refits = {}, []
