@@ -72,6 +72,7 @@ def totals(rows: Sequence[Row]) -> dict[str, float]:
         "wrong": sum(not row.right for row in rows),
         "reloaded_bit_equal": sum(row.reloaded is True for row in rows),
         "onnx": sum(row.onnx is not None for row in rows),
+        "onnx_fixed": sum(row.onnx_fixed for row in rows),
         "onnx_worst": max((row.onnx for row in rows if row.onnx is not None), default=0.0),
         "onnx_refused": sum(bool(row.onnx_error) for row in rows),
         "onnx_refused_dense_too": sum(bool(row.dense_onnx_error) for row in rows),
@@ -94,14 +95,15 @@ def table(rows: Sequence[Row]) -> str:
         "- as by hand: the output is, bit for bit, what the dense network gives with the map's value "
         "put in place of the block's by a hook",
         "- reloaded: saved, read back, and the output is the same bit for bit",
-        "- ONNX: the largest difference of ONNX Runtime's outputs, relative to the largest output",
+        "- ONNX: the largest difference of ONNX Runtime's outputs, relative to the largest output; "
+        "fixed: of one batch size, for the exporter gives no file of any",
         "",
         "| network | chains | blocks | found in | same shape, finite | as by hand | reloaded | ONNX |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     marks = {True: "yes", False: "NO", None: ""}
     for r in rows:
-        parity = "" if r.onnx is None else f"{r.onnx:.0e}"
+        parity = "" if r.onnx is None else f"{r.onnx:.0e}{', fixed' if r.onnx_fixed else ''}"
         if r.onnx_error:
             parity = "refused, as the dense one" if r.dense_onnx_error else "refused"
         shape = marks[None if r.shape_kept is None else r.shape_kept and bool(r.finite)]

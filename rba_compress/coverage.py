@@ -53,6 +53,8 @@ class Row(Frozen):
     """Whether the saved network, read back, gives the same outputs bit for bit."""
     onnx: float | None = None
     """Largest difference of ONNX Runtime's outputs, relative to the largest output."""
+    onnx_fixed: bool = False
+    """Whether the file is of the batch's own shape alone: none of any batch size could be had."""
     onnx_error: str = ""
     """Why there is no ONNX file."""
     dense_onnx_error: str | None = None
@@ -71,6 +73,7 @@ class Row(Frozen):
             return f"{found}; {self.refusal}"
         said = {None: "not tried", True: "yes", False: "NO"}
         parity = self.onnx_error or ("not tried" if self.onnx is None else f"{self.onnx:.1e} apart")
+        parity += ", of this batch size alone" if self.onnx_fixed else ""
         return (
             f"{found}\n{self.span}: output of the same shape {said[self.shape_kept]}, finite "
             f"{said[self.finite]}, as by hand {said[self.by_hand]}\nsaved and read back bit-equal: "
@@ -134,16 +137,23 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
 
 def _exported(slim: nn.Module, dense: nn.Module, root: Path, batch: Batch) -> dict[str, Any]:
     example = (*batch.args, batch.kwargs)[0]
+
+    def export(model: nn.Module, dynamic: bool) -> float:
+        path = root / f"{id(model)}-{dynamic}" / "model.onnx"
+        path.parent.mkdir()
+        found = export_onnx(model, path, example, dynamic=dynamic, seconds=0)
+        return max(parity.max_rel for parity in found.parity)
+
+    result: dict[str, Any] = {}
+    for dynamic in (True, False):
+        try:
+            return {"onnx": export(slim, dynamic), "onnx_fixed": not dynamic}
+        except ExportError as error:
+            result = {"onnx_error": str(error)}
     try:
-        found = export_onnx(slim, root / "slim.onnx", example, seconds=0)
+        export(dense, dynamic=False)
     except ExportError as error:
-        result = {"onnx_error": str(error)}
-    else:
-        return {"onnx": max(parity.max_rel for parity in found.parity)}
-    try:
-        export_onnx(dense, root / "dense.onnx", example, seconds=0)
-    except ExportError as error:
-        return result | {"dense_onnx_error": str(error)}
+        result["dense_onnx_error"] = str(error)
     return result
 
 
