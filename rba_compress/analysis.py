@@ -307,7 +307,7 @@ def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
         if len(passed) != 1 or passed[0] is stream:
             return ()
         (stream,) = passed
-        if stream is not member.entry and _norm(stream, modules) is None:
+        if stream is not member.entry and (norm is None or _norm(stream, modules) is None):
             return ()
     return tuple(branch for _, branch in sorted(found, key=lambda pair: pair[0]))
 

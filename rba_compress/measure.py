@@ -162,7 +162,7 @@ def divergence(kind: Divergence, dense: Tensor, slim: Tensor, counted: Tensor | 
 def _token_kl(dense: Tensor, slim: Tensor) -> Tensor:
     """KL(dense || slim) over the last dimension, in float64.
 
-    Over a vocabulary in float32: there float64 takes as long as the network, and the sum is good to 1e-6.
+    Over a vocabulary in float32, good to 1e-6: there float64 takes as long as the network.
     """
     wide = torch.float32 if dense.shape[-1] > 4096 else torch.float64
     log_p, log_q = dense.to(wide).log_softmax(-1), slim.to(wide).log_softmax(-1)
