@@ -342,3 +342,19 @@ def test_a_post_norm_network_folds_into_a_stock_one(tmp_path: Any) -> None:
         a, b = (m(**texts()[0]).last_hidden_state for m in (result.model, again))
     assert again.config.num_hidden_layers == 2
     torch.testing.assert_close(a, b)
+
+
+class HalfNormed(Block):
+    """LN(x) + W2 relu(W1 x): the stream is normed before the sum, and no branch can be told apart."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.down(torch.relu(self.up(x)))
+
+
+def test_a_stream_that_is_normed_before_the_sum_has_no_branches() -> None:
+    (chain,) = supports(seeded(Chain, block=HalfNormed), loader()[0]).chains
+    assert [b.branches for b in chain.blocks] == [()] * 4
