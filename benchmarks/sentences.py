@@ -135,11 +135,13 @@ def write_stock(slim: nn.Module, solution: Solution, seen: Profile, directory: P
         fold=True,
         hub=True,
     )
+    # The tokenizer, and how sentence-transformers pools; of the files at the root, ours stay.
+    written = {path.name for path in directory.iterdir()}
     shutil.copytree(
         minilm(),
         directory,
         dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("model.safetensors", "config.json", "README.md", ".git*"),
+        ignore=lambda folder, _: written if Path(folder) == minilm() else (),
     )
 
 
