@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rba_compress.artifact import WEIGHTS, load, read_manifest, versions
 from rba_compress.batches import Batch, as_batch
@@ -309,12 +310,21 @@ def _write_onnx(
 ) -> Weight:
     import onnx
 
-    try:
-        exported = torch.onnx.export(
+    def export() -> Any:
+        return torch.onnx.export(
             program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
         )
-    except Exception as error:
-        raise ExportError(_lacking(program, error)) from error
+
+    try:
+        exported = export()
+    except Exception as error:  # noqa: BLE001  the exporter raises what it meets
+        try:
+            # Taken apart, attention with a bias has other strides than it was traced with, and views of
+            # it fail; its plain form has not.
+            with sdpa_kernel(SDPBackend.MATH):
+                exported = export()
+        except Exception:  # noqa: BLE001
+            raise ExportError(_lacking(program, error)) from error
     assert exported is not None
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(file, external_data=size > EXTERNAL)
@@ -329,7 +339,10 @@ def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
     """What the exporter stumbled over: the operation, and the module that it comes from."""
     found = re.search(r"op='([\w.:]+)'", str(error))
     if found is None:
-        return f"torch.onnx cannot export the network: {error}"
+        # Of a page of advice, the exception that is summed up; without the terminal's colours.
+        text = re.sub(r"\x1b\[\d+m", "", str(error))
+        _, _, summary = text.rpartition("## Exception summary")
+        return f"torch.onnx cannot export the network: {summary.strip().splitlines()[0]}"
     name = found[1]
     for node in program.run_decompositions().graph.nodes:
         if str(node.target).startswith(name):
