@@ -162,9 +162,22 @@ def _export(
             _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
     with _beside(target) as folder:
 
-        def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
+        def write(net: nn.Module, file: Path) -> Weight:
             program = _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
-            return _write(kind, program, names, file), open_file(kind, file)
+            return _write(kind, program, names, file)
+
+        def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
+            try:
+                weight = write(net, file)
+            except ExportError as error:
+                # Taken apart, attention with a bias has other strides than it was traced with, and
+                # views of it fail: not in its plain form.
+                try:
+                    with sdpa_kernel(SDPBackend.MATH):
+                        weight = write(net, file)
+                except ExportError:
+                    raise error from None
+            return weight, open_file(kind, file)
 
         slim, runner = written(network, folder / target.name)
         parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
@@ -310,21 +323,12 @@ def _write_onnx(
 ) -> Weight:
     import onnx
 
-    def export() -> Any:
-        return torch.onnx.export(
+    try:
+        exported = torch.onnx.export(
             program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
         )
-
-    try:
-        exported = export()
-    except Exception as error:  # noqa: BLE001  the exporter raises what it meets
-        try:
-            # Taken apart, attention with a bias has other strides than it was traced with, and views of
-            # it fail; its plain form has not.
-            with sdpa_kernel(SDPBackend.MATH):
-                exported = export()
-        except Exception:  # noqa: BLE001
-            raise ExportError(_lacking(program, error)) from error
+    except Exception as error:
+        raise ExportError(_lacking(program, error)) from error
     assert exported is not None
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(file, external_data=size > EXTERNAL)
