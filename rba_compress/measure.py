@@ -381,18 +381,22 @@ def benchmark(
 def block_times(
     model: nn.Module, chains: Sequence[Chain], batch: Batch, *, passes: int = 7
 ) -> list[list[float]]:
-    """Of each chain, the shares of its blocks in the network's time: medians over passes."""
+    """Of each chain, the shares of its blocks in the network's time.
+
+    Both are the least over passes: what else the machine does adds to a time, and takes from none.
+    """
     moved, clock = batch.to(model), _clock(model)
     runs: list[list[list[float]]] = []
+    wholes: list[float] = []
     with evaluating(model):
         for _ in range(passes + 1):
             start = clock()
             reached = observe(model, chains, moved, clock=clock).times
-            whole = clock() - start
-            runs.append([[(at[b + 1] - at[b]) / whole for b in range(len(at) - 1)] for at in reached])
-    warm = runs[1:]
+            wholes.append(clock() - start)
+            runs.append([[at[b + 1] - at[b] for b in range(len(at) - 1)] for at in reached])
+    warm, least = runs[1:], min(wholes[1:])
     return [
-        [statistics.median(run[c][b] for run in warm) for b in range(len(chain))]
+        [min(run[c][b] for run in warm) / least for b in range(len(chain))]
         for c, chain in enumerate(chains)
     ]
 
