@@ -33,7 +33,7 @@ from benchmarks.real_data import smollm2, wikitext2
 from rba_compress import Budget, Config, profile
 from rba_compress.batches import as_batch
 from rba_compress.calibration import Profile
-from rba_compress.drafts import Solution, fit_span, keyed, with_move
+from rba_compress.drafts import Solution, fit_spans, with_move
 from rba_compress.maps import MapSpec
 from rba_compress.measure import cost, divergence
 from rba_compress.plan import Plan
@@ -73,13 +73,6 @@ def influence(seen: Profile) -> list[int]:
     """The layers, the most alike in input and output first."""
     cosines = seen.chains[0].similarity("cosine").diagonal(1)
     return [int(layer) for layer in cosines.argsort(descending=True)]
-
-
-def of_layers(seen: Profile, layers: Sequence[int], spec: MapSpec) -> Solution:
-    """A map, fitted on the original streams, in place of each layer."""
-    fits = [fit_span(seen.chains[0], layer, layer + 1, spec) for layer in sorted(layers)]
-    tensors = {key: value for made in fits for key, value in keyed(*made).items()}
-    return Solution(Plan(replacements=tuple(replacement for replacement, _ in fits)), tensors)
 
 
 def searched(search: Search, ranked: Sequence[int], removed: Sequence[int]) -> Iterator[Solution]:
@@ -144,15 +137,15 @@ def main(how: Run) -> None:
         refit_steps=(1.0,),
         window=1,
     )
-    start = time.perf_counter()
     seen = profile(model, calibration, config=config)
-    took = {"profile": time.perf_counter() - start}
+    took: dict[str, float] = {}
     ranked = influence(seen)
     found: dict[str, Solution] = {"dense/0": Solution(Plan(), {})}
     for count in how.removed:
         for method, spec in BASELINES.items():
             start = time.perf_counter()
-            found[f"{method}/{count}"] = of_layers(seen, ranked[:count], spec)
+            spans = [(layer, layer + 1) for layer in sorted(ranked[:count])]
+            found[f"{method}/{count}"] = fit_spans(seen.chains[0], spans, spec)
             took[f"{method}/{count}"] = time.perf_counter() - start
     start = time.perf_counter()
     search = Search(model, seen, calibration, Budget(macs=0.5))

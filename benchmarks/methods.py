@@ -46,7 +46,7 @@ from rba_compress import Budget, Config, profile, search
 from rba_compress.batches import Batch, main_output, read
 from rba_compress.calibration import Profile
 from rba_compress.digits import batches, digits_data, digits_model
-from rba_compress.drafts import Site, Solution, fit_span, keyed, with_move
+from rba_compress.drafts import Site, Solution, fit_spans, with_move
 from rba_compress.maps import MapSpec, fit_map, map_macs
 from rba_compress.measure import cost, divergence, interval
 from rba_compress.moments import PairMoments
@@ -136,8 +136,7 @@ class Bench:
     def mapped(self, span: tuple[int, int, int], spec: MapSpec) -> Solution:
         """One map over one span, fitted on the dense streams."""
         c, start, stop = span
-        replacement, fit = fit_span(self.seen.chains[c], start, stop, spec)
-        return Solution(Plan(replacements=(replacement,)), keyed(replacement, fit))
+        return fit_spans(self.seen.chains[c], [(start, stop)], spec)
 
     def most_alike(self, metric: Metric, blocks: int, *, first: int = 0) -> tuple[int, int, int] | None:
         """The span whose ends are most alike."""

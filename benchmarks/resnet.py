@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.real_data import cifar10, resnet20
 from rba_compress import Budget, Config, profile, search
 from rba_compress.batches import Batch, as_batch
-from rba_compress.drafts import Draft, Solution, with_move
+from rba_compress.drafts import Solution, with_move
 from rba_compress.measure import cost, fidelity
 from rba_compress.planner import Search
 from rba_compress.surgery import splice_shared
@@ -63,11 +63,7 @@ def single_blocks(search: Search) -> Iterator[tuple[str, str, Solution]]:
                 ]
                 best = min(judged, key=lambda d: d.mean)
                 yield block.path, method, best.solution
-                yield block.path, f"{method}, re-estimated", _renormed(search, best).solution
-
-
-def _renormed(search: Search, draft: Draft) -> Draft:
-    return search.statistics(search.draft(draft.solution, draft.load))
+                yield block.path, f"{method}, re-estimated", search.statistics(best).solution
 
 
 def main(how: Run) -> None:

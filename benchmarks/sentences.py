@@ -35,10 +35,9 @@ from rba_compress import Budget, Config, profile, search
 from rba_compress.artifact import write_artifact
 from rba_compress.batches import Batch
 from rba_compress.calibration import Profile
-from rba_compress.drafts import Solution, fit_span, keyed
+from rba_compress.drafts import Solution, fit_spans
 from rba_compress.maps import MapSpec
 from rba_compress.measure import cost
-from rba_compress.plan import Plan
 from rba_compress.planner import Search
 from rba_compress.surgery import splice_shared
 
@@ -119,9 +118,7 @@ def baselines(model: nn.Module, seen: Profile, calibration: Any) -> Iterator[tup
 
 def skipped(seen: Profile, layers: Sequence[int], spec: MapSpec = BASELINES["skip"]) -> Solution:
     """Layers, each replaced by a map that is fitted on the original streams."""
-    made = [fit_span(seen.chains[0], layer, layer + 1, spec) for layer in layers]
-    tensors = {key: value for each in made for key, value in keyed(*each).items()}
-    return Solution(Plan(replacements=tuple(replacement for replacement, _ in made)), tensors)
+    return fit_spans(seen.chains[0], [(layer, layer + 1) for layer in layers], spec)
 
 
 def write_stock(slim: nn.Module, solution: Solution, seen: Profile, directory: Path) -> None:

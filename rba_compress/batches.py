@@ -80,6 +80,15 @@ class Batch:
         """Whether a tensor of the batch may hold sequences: token ids (N, T), or a mask beside them."""
         return value.ndim == 2 and len(value) == len(self) and not value.is_floating_point()
 
+    def padding(self, *, decoder: bool = False) -> Tensor | None:
+        """The mask (N, T) of text, true at real tokens; None where there is none.
+
+        `decoder`: of what a decoder reads, where that has an input of its own.
+        """
+        own = decoder and "decoder_input_ids" in self.kwargs
+        mask = self.kwargs.get("decoder_attention_mask" if own else "attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     @property
     def length(self) -> int | None:
         """Of its sequences; None where there are none, or some of another length."""

@@ -76,104 +76,104 @@ _SEQ2SEQ = {
 }
 
 _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    # name: what it reads, class, fields of its config
-    "albert": ("text", "AlbertModel", {"model_type": "albert", **_TEXT, "embedding_size": 16}),
-    "bert": ("text", "BertModel", {"model_type": "bert", **_TEXT}),
-    "deberta-v2": ("text", "DebertaV2Model", {"model_type": "deberta-v2", **_TEXT}),
+    # model type: what it reads, class, other fields of its config
+    "albert": ("text", "AlbertModel", {**_TEXT, "embedding_size": 16}),
+    "bert": ("text", "BertModel", _TEXT),
+    "deberta-v2": ("text", "DebertaV2Model", _TEXT),
     "distilbert": (
         "text",
         "DistilBertModel",
-        {"model_type": "distilbert", "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64},
+        {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64},
     ),
-    "electra": ("text", "ElectraModel", {"model_type": "electra", **_TEXT, "embedding_size": 32}),
+    "electra": ("text", "ElectraModel", {**_TEXT, "embedding_size": 32}),
     "modernbert": (
         "text",
         "ModernBertModel",
-        {"model_type": "modernbert", **_TEXT, **dict.fromkeys(
+        {**_TEXT, **dict.fromkeys(
             ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0
         )},
     ),
-    "mpnet": ("text", "MPNetModel", {"model_type": "mpnet", **_TEXT}),
-    "roberta": ("text", "RobertaModel", {"model_type": "roberta", **_TEXT}),
+    "mpnet": ("text", "MPNetModel", _TEXT),
+    "roberta": ("text", "RobertaModel", _TEXT),
     "bloom": (
         "text",
         "BloomForCausalLM",
-        {"model_type": "bloom", "hidden_size": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100},
+        {"hidden_size": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100},
     ),
-    "gemma2": ("text", "Gemma2ForCausalLM", {"model_type": "gemma2", **_DECODER, "head_dim": 8}),
+    "gemma2": ("text", "Gemma2ForCausalLM", {**_DECODER, "head_dim": 8}),
     "gpt2": (
         "text",
         "GPT2LMHeadModel",
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100,
+        {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100,
          "bos_token_id": 0, "eos_token_id": 0},
     ),
-    "gpt_neox": ("text", "GPTNeoXForCausalLM", {"model_type": "gpt_neox", **_TEXT}),
-    "llama": ("text", "LlamaForCausalLM", {"model_type": "llama", **_DECODER}),
+    "gpt_neox": ("text", "GPTNeoXForCausalLM", _TEXT),
+    "llama": ("text", "LlamaForCausalLM", _DECODER),
     "mamba": (
         "text",
         "MambaForCausalLM",
-        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 100},
+        {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 100},
     ),
-    "mistral": ("text", "MistralForCausalLM", {"model_type": "mistral", **_DECODER}),
+    "mistral": ("text", "MistralForCausalLM", _DECODER),
     "mixtral": (
         "text",
         "MixtralForCausalLM",
-        {"model_type": "mixtral", **_DECODER, "num_local_experts": 4},
+        {**_DECODER, "num_local_experts": 4},
     ),
     "opt": (
         "text",
         "OPTForCausalLM",
-        {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
          "ffn_dim": 64, "word_embed_proj_dim": 32, "vocab_size": 100},
     ),
-    "phi": ("text", "PhiForCausalLM", {"model_type": "phi", **_DECODER}),
-    "qwen2": ("text", "Qwen2ForCausalLM", {"model_type": "qwen2", **_DECODER}),
-    "qwen3": ("text", "Qwen3ForCausalLM", {"model_type": "qwen3", **_DECODER, "head_dim": 8}),
-    "bart": ("text to text", "BartModel", {"model_type": "bart", **_SEQ2SEQ}),
+    "phi": ("text", "PhiForCausalLM", _DECODER),
+    "qwen2": ("text", "Qwen2ForCausalLM", _DECODER),
+    "qwen3": ("text", "Qwen3ForCausalLM", {**_DECODER, "head_dim": 8}),
+    "bart": ("text to text", "BartModel", _SEQ2SEQ),
     "t5": (
         "text to text",
         "T5Model",
-        {"model_type": "t5", "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 3,
+        {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 3,
          "vocab_size": 100},
     ),
-    "beit": ("images", "BeitModel", {"model_type": "beit", **_VISION}),
+    "beit": ("images", "BeitModel", _VISION),
     "convnext": (
         "images",
         "ConvNextModel",
-        {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], **_STAGES},
+        {"hidden_sizes": [8, 16, 24, 32], **_STAGES},
     ),
-    "deit": ("images", "DeiTModel", {"model_type": "deit", **_VISION}),
-    "dinov2": ("images", "Dinov2Model", {"model_type": "dinov2", **_VISION}),
+    "deit": ("images", "DeiTModel", _VISION),
+    "dinov2": ("images", "Dinov2Model", _VISION),
     "resnet": (
         "images",
         "ResNetModel",
-        {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 48, 64],
+        {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64],
          "depths": [3, 3, 3, 3]},
     ),
     "segformer": (
         "images",
         "SegformerModel",
-        {"model_type": "segformer", "hidden_sizes": [8, 16, 24, 32], "depths": [2, 2, 2, 2],
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [2, 2, 2, 2],
          "num_attention_heads": [1, 2, 2, 4]},
     ),
     "siglip": ("images", "SiglipVisionModel", {"model_type": "siglip_vision_model", **_VISION}),
     "swin": (
         "images",
         "SwinModel",
-        {"model_type": "swin", "embed_dim": 12, "num_heads": [1, 2, 3, 6], "window_size": 2,
+        {"embed_dim": 12, "num_heads": [1, 2, 3, 6], "window_size": 2,
          **_STAGES},
     ),
-    "vit": ("images", "ViTModel", {"model_type": "vit", **_VISION}),
+    "vit": ("images", "ViTModel", _VISION),
     "wav2vec2": (
         "sound",
         "Wav2Vec2Model",
-        {"model_type": "wav2vec2", **_TEXT, "conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3],
+        {**_TEXT, "conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3],
          "conv_stride": [5, 2, 2], "num_conv_pos_embedding_groups": 4},
     ),
     "whisper": (
         "spectrograms",
         "WhisperModel",
-        {"model_type": "whisper", **_SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 32,
+        {**_SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 32,
          "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0},
     ),
 }  # fmt: skip
@@ -250,7 +250,8 @@ def network(name: str) -> Network:
     library, _, rest = name.partition("/")
     if library == "transformers" and rest in _TRANSFORMERS:
         reads, kind, fields = _TRANSFORMERS[rest]
-        architecture = Architecture(library="transformers", name=kind, arguments=fields)
+        known = {"model_type": rest, **fields}
+        architecture = Architecture(library="transformers", name=kind, arguments=known)
         return Network(name, architecture.build, _INPUTS[reads])
     if library == "torchvision" and rest in _TORCHVISION:
         side = 224 if rest in _FIXED else _SIDE
@@ -363,8 +364,7 @@ class _Memory(nn.Module):
         return self.decoder(x, x[:, ::2])
 
 
-def _layer() -> dict[str, Any]:
-    return {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "batch_first": True}
+_LAYER: dict[str, Any] = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "batch_first": True}
 
 
 def _tokens(_: nn.Module, n: int, generator: torch.Generator) -> Tensor:
@@ -373,11 +373,11 @@ def _tokens(_: nn.Module, n: int, generator: torch.Generator) -> Tensor:
 
 _NN: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, int, torch.Generator], Any]]] = {
     "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**_layer()), 4),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**_LAYER), 4),
         _tokens,
     ),
     "decoder": (
-        lambda: _Memory(nn.TransformerDecoder(nn.TransformerDecoderLayer(**_layer()), 4)),
+        lambda: _Memory(nn.TransformerDecoder(nn.TransformerDecoderLayer(**_LAYER), 4)),
         _tokens,
     ),
     "transformer": (

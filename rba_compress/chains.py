@@ -235,7 +235,7 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
             block = chain.blocks[len(chain) // 2]
             halved = copy_model(model, share=True)
             replace_blocks(halved, [block], _Half())
-            by_hand = _with_value(model, block, batch, 0.5 * streams[len(chain) // 2])
+            by_hand = with_value(model, block, batch, 0.5 * streams[len(chain) // 2])
             if not _same(main_output(by_hand), main_output(batch.run(halved))):
                 return "a map in its place does not give what its value put in by hand gives"
     except AttributeError as error:
@@ -337,7 +337,7 @@ def _rebuilt(model: nn.Module, chain: Chain) -> nn.Module:
     return wrapped
 
 
-def _with_value(model: nn.Module, block: Block, batch: Batch, stream: Tensor) -> Any:
+def with_value(model: nn.Module, block: Block, batch: Batch, stream: Tensor) -> Any:
     """The output of the untouched model where `stream` takes the place of what `block` puts out."""
     if isinstance(model, fx.GraphModule):
 

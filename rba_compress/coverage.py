@@ -19,13 +19,14 @@ from rba_compress.artifact import load, write_artifact
 from rba_compress.batches import Batch, as_batch
 from rba_compress.calibration import calibrate, fingerprint
 from rba_compress.catalogue import Network
-from rba_compress.chains import Support, discover, why_none
-from rba_compress.drafts import fit_span, keyed
+from rba_compress.chains import Support, discover, why_none, with_value
+from rba_compress.drafts import fit_spans
 from rba_compress.errors import ExportError
 from rba_compress.maps import MapSpec
 from rba_compress.onnx_export import export_onnx
-from rba_compress.plan import Block, Frozen, Plan
+from rba_compress.plan import Frozen
 from rba_compress.recorder import evaluating
+from rba_compress.streams import run_with_streams
 from rba_compress.surgery import splice
 
 SPEC = MapSpec(kind="shrunk", shrink=0.7, damping=1e-4)
@@ -108,15 +109,15 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
     chain = max(support.chains, key=len)
     (profiled,), _ = calibrate(model, [chain], [batch], window=1)
     middle = len(chain) // 2
-    replacement, fit = fit_span(profiled, middle, middle + 1, SPEC)
-    plan = Plan(replacements=(replacement,))
-    slim = splice(model, plan, keyed(replacement, fit)).eval()
+    solution, block = fit_spans(profiled, [(middle, middle + 1)], SPEC), chain.blocks[middle]
+    slim = splice(model, solution.plan, solution.tensors).eval()
     with evaluating(model), evaluating(slim):
-        dense, found = (_tensors(batch.run(each)) for each in (model, slim))
-        block = chain.blocks[middle]
-        by_hand = _tensors(_run_by_hand(model, slim, block, batch))
+        output, (streams,) = run_with_streams(model, [chain], batch)
+        dense, found = _tensors(output), _tensors(batch.run(slim))
+        value = slim.get_submodule(f"{block.path}.map")(streams[middle])
+        by_hand = _tensors(with_value(model, block, batch, value))
     result: dict[str, Any] = {
-        "span": str(replacement),
+        "span": str(solution.plan.replacements[0]),
         "shape_kept": [t.shape for t in dense] == [t.shape for t in found],
         "finite": all(bool(torch.isfinite(t).all()) for t in found),
         "by_hand": _equal(found, by_hand),
@@ -125,7 +126,7 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
         warnings.simplefilter("ignore")  # that `load` needs the model is no news here
         root = Path(temporary)
         manifest = write_artifact(
-            slim, plan, root / "slim", example=batch, dense_weights=fingerprint(model)
+            slim, solution.plan, root / "slim", example=batch, dense_weights=fingerprint(model)
         )
         again = load(root / "slim", model=None if manifest.architecture else network.build())
         with evaluating(again):
@@ -163,18 +164,3 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _run_by_hand(dense: nn.Module, slim: nn.Module, block: Block, batch: Batch) -> Any:
-    """The dense network's output where a hook puts the map's value in place of a block's stream."""
-    signature, mapped = block.signature, slim.get_submodule(f"{block.path}.map")
-
-    def put(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        old, new = signature.stream_out(output), mapped(signature.stream_in(args, kwargs))
-        return pytree.tree_map(lambda value: new if value is old else value, output)
-
-    handle = dense.get_submodule(block.path).register_forward_hook(put, with_kwargs=True)
-    try:
-        return batch.run(dense)
-    finally:
-        handle.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -81,6 +81,13 @@ def fit_span(profiled: ChainProfile, start: int, stop: int, spec: MapSpec) -> tu
     """Fit one map over the span `start:stop` of a profiled chain, on the original streams."""
     fit = fit_map(spec, profiled.moments.pair(start, stop))
     return replacement_of(profiled.chain, start, stop, fit), fit
+
+
+def fit_spans(profiled: ChainProfile, spans: Iterable[tuple[int, int]], spec: MapSpec) -> Solution:
+    """One map in place of each span of a profiled chain, each fitted on the original streams."""
+    fits = [fit_span(profiled, start, stop, spec) for start, stop in spans]
+    tensors = {key: tensor for fitted in fits for key, tensor in keyed(*fitted).items()}
+    return Solution(Plan(replacements=tuple(replacement for replacement, _ in fits)), tensors)
 
 
 def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:

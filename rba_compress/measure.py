@@ -206,11 +206,10 @@ class Criterion:
 
 def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
     """Where an output (N, T, ...) is of real tokens, (N, T), true there; None where all count."""
-    name = "decoder_attention_mask" if "decoder_input_ids" in batch.kwargs else "attention_mask"
-    mask = batch.kwargs.get(name)
-    if not isinstance(mask, Tensor) or output.ndim < 3 or mask.shape != output.shape[:2]:
+    mask = batch.padding(decoder=True)
+    if mask is None or output.ndim < 3 or mask.shape != output.shape[:2]:
         return None
-    return mask.bool().to(output.device)
+    return mask.to(output.device)
 
 
 def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:

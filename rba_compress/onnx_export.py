@@ -162,19 +162,21 @@ def _export(
             _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
     with _beside(target) as folder:
 
-        def write(net: nn.Module, file: Path) -> Weight:
-            program = _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
-            return _write(kind, program, names, file)
+        def traced(net: nn.Module) -> torch.export.ExportedProgram:
+            return _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
 
         def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
+            program = traced(net)
             try:
-                weight = write(net, file)
+                weight = _write(kind, program, names, file)
             except ExportError as error:
+                if not any("scaled_dot_product" in str(n.target) for n in program.graph.nodes):
+                    raise
                 # Taken apart, attention with a bias has other strides than it was traced with, and
                 # views of it fail: not in its plain form.
                 try:
                     with sdpa_kernel(SDPBackend.MATH):
-                        weight = write(net, file)
+                        weight = _write(kind, traced(net), names, file)
                 except ExportError:
                     raise error from None
             return weight, open_file(kind, file)

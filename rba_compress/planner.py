@@ -89,6 +89,7 @@ class Search:
     ) -> None:
         self.model, self.profile, self.config, self.budget = model, profile, profile.config, budget
         self.chains = [entry.chain for entry in profile.chains]
+        self.order = {chain.name: k for k, chain in enumerate(self.chains)}
         self.limits = budget.limits(profile.dense.macs, profile.dense.params)
         self._require_reachable()
         split = profile.split(loader)
@@ -486,7 +487,7 @@ class Search:
 
     def settle(self, draft: Draft, chain: int, boundary: int) -> Draft:
         """Fit the maps behind a boundary again, for what comes before them has changed."""
-        order = {c.name: k for k, c in enumerate(self.chains)}
+        order = self.order
         places = sorted((order[r.chain], r.start) for r in draft.solution.plan.replacements)
         for place in (p for p in places if p >= (chain, boundary)):
             (old,) = (r for r in draft.solution.plan.replacements if (order[r.chain], r.start) == place)
@@ -506,9 +507,8 @@ class Search:
     def swap(self, draft: Draft, newest: Site) -> Draft:
         """Undo each span but the newest and choose again; take what costs no more and diverges less."""
         goal = draft.load
-        chains = {c.name: k for k, c in enumerate(self.chains)}
         for old in draft.solution.plan.replacements:
-            site = (chains[old.chain], old.start, old.stop, old.unit)
+            site = (self.order[old.chain], old.start, old.stop, old.unit)
             if site == newest or old not in draft.solution.plan.replacements:
                 continue  # chosen just now, or settled anew since
             base = self.without(draft, old)
@@ -556,8 +556,7 @@ class Search:
 
     def statistics(self, draft: Draft) -> Draft:
         """Re-estimate the BatchNorms behind the first span that is replaced, all at once."""
-        order = {c.name: k for k, c in enumerate(self.chains)}
-        places = ((order[r.chain], r.start, r) for r in draft.solution.plan.replacements)
+        places = ((self.order[r.chain], r.start, r) for r in draft.solution.plan.replacements)
         chain, start, first = min(places, key=lambda place: place[:2])
         best: tuple[Tensor, Solution] | None = None
         for solution in self.fitter.statistics(draft.solution, first.blocks[0].path):

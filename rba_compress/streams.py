@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -164,6 +163,4 @@ def attention_mask(batch: Batch, chain: Chain) -> Tensor | None:
 
     A decoder that has an input of its own has a mask of its own.
     """
-    decoder = "decoder_input_ids" in batch.kwargs and "decoder" in chain.blocks[0].path
-    mask = batch.kwargs.get("decoder_attention_mask" if decoder else "attention_mask")
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    return batch.padding(decoder="decoder" in chain.blocks[0].path)

@@ -259,20 +259,20 @@ def _keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
     every position for the first.
     """
     config: Any = getattr(model, "config", None)
-    kinds = getattr(config, "layer_types", None) or ()
+    kinds = dict(enumerate(getattr(config, "layer_types", None) or ()))
     for parent in dict.fromkeys(block.path.rpartition(".")[0] for block in gone):
         kept: dict[int, list[Any]] = {}
-        first: dict[str, int] = {}
+        first: dict[str | None, int] = {}
         for path, module in model.named_modules():
             index = getattr(module, "layer_idx", None)
             if type(index) is not int or not path.startswith(f"{parent}."):
                 continue
-            kind = kinds[index] if index < len(kinds) else ""
+            kind = kinds.get(index)
             first[kind] = min(index, first.get(kind, index))
             if not any(f"{path}.".startswith(f"{block.path}.") for block in gone):
                 kept.setdefault(index, []).append(module)
         for kind, index in first.items():
-            alike = [k for k in kept if (kinds[k] if k < len(kinds) else "") == kind]
+            alike = [k for k in kept if kinds.get(k) == kind]
             if index not in kept and alike:
                 for module in kept[min(alike)]:
                     module.layer_idx = index

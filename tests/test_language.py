@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress, load, supports
 from rba_compress.calibration import profile
-from rba_compress.drafts import fit_span, keyed
+from rba_compress.drafts import fit_spans
 from rba_compress.maps import MapSpec
-from rba_compress.plan import Plan
 from rba_compress.surgery import splice
 from tests.networks import seeded
 
@@ -55,9 +54,9 @@ def texts(samples: int = 20) -> list[dict[str, Tensor]]:
 def without(model: nn.Module, *layers: int) -> nn.Module:
     """The model with affine maps in place of layers, as calibration fits them."""
     seen = profile(model, texts())
-    made = [fit_span(seen.chains[0], b, b + 1, MapSpec(kind="affine", damping=0.01)) for b in layers]
-    tensors = {key: value for each in made for key, value in keyed(*each).items()}
-    return splice(model, Plan(replacements=tuple(r for r, _ in made)), tensors)
+    spans = [(layer, layer + 1) for layer in layers]
+    found = fit_spans(seen.chains[0], spans, MapSpec(kind="affine", damping=0.01))
+    return splice(model, found.plan, found.tensors)
 
 
 def greedy(model: Any, prompt: Tensor, steps: int = 10) -> Tensor:

@@ -15,9 +15,8 @@ from rba_compress import Budget, Config, profile, search
 from rba_compress.batches import as_batch
 from rba_compress.calibration import calibrate
 from rba_compress.chains import supports
-from rba_compress.drafts import fit_span, keyed
+from rba_compress.drafts import fit_spans
 from rba_compress.maps import MapSpec
-from rba_compress.plan import Plan
 from rba_compress.surgery import splice
 
 pytestmark = [
@@ -67,9 +66,8 @@ def test_a_language_model_decodes_without_layers() -> None:
     assert len(chain) == 30
     (profiled,), _ = calibrate(model, [chain], [as_batch(b) for b in loader], window=1)
     spec = MapSpec(kind="shrunk", shrink=0.5, damping=1e-4)
-    made = [fit_span(profiled, b, b + 1, spec) for b in (0, 14)]
-    tensors = {key: value for each in made for key, value in keyed(*each).items()}
-    slim: Any = splice(model, Plan(replacements=tuple(r for r, _ in made)), tensors)
+    found = fit_spans(profiled, [(0, 1), (14, 15)], spec)
+    slim: Any = splice(model, found.plan, found.tensors)
     prompts = [line[:60] for line in wikitext2("test")[:2]]
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
