@@ -40,7 +40,7 @@ QUICK = [
     ("torchvision/mobilenet_v2", 5, 10),
     ("nn/transformer", 2, 4),
 ]
-EXPORTED = ("mixer_s16_224", "regnetx_002", "transformers/distilbert")
+EXPORTED = ("mixer_s16_224", "regnetx_002", "transformers/distilbert", "transformers/swin")
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that meet sizes they were not made for
