@@ -358,12 +358,13 @@ class Walk:
         with evaluating(dense.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
                 theirs, ours = dense(k).layers, light(k).layers
-                gap = self._h[k][self.index][b] - self._g[k][self.index][b]
                 if last.norm is not None:
                     gap = theirs[last.norm][1] - ours[last.norm][1]
-                for branch in branches if last.norm is None else ():
-                    moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
-                    gap = gap + moved * scale_of(self.dense, branch)
+                else:
+                    gap = self._h[k][self.index][b] - self._g[k][self.index][b]
+                    for branch in branches:
+                        moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
+                        gap = gap + moved * scale_of(self.dense, branch)
                 lacking = _lacking(slim, last, ours, gap)
                 new = Rows.of(
                     self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)

@@ -487,10 +487,11 @@ class Search:
 
     def settle(self, draft: Draft, chain: int, boundary: int) -> Draft:
         """Fit the maps behind a boundary again, for what comes before them has changed."""
-        order = self.order
-        places = sorted((order[r.chain], r.start) for r in draft.solution.plan.replacements)
+        places = sorted((self.order[r.chain], r.start) for r in draft.solution.plan.replacements)
         for place in (p for p in places if p >= (chain, boundary)):
-            (old,) = (r for r in draft.solution.plan.replacements if (order[r.chain], r.start) == place)
+            (old,) = (
+                r for r in draft.solution.plan.replacements if (self.order[r.chain], r.start) == place
+            )
             base = self.without(draft, old)
             kept = [
                 m
