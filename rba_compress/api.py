@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rba_compress.architecture import Architecture
 from rba_compress.artifact import write_artifact
@@ -20,6 +19,7 @@ from rba_compress.front import Point
 from rba_compress.measure import Fidelity, Function, Latency, benchmark, cost, fidelity
 from rba_compress.plan import Budget, Config, Plan
 from rba_compress.planner import search
+from rba_compress.ranks import current
 from rba_compress.recorder import unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import splice, splice_shared
@@ -74,7 +74,8 @@ def compress(
             DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off.
         loader: an iterable of batches that can be read more than once: tensors, tuples whose first
             item is the input and whose second may be integer labels, or dicts of keywords. Five
-            samples of ten fit the maps, four choose, one confirms.
+            samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate
+            launch`) are each given the whole loader and read their share of it.
         budget: what the slim network may cost; by default three quarters of the MACs.
         config: how to search.
         divergence: a function of one's own for what the output may not lose, as in `profile`.
@@ -102,7 +103,7 @@ def measure_front(
 ) -> tuple[Point, ...]:
     """Compare the network of every step of a search with the dense one, as `compare`."""
     points = []
-    for solution in tqdm(found.points, "front", unit="point", disable=None):
+    for solution in current().bar(found.points, "front", unit="point"):
         slim = splice_shared(dense, solution.plan, solution.tensors)
         # The steps on the way are timed for less: at least seven pairs.
         seconds = 1.0 if solution is found.points[-1] else 0.2
@@ -120,7 +121,8 @@ def save(
     fold: bool = False,
     hub: bool = False,
 ) -> None:
-    """Write a result to a new directory; `load` reads it back, bit-equal.
+    """Write a result to a new directory; `load` reads it back, bit-equal. Of several ranks the first
+    one writes.
 
     Args:
         result: what `compress` returned.
@@ -137,6 +139,8 @@ def save(
         PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
         WeightsError: `architecture` does not build this network.
     """
+    if not current().leads:
+        return
     write_artifact(
         result.model,
         result.plan,
@@ -165,7 +169,9 @@ def compare(
     cost and latency, for about `seconds`, on the first batch that was profiled.
     """
     found = fidelity(dense, slim, batches, seen.criterion)
-    timed = benchmark(dense, slim, seen.example, seconds=seconds)
+    timed = Latency(
+        **current().told(lambda: benchmark(dense, slim, seen.example, seconds=seconds).model_dump())
+    )
     return Report(
         model=seen.model,
         plan=str(plan),

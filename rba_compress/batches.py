@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from rba_compress.errors import LoaderError, ModelError
+from rba_compress.ranks import ALONE, Ranks, current
 
 Part = Literal["fit", "choose", "confirm"]
 
@@ -50,7 +53,7 @@ class Batch:
         for tensor in self.tensors.values():
             row = tensor[:1].detach().cpu().contiguous() if tensor.ndim else tensor.detach().cpu()
             hashed.update(row.reshape(-1).view(torch.uint8).numpy().data)
-        return int.from_bytes(hashed.digest(), "big")
+        return int.from_bytes(hashed.digest(), "big", signed=True)
 
     def _map(self, change: Any) -> Batch:
         def apply(value: Any) -> Any:
@@ -216,15 +219,67 @@ def _labels(value: Any) -> Tensor | None:
     return value if value.ndim == 1 else None
 
 
-def read(loader: Iterable[Any], *, again: bool = False) -> Iterator[Batch]:
-    """The batches of a loader, checked; `again` says that it was read before.
+def read(loader: Iterable[Any]) -> Iterator[Batch]:
+    """The batches of a loader, checked; on one of several ranks, its share of them.
 
     Raises:
         LoaderError: the loader is empty or one-shot, or a batch differs from the first in its
             arguments or their dtypes.
     """
+    for _, _, batch in _read(loader, current()):
+        yield batch
+
+
+def _read(
+    loader: Iterable[Any], ranks: Ranks, *, again: bool = False
+) -> Iterator[tuple[int, int, Batch]]:
+    """As `read`: the number of each batch, its first sample's, and the batch.
+
+    Args:
+        ranks: of `count` batches in sequence one is each rank's.
+        again: whether the loader was read before.
+    """
     if isinstance(loader, Tensor):
         raise LoaderError("the loader is a tensor: pass an iterable of batches, such as [tensor]")
+    expected: dict[str, torch.dtype] | None = None
+    index = -1
+    for index, start, item in _share(loader, ranks):
+        batch = as_batch(item)
+        kinds = {name: tensor.dtype for name, tensor in batch.tensors.items()}
+        if expected is None:
+            expected = kinds
+        elif kinds != expected:
+            raise LoaderError(
+                f"batch {index} holds {_describe(kinds)}, the first {_describe(expected)}: make every "
+                "batch of one kind"
+            )
+        yield index, start, batch
+    if index >= 0 or ranks.count > 1:
+        return  # another rank may have what this one has not
+    if again:
+        raise LoaderError(
+            f"the loader, a {type(loader).__name__}, gives nothing when it is read again: pass one "
+            "that can be read more than once, or list(loader)"
+        )
+    raise LoaderError("the loader is empty: pass at least one batch of samples")
+
+
+def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]]:
+    """A rank's items of a loader: number, first sample's number, item."""
+    if ranks.count > 1 and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        # What the other ranks read is not read here.
+        sizes = [len(indices) for indices in loader.batch_sampler]
+        own = prepare_data_loader(
+            loader,
+            device=torch.device("cpu"),
+            num_processes=ranks.count,
+            process_index=ranks.rank,
+            even_batches=False,
+            dispatch_batches=False,
+        )
+        for index, item in zip(range(ranks.rank, len(sizes), ranks.count), own, strict=True):
+            yield index, sum(sizes[:index]), item
+        return
     try:
         iterator = iter(loader)
     except TypeError:
@@ -237,25 +292,11 @@ def read(loader: Iterable[Any], *, again: bool = False) -> Iterator[Batch]:
             f"the loader is a one-shot {type(loader).__name__} and is read more than once: pass a "
             "DataLoader, or list(loader)"
         )
-    expected: dict[str, torch.dtype] | None = None
+    start = 0
     for index, item in enumerate(iterator):
-        batch = as_batch(item)
-        kinds = {name: tensor.dtype for name, tensor in batch.tensors.items()}
-        if expected is None:
-            expected = kinds
-        elif kinds != expected:
-            raise LoaderError(
-                f"batch {index} holds {_describe(kinds)}, the first {_describe(expected)}: make every "
-                "batch of one kind"
-            )
-        yield batch
-    if expected is None and again:
-        raise LoaderError(
-            f"the loader, a {type(loader).__name__}, gives nothing when it is read again: pass one "
-            "that can be read more than once, or list(loader)"
-        )
-    if expected is None:
-        raise LoaderError("the loader is empty: pass at least one batch of samples")
+        if index % ranks.count == ranks.rank:
+            yield index, start, item
+        start += len(as_batch(item))
 
 
 def _describe(kinds: dict[str, torch.dtype]) -> str:
@@ -270,6 +311,8 @@ class Split:
     part depends only on its position and the seed. Parts are disjoint only if the loader gives the
     same samples in the same order at every read: this is checked on the first sample of each batch.
 
+    Where several ranks work together, each reads its share of the batches; the deal is the same.
+
     Args:
         loader: read anew for every part.
         seed: deals the samples.
@@ -279,32 +322,39 @@ class Split:
     def __init__(self, loader: Iterable[Any], seed: int, order: Sequence[int] = ()) -> None:
         self.loader = loader
         self.seed = seed
-        self.order = list(order)
+        self.ranks = current()
+        self._digests = dict(enumerate(order))
         self._whole = bool(order)
 
     def first(self) -> Batch:
-        """The first batch, whole."""
-        return next(self._read())
+        """The first batch, whole, on every rank."""
+        return next(self._read(ALONE))[1]
 
-    def _read(self) -> Iterator[Batch]:
-        known = len(self.order)
+    def order(self) -> tuple[int, ...]:
+        """Digests of the loader's batches, once it was read to its end."""
+        known = torch.tensor(sorted(self._digests.items()))
+        return tuple(dict(sorted(torch.cat(self.ranks.gathered(known)).tolist())).values())
+
+    def _read(self, ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+        """The first sample's number and the batch."""
         count = 0
-        for count, batch in enumerate(read(self.loader, again=known > 0), start=1):
+        for index, start, batch in _read(self.loader, ranks, again=bool(self._digests)):
             digest = batch.digest()
-            if count <= known and self.order[count - 1] != digest:
+            if self._whole and index not in self._digests:
+                count = -1
+                break
+            if self._digests.setdefault(index, digest) != digest:
                 raise LoaderError(
-                    f"batch {count - 1} is another one than at the first read: the loader shuffles or "
+                    f"batch {index} is another one than at the first read: the loader shuffles or "
                     "augments at random, so held-out samples would be fitted on. Pass shuffle=False "
                     "and a transform without randomness"
                 )
-            if count > len(self.order):
-                if self._whole:
-                    break
-                self.order.append(digest)
-            yield batch
-        if self._whole and count != len(self.order):
+            count += 1
+            yield start, batch
+        own = sum(index % ranks.count == ranks.rank for index in self._digests)
+        if self._whole and count != own:
             raise LoaderError(
-                f"the loader gave {len(self.order)} batches at first and another number when read "
+                f"the loader gave {own} batches at first and another number when read "
                 "again: pass one that gives the same batches at every read"
             )
         self._whole = True
@@ -315,18 +365,35 @@ class Split:
         Raises:
             LoaderError: as `read`, and where the loader has too few samples to fill the part.
         """
-        start, found = 0, False
-        for batch in self._read():
-            rows = [r for r in range(len(batch)) if self._dealt(start + r) == part]
-            start += len(batch)
-            if rows:
-                found = True
-                yield batch.select(rows)
-        if not found:
-            raise LoaderError(
-                f"the loader has {start} samples, none of them dealt to {part!r}: pass at least "
-                f"{len(_PATTERN)}"
-            )
+        for _, _, batch in self.deal(part):
+            yield batch
+
+    def deal(self, *parts: Part) -> Iterator[tuple[Part, list[int], Batch]]:
+        """The batches of several parts in one read: the part, its samples' numbers in it, the batch.
+
+        Raises:
+            LoaderError: as `part`.
+        """
+        samples, found = 0, dict.fromkeys(parts, 0)
+        for start, batch in self._read(self.ranks):
+            samples += len(batch)
+            for part in parts:
+                rows = [r for r in range(len(batch)) if self._dealt(start + r) == part]
+                if rows:
+                    found[part] += len(rows)
+                    yield part, [self._place(start + r) for r in rows], batch.select(rows)
+        for part, count in found.items():
+            if not self.ranks.sum(count):
+                raise LoaderError(
+                    f"the loader has {self.ranks.sum(samples):.0f} samples, none of them dealt to "
+                    f"{part!r}: pass at least {len(_PATTERN)}"
+                )
+
+    def _place(self, position: int) -> int:
+        """How many samples before one are dealt to the same part."""
+        tens, place = divmod(position, len(_PATTERN))
+        order = _deal(self.seed, tens)
+        return tens * _PATTERN.count(order[place]) + order[:place].count(order[place])
 
     def _dealt(self, position: int) -> Part:
         tens, place = divmod(position, len(_PATTERN))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rba_compress.batches import Batch, Split
 from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError
 from rba_compress.measure import Cost, Criterion, Function, output_kind
-from rba_compress.moments import Moments
+from rba_compress.moments import Moments, Total
 from rba_compress.plan import Chain, Config, Refusal
+from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, unwrap
 from rba_compress.similarity import Metric, RowSimilarity, matrix
 from rba_compress.streams import as_rows, attention_mask, run_with_streams
@@ -38,6 +39,10 @@ class ChainProfile:
     def block_redundancy(self) -> list[float]:
         """The paper's Block Redundancy of each block; higher is more redundant."""
         return [float(value) for value in self.similarity("redundancy").diagonal(1)]
+
+    def merged(self, total: Total) -> ChainProfile:
+        """What all processes saw."""
+        return ChainProfile(self.chain, self.moments.merged(total), self.rows.merged(total))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +119,16 @@ def profile(
     example = split.first()
     support, recording = discover(model, example)
     require_chains(support, model)
-    batches = tqdm(split.part("fit"), "profile", unit="batch", disable=None)
+    ranks, weights = split.ranks, fingerprint(model)
+    if ranks.count > 1:
+        ranks.require_equal("model", int(weights[:15], 16))
+        ranks.require_equal("loader", example.digest())
+        ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+    batches = ranks.bar(split.part("fit"), "profile", unit="batch")
     states, samples = calibrate(model, support.chains, batches, window=config.window)
     return Profile(
         model=type(model).__name__,
-        weights=fingerprint(model),
+        weights=weights,
         chains=states,
         refusals=support.refusals,
         dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
@@ -126,7 +136,7 @@ def profile(
         samples=samples,
         config=config,
         example=example,
-        order=tuple(split.order),
+        order=split.order(),
         warnings=_warnings(states),
     )
 
@@ -146,6 +156,8 @@ def calibrate(
     window: int | None = None,
 ) -> tuple[tuple[ChainProfile, ...], int]:
     """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
+
+    Where several ranks work together, `batches` are one's own, and what comes back is of all of them.
 
     Raises:
         ActivationError: a stream holds NaN or infinity.
@@ -169,6 +181,10 @@ def calibrate(
             if samples == 0:
                 _require_finite(states)
             samples += len(batch)
+    ranks = current()
+    if ranks.count > 1:
+        states = tuple(state.merged(ranks.total) for state in states)
+        samples = int(ranks.sum(samples))
     _require_finite(states)
     return states, samples
 

@@ -7,6 +7,7 @@ failed.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
 from rba_compress.plan import Budget, Config
 from rba_compress.planner import search
+from rba_compress.ranks import current, launched, own_device
 from rba_compress.report import plot_similarity
 from rba_compress.verification import checks
 from rba_compress.weights import load_weights
@@ -105,7 +107,7 @@ class _Job:
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         dense = architecture.build()
         load_weights(dense, self.weights)
-        _to_device(dense, self.device)
+        _to_device(dense, own_device(self.device))
         tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
         files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
         if self.accuracy_drop is not None and not files.labelled:
@@ -161,7 +163,7 @@ class Compress(_Job):
         result.with_report(report).save(
             self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub
         )
-        for profiled in result.profile.chains:
+        for profiled in result.profile.chains if current().leads else ():
             name = profiled.chain.name.replace(".", "_")
             plot_similarity(profiled).savefig(self.out / f"similarity_{name}.png", dpi=120)
         print(report.table())
@@ -185,7 +187,8 @@ class Search(_Job):
             return
         batches = seen.split(job.loader).part("confirm") if job.tests is None else read(job.tests)
         points = measure_front(job.dense, seen, kept, list(batches), samples=job.samples)
-        write_front(points, job.dense, seen, self.out)
+        if current().leads:
+            write_front(points, job.dense, seen, self.out)
         for point in points:
             print(f"{point.report.table()}\n")
         print(f"saved to {self.out}; load({str(self.out / 'point-01')!r}, base=model) gives the first")
@@ -240,7 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     command = tyro.cli(Command, args=arguments, prog="rba-compress", description=__doc__)
     try:
-        command.run()
+        # Of several processes the first one alone prints.
+        with launched() as ranks, nullcontext() if ranks.leads else redirect_stdout(None):
+            command.run()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -41,3 +41,7 @@ class ArtifactError(RBAError):
 
 class ExportError(RBAError):
     """A network cannot be exported, or the file does not compute what the network does."""
+
+
+class RankError(RBAError):
+    """One of several processes ended, does not answer, or works on something else."""

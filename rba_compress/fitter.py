@@ -25,8 +25,9 @@ from rba_compress.drafts import (
 )
 from rba_compress.fitting import SpanRows, Walk, batch_statistics, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
-from rba_compress.moments import PairMoments
+from rba_compress.moments import PairMoments, Total
 from rba_compress.plan import Branch, Plan, Refit, Replacement
+from rba_compress.ranks import current
 from rba_compress.surgery import STATISTICS, splice_shared
 from rba_compress.thinning import Traces
 
@@ -34,11 +35,17 @@ from rba_compress.thinning import Traces
 class Fitter:
     """Fits on its samples, with the dense network and the network in work side by side.
 
-    `samples` counts those that were sent through a whole network's worth of blocks.
+    `samples` counts those that were sent through a whole network's worth of blocks. Where several ranks
+    work together each holds its share of the samples, and what is fitted is of all.
     """
 
     def __init__(self, model: nn.Module, profile: Profile, batches: Sequence[Batch]) -> None:
-        self.model, self.profile, self.batches = model, profile, batches
+        self.model, self.profile, self.ranks = model, profile, current()
+        self.held = int(self.ranks.sum(sum(map(len, batches))))
+        """Samples to fit on."""
+        self.weight = 1.0 if batches else 0.0
+        # A rank that has none goes along with a sample that counts for nothing.
+        self.batches = batches or [profile.example.select([0]).to(model)]
         self.config = profile.config
         self.chains = [entry.chain for entry in profile.chains]
         self.samples = 0.0
@@ -47,9 +54,9 @@ class Fitter:
         """Of each chain, the shares of its blocks in the network's time, where they are needed."""
 
     @property
-    def held(self) -> int:
-        """Samples to fit on."""
-        return sum(len(batch) for batch in self.batches)
+    def total(self) -> Total | None:
+        """Sums over ranks; None where there is one."""
+        return self.ranks.total if self.ranks.count > 1 else None
 
     def slim(self, solution: Solution) -> nn.Module:
         """The rewritten network, on the original's weights."""
@@ -111,6 +118,7 @@ class Fitter:
             spans=[(r.source, r.target) for r in bare],
             folds=folds,
         )
+        rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
         last = max(r.stop for r in bare) + max(r.start for r in bare)
         self.samples += self.held * last / len(chain)
         for site, new in zip(sites, bare, strict=True):
@@ -166,11 +174,12 @@ class Fitter:
         first is of the middle damping and the least step.
         """
         chain, c = walk.chain, walk.index
-        before, slim = walk.samples, self.slim(solution)
+        before, slim = walk.passes, self.slim(solution)
         walk.to(slim, block)
         branches = chain.blocks[block].branches[: branch + 1]
-        gap = walk.gaps(slim, branches).weighted(self.class_weight(c))
-        self.samples += (walk.samples - before) * len(chain) / sum(map(len, self.chains))
+        rows = walk.gaps(slim, branches).merged(self.total, self.weight)
+        gap = rows.weighted(self.class_weight(c))
+        self.samples += (walk.passes - before) * self.held * len(chain) / sum(map(len, self.chains))
         path = branches[-1].path
         before_it = [r for r in solution.plan.refits if r.path == path]
         dampings = sorted(self.config.refit_dampings)
@@ -186,14 +195,16 @@ class Fitter:
         for every share of the way there; none where there are no BatchNorms.
         """
         slim = self.slim(solution)
-        found = batch_statistics(slim, path, self.batches)
+        seen = batch_statistics(slim, path, self.batches)
+        found = {name: each.merged(self.total, self.weight) for name, each in seen.items()}
         self.samples += self.held if found else 0
         before = [r for r in solution.plan.refits if r.statistics]
         for step in sorted(self.config.refit_steps) if found else ():
             tensors, refits = {}, []
-            for name, measured in found.items():
+            for name, spread in found.items():
                 refit = Refit(path=name, step=step, statistics=True)
                 layer = slim.get_submodule(name)
+                measured = spread.mean, spread.variance
                 for key, new in zip(STATISTICS, measured, strict=True):
                     old = getattr(layer, key).to(new)
                     tensors[f"{refit.key}{key}"] = old + step * (new - old)

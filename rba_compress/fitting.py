@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.batches import Batch
-from rba_compress.moments import PairMoments
+from rba_compress.moments import PairMoments, Total, pooled
 from rba_compress.plan import Block, Branch, Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import Observed, attention_mask, observe
@@ -58,6 +58,16 @@ class Rows:
             return Rows(self.others + other.others)
         return Rows(self.others + other.others, self.class_tokens + other.class_tokens)
 
+    def merged(self, total: Total | None, weight: float) -> Rows:
+        """Of all processes' rows, this one's counted `weight` times; as they are where it is alone."""
+        if total is None:
+            return self
+        tokens = self.class_tokens
+        return Rows(
+            self.others.weighted(weight).merged(total),
+            None if tokens is None else tokens.weighted(weight).merged(total),
+        )
+
     def weighted(self, weight: float) -> PairMoments:
         """All rows, each class token counted `weight` times."""
         if self.class_tokens is None:
@@ -83,6 +93,43 @@ class SpanRows:
     def __add__(self, other: SpanRows) -> SpanRows:
         folds = None if self.folds is None or other.folds is None else self.folds + other.folds
         return SpanRows(self.targets, self.width, self.maps + other.maps, folds)
+
+    def merged(self, total: Total | None, weight: float) -> SpanRows:
+        """As `Rows.merged`."""
+        folds = None if self.folds is None else self.folds.merged(total, weight)
+        return SpanRows(self.targets, self.width, self.maps.merged(total, weight), folds)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many rows there were, their mean (C,), and the sum of squares around it (C,), float64."""
+
+    n: float
+    mean: Tensor
+    squares: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        return self.squares / self.n
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Spread:
+        """Of rows (n, C)."""
+        mean = rows.mean(0)
+        return cls(float(len(rows)), mean, (rows - mean).square().sum(0))
+
+    def __add__(self, other: Spread) -> Spread:
+        n, gap = self.n + other.n, other.mean - self.mean
+        share = other.n / n
+        squares = self.squares + other.squares + gap.square() * self.n * share
+        return Spread(n, self.mean + gap * share, squares)
+
+    def merged(self, total: Total | None, weight: float) -> Spread:
+        """As `Rows.merged`."""
+        if total is None:
+            return self
+        n, mean, gap = pooled(total, self.n * weight, self.mean)
+        return Spread(n, mean, total(weight * (self.squares + self.n * gap.square())))
 
 
 def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
@@ -175,10 +222,8 @@ def span_rows(
     return found
 
 
-def batch_statistics(
-    model: nn.Module, path: str, batches: Iterable[Batch]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance (C,), float64, of what reaches each BatchNorm behind the module at `path`.
+def batch_statistics(model: nn.Module, path: str, batches: Iterable[Batch]) -> dict[str, Spread]:
+    """Mean and spread of what reaches each BatchNorm behind the module at `path`.
 
     One pass, in which every such layer normalises by its batch, as in training: what reaches the next
     one is what it will get once the statistics are set. Counts, means and variances of the batches are
@@ -187,7 +232,7 @@ def batch_statistics(
     Args:
         model: with tensors and buffers of its own, which are changed: pass a copy.
     """
-    seen: dict[str, tuple[float, Tensor, Tensor]] = {}  # rows, mean, sum of squares around it
+    seen: dict[str, Spread] = {}
     reached = False
 
     def behind(*_: Any) -> None:
@@ -198,17 +243,10 @@ def batch_statistics(
         def hook(layer: Any, args: Any) -> None:
             if not reached:
                 return
-            rows = args[0].detach().double().movedim(1, -1).flatten(0, -2)
-            n, mean = float(len(rows)), rows.mean(0)
-            square = (rows - mean).square().sum(0)
-            layer.running_mean = mean.to(layer.running_mean)
-            layer.running_var = (square / n).to(layer.running_var)
-            if name in seen:
-                known, old, squares = seen[name]
-                share, gap = n / (known + n), mean - old
-                square = squares + square + gap.square() * known * share
-                n, mean = known + n, old + gap * share
-            seen[name] = n, mean, square
+            new = Spread.of(args[0].detach().double().movedim(1, -1).flatten(0, -2))
+            layer.running_mean = new.mean.to(layer.running_mean)
+            layer.running_var = new.variance.to(layer.running_var)
+            seen[name] = seen[name] + new if name in seen else new
 
         return hook
 
@@ -227,7 +265,7 @@ def batch_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (mean, square / n) for name, (n, mean, square) in seen.items()}
+    return seen
 
 
 class _Held(nn.Module):
@@ -309,8 +347,8 @@ class Walk:
         self.dense, self.chains, self.index = dense, chains[: chain + 1], chain
         self.batches = batches
         self.boundary = 0
-        self.samples = 0.0
-        """Samples sent through a whole network's worth of the chain."""
+        self.passes = 0.0
+        """Over all samples, of a whole network's worth of the chain."""
         self._h: list[Streams] = []
         self._g: list[Streams] = []
 
@@ -336,7 +374,7 @@ class Walk:
     ) -> _Pass:
         """From the streams that are held to a boundary."""
         first = self.boundary if held else 0
-        self.samples += (stop - first) / len(self.chain) * sum(len(batch) for batch in self.batches)
+        self.passes += (stop - first) / len(self.chain)
         streams = held or [[{} for _ in self.chains]] * len(self.batches)
         copy = copy_model(model, share=True)
         resumed = Resumed(copy, self.chains, self.index, first, streams[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
 from rba_compress.measure import Criterion, Tally, real_tokens
 from rba_compress.plan import Chain
+from rba_compress.ranks import Ranks, current
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
 
@@ -43,6 +45,12 @@ class Judge:
 
     A candidate that first changes the stream behind a boundary is run from there on. `samples` counts
     the samples sent through a whole network's worth of blocks, dense runs and stored streams included.
+
+    Where several ranks work together each holds its share of the samples, and what is judged is of all.
+
+    Args:
+        dealt: the number of each sample among all that are chosen on, and the batches of them.
+        size: of a batch; by default they stay as they are.
     """
 
     def __init__(
@@ -50,25 +58,29 @@ class Judge:
         dense: nn.Module,
         chains: Sequence[Chain],
         criterion: Criterion,
-        batches: Iterable[Batch],
+        dealt: Iterable[tuple[list[int], Batch]],
         *,
         size: int | None = None,
     ) -> None:
-        self.chains, self.criterion = chains, criterion
-        self.batches = [batch.to(dense) for batch in regroup(list(batches), size)]
+        self.chains, self.criterion, self.ranks = chains, criterion, current()
+        screened, others = regroup(list(dealt), size, self.ranks)
+        self.batches = [batch.to(dense) for batch in (*screened, *others)]
+        self._screened = len(screened)
+        parts = (self.batches, screened)
+        own = torch.tensor([[sum(map(len, part)) for part in parts]])
+        self._counts = torch.cat(self.ranks.gathered(own)).tolist()
+        """Of each rank: its samples, and those of them that are screened on."""
+        self.held = sum(held for held, _ in self._counts)
+        """Samples to choose on."""
         self.samples = 0.0
         self._streams: list[list[dict[int, Tensor]]] = []
         with evaluating(dense):
             self.dense = [criterion.kept(batch.run(dense)) for batch in self.batches]
         self.samples += self.held
         leaves = (leaf for output in self.dense for leaf in pytree.tree_leaves(output))
-        if not all(bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor)):
+        flaws = sum(not bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))
+        if self.ranks.sum(flaws):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
-
-    @property
-    def held(self) -> int:
-        """Samples to choose on."""
-        return sum(len(batch) for batch in self.batches)
 
     def rebase(self, slim: nn.Module) -> Judged:
         """Make `slim` the network that candidates change; returns how far it is from the dense one."""
@@ -85,7 +97,8 @@ class Judge:
             if self.criterion.kind == "kl":
                 (a, *_), (b, *_) = dense, output
                 tally.add(a, b, batch.labels, real_tokens(batch, a))
-        return Judged(_finite(torch.cat(each)), tally.agreement, tally.accuracy_drop)
+        tally = tally.merged(self.ranks.total)
+        return Judged(self._of_all(each), tally.agreement, tally.accuracy_drop)
 
     def __call__(
         self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
@@ -96,36 +109,72 @@ class Judge:
             slim: a candidate that is the network in work up to `boundary` of `chain`; used up.
             screen: judge on the first of `SCREEN` shares of the samples, which are spread evenly.
         """
-        resumed = Resumed(slim, self.chains, chain, boundary, self._streams[0])
-        taken = range(max(1, len(self.batches) // SCREEN) if screen else len(self.batches))
         found = []
+        taken = range(self._screened if screen else len(self.batches))
+        if taken:
+            resumed = Resumed(slim, self.chains, chain, boundary, self._streams[0])
         with evaluating(slim):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
                 kept = self.criterion.kept(output)
                 found.append(self.criterion(self.dense[k], kept, self.batches[k]))
-        judged = _finite(torch.cat(found))
+        judged = self._of_all(found)
         blocks = sum(len(c) for c in self.chains)
         passed = boundary + sum(len(c) for c in self.chains[:chain])
         self.samples += len(judged) * (1 - passed / blocks)
         return judged
 
+    def _of_all(self, found: list[Tensor]) -> Tensor:
+        """The divergences of all ranks' samples, screened ones first, infinite where not finite."""
+        own = torch.cat([torch.zeros(0, dtype=torch.float64), *(each.cpu() for each in found)])
+        ranks = self.ranks.gathered(own)
+        first = [part[:n] for part, (_, n) in zip(ranks, self._counts, strict=True)]
+        rest = [part[n:] for part, (_, n) in zip(ranks, self._counts, strict=True)]
+        values = torch.cat([*first, *rest])
+        return torch.where(torch.isfinite(values), values, math.inf)
 
-def _finite(values: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(values), values, math.inf)
 
+def regroup(
+    dealt: list[tuple[list[int], Batch]], size: int | None, ranks: Ranks
+) -> tuple[list[Batch], list[Batch]]:
+    """The samples to screen on and the others, in batches of about `size`.
 
-def regroup(batches: list[Batch], size: int | None) -> list[Batch]:
-    """The samples in batches of about `size`, dealt like cards so that each spans the whole loader.
+    They are dealt like cards to piles that each span the whole loader, of which the first are screened
+    on. Batches whose tensors differ in shape (text of several lengths) stay as they are. What is
+    screened on does not depend on how many ranks there are.
 
-    Batches whose tensors differ in shape (text of several lengths) stay as they are.
+    Args:
+        dealt: the number of each sample among those of all ranks, and the batches of them.
     """
-    shapes = {tuple((name, t.shape[1:]) for name, t in batch.tensors.items()) for batch in batches}
-    whole = all(
-        t.ndim and t.shape[0] == len(batch) for batch in batches for t in batch.tensors.values()
+    batches = [batch for _, batch in dealt]
+    shapes = {
+        zlib.crc32(repr([(name, t.shape[1:]) for name, t in batch.tensors.items()]).encode())
+        for batch in batches
+    }
+    loose = any(
+        t.ndim == 0 or len(t) != len(batch) for batch in batches for t in batch.tensors.values()
     )
-    if size is None or len(shapes) > 1 or not whole:
-        return batches
-    joined = Batch.join(batches)
-    piles = max(1, round(len(joined) / size))
-    return [joined.select(list(range(start, len(joined), piles))) for start in range(piles)]
+    kinds = torch.cat(ranks.gathered(torch.tensor([*shapes, *[-1] * loose], dtype=torch.long)))
+    if size is None or len(kinds.unique()) > 1 or -1 in kinds:
+        firsts = torch.tensor([places[0] for places, _ in dealt], dtype=torch.long)
+        order = torch.cat(ranks.gathered(firsts)).sort().values
+        last = int(order[max(1, len(order) // SCREEN) - 1])
+        return (
+            [batch for places, batch in dealt if places[0] <= last],
+            [batch for places, batch in dealt if places[0] > last],
+        )
+    places = [place for own, _ in dealt for place in own]
+    piles = max(1, round(ranks.sum(len(places)) / size))
+    screened = max(1, piles // SCREEN)
+    hands: dict[tuple[bool, int], list[int]] = {}
+    for row, place in enumerate(places):
+        pile = place % piles
+        later = pile >= screened
+        # A rank has a part of each pile: so many make a batch.
+        hands.setdefault((later, (pile - screened * later) // ranks.count), []).append(row)
+    joined = Batch.join(batches) if batches else None
+    found: tuple[list[Batch], list[Batch]] = [], []
+    for (later, _), rows in sorted(hands.items()):
+        assert joined is not None
+        found[later].append(joined.select(rows))
+    return found

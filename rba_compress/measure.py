@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,9 @@ from torch import Tensor, fx, nn
 from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
 from rba_compress.errors import ActivationError
+from rba_compress.moments import Total
 from rba_compress.plan import Chain, Frozen
+from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, record
 from rba_compress.streams import observe
 
@@ -255,6 +257,12 @@ class Tally:
             self.right_dense += int((first == labels).sum())
             self.right_slim += int((second == labels).sum())
 
+    def merged(self, total: Total) -> Tally:
+        """The counts of all processes."""
+        own = torch.tensor(astuple(self), dtype=torch.float64)
+        samples, agreed, *counts = total(own).tolist()
+        return Tally(int(samples), agreed, *map(int, counts))
+
     @property
     def agreement(self) -> float | None:
         """Share of equal argmax; None where nothing was counted."""
@@ -273,7 +281,7 @@ class Tally:
 def compare_outputs(
     criterion: Criterion | Divergence, outputs: Iterable[tuple[Any, Any, Batch]]
 ) -> Fidelity:
-    """Compare batches of (dense output, slim output, batch).
+    """Compare batches of (dense output, slim output, batch), those of all ranks together.
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
     """
@@ -287,7 +295,9 @@ def compare_outputs(
         cosine += float((1 - Criterion("cosine")(a, b, batch)).sum())
         if how.kind == "kl":
             tally.add(a[0], b[0], batch.labels, real_tokens(batch, a[0]))
-    each = torch.cat(diverged)
+    ranks = current()
+    each = torch.cat(ranks.gathered(torch.cat([torch.zeros(0, dtype=torch.float64), *diverged])))
+    tally, cosine = tally.merged(ranks.total), ranks.sum(cosine)
     low, high = interval(each)
     return Fidelity(
         samples=len(each),

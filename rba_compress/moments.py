@@ -17,7 +17,7 @@ model's dtype; everything is accumulated in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,16 @@ import torch
 from torch import Tensor
 
 _FLOAT64 = torch.float64
+
+Total = Callable[[Tensor], Tensor]
+"""The sum over several processes of a tensor that each of them has."""
+
+
+def pooled(total: Total, n: float, mean: Tensor) -> tuple[float, Tensor, Tensor]:
+    """The count and the means (..., d) of all processes' rows, and how far this one's are from them."""
+    rows = float(total(mean.new_tensor(n)))
+    whole = total(n * mean) / max(rows, 1.0)
+    return rows, whole, mean - whole
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,21 @@ class PairMoments:
             self.xx + other.xx + between * torch.outer(gap_x, gap_x),
             self.xy + other.xy + between * torch.outer(gap_x, gap_y),
             self.yy + other.yy + between * gap_y.square(),
+        )
+
+    def merged(self, total: Total) -> PairMoments:
+        """The moments of all processes' rows."""
+        n, means, gap = pooled(total, self.n, torch.cat([self.mean_x, self.mean_y]))
+        (mean_x, mean_y), (gap_x, gap_y) = (
+            both.split([len(self.mean_x), len(self.mean_y)]) for both in (means, gap)
+        )
+        return PairMoments(
+            n,
+            mean_x,
+            mean_y,
+            total(self.xx + self.n * torch.outer(gap_x, gap_x)),
+            total(self.xy + self.n * torch.outer(gap_x, gap_y)),
+            total(self.yy + self.n * gap_y.square()),
         )
 
     def weighted(self, weight: float) -> PairMoments:
@@ -218,6 +243,15 @@ class Moments:
             raise ValueError(f"moments of (boundaries, width, window) {ours} and {theirs}")
         merged = self._copy()
         merged._absorb(other)
+        return merged
+
+    def merged(self, total: Total) -> Moments:
+        """The moments of all processes' rows."""
+        merged = self._copy()
+        merged.n, merged.mean, gap = pooled(total, self.n, self.mean)
+        for j, own in enumerate(self.comoment):
+            between = self.n * gap[self._first(j) : j + 1, :, None] * gap[j]
+            merged.comoment[j] = total(own + between)
         return merged
 
     def weighted(self, weight: float) -> Moments:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rba_compress.calibration import Profile, fingerprint
 from rba_compress.drafts import (
@@ -93,15 +92,12 @@ class Search:
         self.limits = budget.limits(profile.dense.macs, profile.dense.params)
         self._require_reachable()
         split = profile.split(loader)
-        fit = [batch.to(model) for batch in split.part("fit")]
+        self.ranks = split.ranks
+        dealt = list(split.deal("fit", "choose"))
+        fit = [batch.to(model) for part, _, batch in dealt if part == "fit"]
+        choose = [(places, batch) for part, places, batch in dealt if part == "choose"]
         self.fitter = Fitter(model, profile, fit)
-        self.judge = Judge(
-            model,
-            self.chains,
-            profile.criterion,
-            split.part("choose"),
-            size=len(profile.example),
-        )
+        self.judge = Judge(model, self.chains, profile.criterion, choose, size=len(profile.example))
         self._judged: Solution | None = None
         self.rises: dict[Site, float] = {}
         """Of each site, the rise of the divergence when it was last screened."""
@@ -117,10 +113,10 @@ class Search:
         self._require_measurable()
         if budget.latency is not None:
             example = profile.example
-            dense_ms = benchmark(model, model, example).dense_ms
+            dense_ms = self.ranks.told(lambda: benchmark(model, model, example).dense_ms)
             share = budget.latency if budget.latency <= 1 else budget.latency / dense_ms
             self.limits["latency"] = share
-            self.fitter.times = block_times(model, self.chains, example)
+            self.fitter.times = self.ranks.told(lambda: block_times(model, self.chains, example))
             self.start = replace(self.start, load=self.fitter.load(plan))
         self.goal = self.limits or {"macs": float(self.floor.macs)}
         """Where the search goes; with limits of quality alone, as far down as they let it."""
@@ -128,7 +124,7 @@ class Search:
     def run(self) -> Solution:
         """Step by step to the budget, or for as long as the output is good enough."""
         draft, points = self.start, []
-        with tqdm(total=100, desc="search", unit="%", disable=None) as bar:
+        with self.ranks.bar(total=100, desc="search", unit="%") as bar:
             while self.lacking((draft := self.verified(draft)).load):
                 decided = len(self.steps)
                 after, longest = self.step(draft), sum(map(len, self.chains))
@@ -269,7 +265,8 @@ class Search:
         if "latency" not in self.limits:
             return draft
         slim = self.fitter.slim(handed_out(draft.solution, self.profile))
-        ratio = benchmark(self.model, slim, self.profile.example, seconds=seconds).ratio
+        example = self.profile.example
+        ratio = self.ranks.told(lambda: benchmark(self.model, slim, example, seconds=seconds).ratio)
         return replace(draft, load=replace(draft.load, latency=ratio))
 
     def verified(self, draft: Draft) -> Draft:

@@ -12,14 +12,14 @@ What a window left out, and r2 below the diagonal, is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rba_compress.maps import solve_gram
-from rba_compress.moments import Moments, full_precision
+from rba_compress.moments import Moments, Total, full_precision
 
 Metric = Literal["redundancy", "cosine", "angular", "cka", "r2"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -49,12 +49,18 @@ class RowSimilarity:
         self.read_rows += readout.shape[1]
 
     def __add__(self, other: RowSimilarity) -> RowSimilarity:
-        merged = RowSimilarity(len(self.cosine), self.cosine.device)
-        merged.rows = self.rows + other.rows
-        merged.read_rows = self.read_rows + other.read_rows
+        return self._with(lambda name: getattr(self, name) + getattr(other, name))
+
+    def merged(self, total: Total) -> RowSimilarity:
+        """The sums over all processes' rows."""
+        return self._with(lambda name: total(torch.as_tensor(getattr(self, name))))
+
+    def _with(self, value: Callable[[str], Any]) -> RowSimilarity:
+        changed = RowSimilarity(len(self.cosine), self.cosine.device)
         for name in ("cosine", "angle", "distance"):
-            setattr(merged, name, getattr(self, name) + getattr(other, name))
-        return merged
+            setattr(changed, name, value(name))
+        changed.rows, changed.read_rows = int(value("rows")), int(value("read_rows"))
+        return changed
 
 
 def matrix(metric: Metric, moments: Moments, rows: RowSimilarity) -> Tensor:

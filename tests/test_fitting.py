@@ -245,19 +245,19 @@ def test_batch_statistics_are_those_of_training_mode_and_of_numpy() -> None:
     # From the first on, all is as in training mode.
     every = batch_statistics(copy_model(model), "0", [whole])
     n = 12 * 36
-    for name, (mean, variance) in every.items():
+    for name, seen in every.items():
         layer = trained.get_submodule(name)
-        torch.testing.assert_close(mean.float(), layer.running_mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen.mean.float(), layer.running_mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            variance.float() * n / (n - 1), layer.running_var, rtol=1e-4, atol=1e-5
+            seen.variance.float() * n / (n - 1), layer.running_var, rtol=1e-4, atol=1e-5
         )
     # Over several batches: what reaches the first one, by numpy.
     parts = [as_batch(part) for part in images(12, 8).split(5)]
-    mean, variance = batch_statistics(copy_model(model), "0", parts)["1.bn"]
+    found = batch_statistics(copy_model(model), "0", parts)["1.bn"]
     with torch.no_grad():
-        seen = model[1].conv(model[0](images(12, 8))).double().numpy()
-    np.testing.assert_allclose(mean, seen.mean((0, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(variance, seen.var((0, 2, 3)), rtol=1e-6)
+        rows = model[1].conv(model[0](images(12, 8))).double().numpy()
+    np.testing.assert_allclose(found.mean, rows.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(found.variance, rows.var((0, 2, 3)), rtol=1e-6)
 
 
 def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
@@ -266,9 +266,9 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.constant_(layer.bias, 1.0)  # each block moves the mean of what reaches the next
     data = list(images(120, 8).split(20))
-    for name, (mean, variance) in batch_statistics(copy_model(model), "0", map(as_batch, data)).items():
+    for name, spread in batch_statistics(copy_model(model), "0", map(as_batch, data)).items():
         layer = model.get_submodule(name)
-        layer.running_mean, layer.running_var = mean.float(), variance.float()
+        layer.running_mean, layer.running_var = spread.mean.float(), spread.variance.float()
     how = Config(maps=("identity",), units=("span",), refit_steps=(1.0,))
     seen = profile(model, data, config=how)
     search = Search(model, seen, data, Budget(macs=0.5))

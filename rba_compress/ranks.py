@@ -1,0 +1,144 @@
+"""Several processes as one: each reads its share of the loader, and all of them decide alike.
+
+Where `torch.distributed` runs more than one process (`accelerate launch`, `torchrun`), `profile`,
+`search` and `compress` are called on every rank with the same model and the same, whole loader. What a
+decision stands on is summed up or gathered first, so every rank takes the same one.
+
+All of it goes over gloo, through the host: a pass over the data ends in one sum, whose speed hardly
+matters, and a peer that has died is noticed at once, by its connection.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from rba_compress.errors import RankError
+
+_PATIENCE = timedelta(hours=6)
+"""For peers that live and have longer shares to read."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together, seen from one of them; by default there is one."""
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this process that writes, prints and takes the time."""
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks of tensors of one shape."""
+        if self.count == 1:
+            return tensor
+        summed = tensor.detach().to("cpu", copy=True)
+        with self._answered():
+            dist.all_reduce(summed, group=self.group)
+        return summed.to(tensor.device)
+
+    def sum(self, number: float) -> float:
+        """The sum over all ranks of a number; of integers up to 2^53 exact."""
+        return float(self.total(torch.tensor(float(number), dtype=torch.float64)))
+
+    def gathered(self, rows: Tensor) -> list[Tensor]:
+        """The tensors (n, ...) of all ranks, in their order; n may differ, and be 0."""
+        if self.count == 1:
+            return [rows]
+        counts = torch.zeros(self.count, dtype=torch.long)
+        counts[self.rank] = len(rows)
+        lengths = self.total(counts).tolist()
+        padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype)
+        padded[: len(rows)] = rows.detach().cpu()
+        found = [torch.empty_like(padded) for _ in lengths]
+        with self._answered():
+            dist.all_gather(found, padded, group=self.group)
+        return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What the leading rank makes, a JSON value: a time, say, which no two ranks measure alike."""
+        if self.count == 1:
+            return make()
+        text = json.dumps(make()).encode() if self.leads else b""
+        return json.loads(bytes(torch.cat(self.gathered(torch.tensor([*text], dtype=torch.uint8)))))
+
+    def require_equal(self, what: str, digest: int) -> None:
+        """
+        Raises:
+            RankError: the ranks hold different ones of something that they must share.
+        """
+        found = torch.cat(self.gathered(torch.tensor([digest]))).tolist()
+        other = next((r for r, value in enumerate(found) if value != found[0]), None)
+        if other is not None:
+            raise RankError(
+                f"rank {other} has another {what} than rank 0: give every process the same model, "
+                "settings and whole loader, not one that was sharded already"
+            )
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(
+                f"one of the {self.count} processes ended or does not answer: its own error says why; "
+                f"start all of them again ({error})"
+            ) from error
+
+    def bar(self, *args: Any, **kwargs: Any) -> Any:
+        """A progress bar, on a terminal, of the leading rank."""
+        return tqdm(*args, disable=None if self.leads else True, **kwargs)
+
+
+ALONE = Ranks()
+
+
+def current() -> Ranks:
+    """The ranks of `torch.distributed` where it runs; its first call is made by all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return _ranks(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _ranks(world: Any) -> Ranks:
+    if dist.get_world_size(world) == 1:
+        return ALONE
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return Ranks(dist.get_rank(world), dist.get_world_size(world), group)
+
+
+def own_device(name: str) -> str:
+    """The card of this process, where `name` is any."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None else name
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """Join the processes that a launcher has started, where one has, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    try:
+        yield current()
+    finally:
+        state.destroy_process_group()
