@@ -42,7 +42,7 @@ def main(how: Baseline) -> None:
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration"), list(read(imagenet(model, "test")))
     (chain,) = supports(model, calibration[0]).chains
-    (profiled,), samples = calibrate(model, [chain], tqdm(read(calibration), "calibrate"))
+    (profiled,), samples = calibrate(model, [chain], enumerate(tqdm(read(calibration), "calibrate")))
     dense_cost = cost(model, test[0])
     with evaluating(model):
         dense = [main_output(batch.run(model)) for batch in test]

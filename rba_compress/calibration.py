@@ -22,6 +22,9 @@ from rba_compress.recorder import Recording, evaluating, unwrap
 from rba_compress.similarity import Metric, RowSimilarity, matrix
 from rba_compress.streams import as_rows, attention_mask, run_with_streams
 
+DENSE = 16
+"""So many rows a channel are profiled before positions are left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class ChainProfile:
@@ -39,6 +42,41 @@ class ChainProfile:
     def block_redundancy(self) -> list[float]:
         """The paper's Block Redundancy of each block; higher is more redundant."""
         return [float(value) for value in self.similarity("redundancy").diagonal(1)]
+
+    def update(
+        self, streams: Sequence[Tensor], mask: Tensor | None, *, first: int = 0, stride: int = 1
+    ) -> None:
+        """Fold in the streams of one batch.
+
+        Args:
+            mask: (N, positions), true at real tokens.
+            first: the number of the batch's first sample.
+            stride: once there were `DENSE` rows a channel, one position in so many is taken of those
+                that no head reads, and counts for all; which ones moves on from batch to batch.
+        """
+        axis = self.chain.axis
+        shape = streams[0].movedim(axis, -1).shape[:-1]
+        positions = shape[1:].numel()
+        mask = mask if mask is not None and mask.shape == shape else None
+        taken = weights = None
+        if stride > 1 and first * positions >= DENSE * self.chain.width:
+            taken, weights = self._taken(positions, first, stride)
+            weights = weights.repeat(len(streams[0]))
+        kept = mask if mask is None or taken is None else mask[:, taken]
+        if kept is not None and weights is not None:
+            weights = weights[kept.flatten().cpu()]
+        rows = [as_rows(h, axis, kept, taken) for h in streams]
+        self.moments.update(rows, weights)
+        self.rows.update(rows, [_read_rows(h, self.chain, mask) for h in streams], weights)
+
+    def _taken(self, positions: int, first: int, stride: int) -> tuple[Tensor, Tensor]:
+        """The positions that are taken, and how often each counts."""
+        read = {*self.chain.class_tokens, *range(self.chain.reads)}
+        others = [p for p in range(positions) if p not in read]
+        kept = others[first % stride :: stride] or others
+        weight = dict.fromkeys(kept, len(others) / max(len(kept), 1)) | dict.fromkeys(read, 1.0)
+        taken = sorted(weight)
+        return torch.tensor(taken), torch.tensor([weight[p] for p in taken])
 
     def merged(self, total: Total) -> ChainProfile:
         """What all processes saw."""
@@ -124,8 +162,14 @@ def profile(
         ranks.require_equal("model", int(weights[:15], 16))
         ranks.require_equal("loader", example.digest())
         ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
-    batches = ranks.bar(split.part("fit"), "profile", unit="batch")
-    states, samples = calibrate(model, support.chains, batches, window=config.window)
+    dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
+    states, samples = calibrate(
+        model,
+        support.chains,
+        ranks.bar(dealt, "profile", unit="batch"),
+        window=config.window,
+        stride=config.stride,
+    )
     return Profile(
         model=type(model).__name__,
         weights=weights,
@@ -151,13 +195,19 @@ def _criterion(recording: Recording, config: Config, function: Function | None) 
 def calibrate(
     model: nn.Module,
     chains: Sequence[Chain],
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[int, Batch]],
     *,
     window: int | None = None,
+    stride: int = 1,
 ) -> tuple[tuple[ChainProfile, ...], int]:
     """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
 
     Where several ranks work together, `batches` are one's own, and what comes back is of all of them.
+
+    Args:
+        batches: the number of each one's first sample, and the batch.
+        window: of `Moments`.
+        stride: of `ChainProfile.update`.
 
     Raises:
         ActivationError: a stream holds NaN or infinity.
@@ -173,11 +223,12 @@ def calibrate(
     )
     samples = 0
     with evaluating(model):
-        for batch in batches:
+        for first, batch in batches:
             moved = batch.to(model)
             _, streams = run_with_streams(model, chains, moved)
             for state, boundaries in zip(states, streams, strict=True):
-                _fold(state, [h.to(device) for h in boundaries], attention_mask(moved, state.chain))
+                mask = attention_mask(moved, state.chain)
+                state.update([h.to(device) for h in boundaries], mask, first=first, stride=stride)
             if samples == 0:
                 _require_finite(states)
             samples += len(batch)
@@ -194,20 +245,13 @@ def _accumulator_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
-def _fold(state: ChainProfile, streams: list[Tensor], mask: Tensor | None) -> None:
-    axis = state.chain.axis
-    rows = [as_rows(h, axis, mask) for h in streams]
-    state.moments.update(rows)
-    state.rows.update(rows, [_read_rows(h, state.chain, mask) for h in streams])
-
-
 def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
     """What a head reads: the class tokens' rows, otherwise the mean over positions, (samples, d)."""
     tokens = stream.movedim(chain.axis, -1)
     if chain.class_tokens:
         return tokens[:, list(chain.class_tokens)].flatten(0, 1)
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
-    if mask is None or mask.shape != tokens.shape[:2]:
+    if mask is None:
         return tokens.mean(1)
     return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 

@@ -107,7 +107,7 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
     if not support.chains:
         return support, row
     chain = max(support.chains, key=len)
-    (profiled,), _ = calibrate(model, [chain], [batch], window=1)
+    (profiled,), _ = calibrate(model, [chain], [(0, batch)], window=1)
     middle = len(chain) // 2
     solution, block = fit_spans(profiled, [(middle, middle + 1)], SPEC), chain.blocks[middle]
     slim = splice(model, solution.plan, solution.tensors).eval()

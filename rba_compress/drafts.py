@@ -79,7 +79,7 @@ class Move:
 
 def fit_span(profiled: ChainProfile, start: int, stop: int, spec: MapSpec) -> tuple[Replacement, Fit]:
     """Fit one map over the span `start:stop` of a profiled chain, on the original streams."""
-    fit = fit_map(spec, profiled.moments.pair(start, stop))
+    fit = fit_map(spec, profiled.moments.pair(start, stop, spectrum=True))
     return replacement_of(profiled.chain, start, stop, fit), fit
 
 

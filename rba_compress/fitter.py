@@ -132,7 +132,7 @@ class Fitter:
         columns, weight = rows.columns(new.target), self.class_weight(site[0])
         # In a read-out the map is of the positions that are not read.
         pair = rows.maps.others if new.reads else rows.maps.weighted(weight)
-        pair, found = pair.targets(columns), []
+        pair, found = pair.targets(columns).with_spectrum(), []
         lacking = None
         if rows.folds is not None and fold is not None:
             lacking = rows.folds.weighted(weight).targets(columns)

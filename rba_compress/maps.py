@@ -242,9 +242,12 @@ def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     centred = total - 2 * (weight * pair.xy).sum() + (weight * (pair.xx @ weight)).sum()
     offset = pair.mean_y - pair.mean_x @ weight - solution.bias
     residual = centred.clamp_min(0) / pair.n + offset.square().sum()
-    spectrum = torch.linalg.eigvalsh(pair.xx).clamp_min(0)
+    spectrum = pair.with_spectrum().spectrum if pair.spectrum is None else pair.spectrum
+    assert spectrum is not None
+    spectrum = spectrum.clamp_min(0)
     share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
-    gram = torch.linalg.eigvalsh(solution.gram).clamp_min(0) + solution.ridge
+    own = solution.gram is pair.xx
+    gram = (spectrum if own else torch.linalg.eigvalsh(solution.gram).clamp_min(0)) + solution.ridge
     return Diagnostics(
         residual=float(residual),
         r2=float(1 - residual * pair.n / total) if total > 0 else 0.0,

@@ -26,6 +26,9 @@ from torch import Tensor
 
 _FLOAT64 = torch.float64
 
+_HELD = 4
+"""Rows a channel that are folded in together."""
+
 Total = Callable[[Tensor], Tensor]
 """The sum over several processes of a tensor that each of them has."""
 
@@ -51,6 +54,8 @@ class PairMoments:
     xx: Tensor
     xy: Tensor
     yy: Tensor
+    spectrum: Tensor | None = None
+    """Eigenvalues of xx (d_x,), ascending, where they are known."""
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairMoments:
@@ -103,10 +108,19 @@ class PairMoments:
             total(self.yy + self.n * gap_y.square()),
         )
 
+    def with_spectrum(self) -> PairMoments:
+        """The same, with the eigenvalues of xx: for fits of several maps or targets."""
+        return replace(self, spectrum=torch.linalg.eigvalsh(self.xx))
+
     def weighted(self, weight: float) -> PairMoments:
         """The moments with every row counted `weight` times."""
         return replace(
-            self, n=self.n * weight, xx=self.xx * weight, xy=self.xy * weight, yy=self.yy * weight
+            self,
+            n=self.n * weight,
+            xx=self.xx * weight,
+            xy=self.xy * weight,
+            yy=self.yy * weight,
+            spectrum=None,
         )
 
     def targets(self, columns: slice) -> PairMoments:
@@ -149,16 +163,27 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
 
 
+def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
+    """What `Moments` take: 8 d^2 bytes for each pair, B (B + 1) / 2 of them without a window; rows that
+    are held, twice while they are folded in; and a product.
+    """
+    window = boundaries - 1 if window is None else min(window, boundaries - 1)
+    pairs = sum(min(j, window) + 1 for j in range(boundaries))
+    held = 4 * _HELD * width * boundaries * width
+    return 8 * pairs * width**2 + 2 * held + 4 * (window + 1) * width**2
+
+
 class Moments:
     """The joint second moments of `boundaries` streams of `width` channels.
+
+    Rows are held until there are four a channel and folded in together: a sum in float64 takes as long
+    as the products of so many.
 
     Args:
         boundaries: number of streams B (blocks + 1).
         width: channels d.
         window: the largest j - i for which C_ij is kept; None keeps all pairs.
-        device: where products and sums live.
-
-    Memory: 8 d^2 bytes for each kept pair; all pairs are B (B + 1) / 2.
+        device: where products and sums live; see `moment_bytes`.
     """
 
     def __init__(
@@ -170,65 +195,97 @@ class Moments:
         device: torch.device | str = "cpu",
     ) -> None:
         self.window = boundaries - 1 if window is None else min(window, boundaries - 1)
-        self.n = 0.0
-        self.mean = torch.zeros(boundaries, width, dtype=_FLOAT64, device=device)
-        # comoment[j][k] is C_ij of i = first(j) + k
-        self.comoment = [
+        self._n = 0.0
+        self._mean = torch.zeros(boundaries, width, dtype=_FLOAT64, device=device)
+        # _comoment[j][k] is C_ij of i = first(j) + k
+        self._comoment = [
             torch.zeros(j - self._first(j) + 1, width, width, dtype=_FLOAT64, device=device)
             for j in range(boundaries)
         ]
+        self._held: list[tuple[Tensor, Tensor | None]] = []  # (B, rows, d) and (rows,)
+        self._spectra: dict[int, Tensor] = {}  # of C_ii
+
+    @property
+    def n(self) -> float:
+        """Rows, by their weight."""
+        self._fold()
+        return self._n
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, d)."""
+        self._fold()
+        return self._mean
+
+    @property
+    def comoment(self) -> list[Tensor]:
+        """For each j: C_ij of every i that is kept, (i, d, d), that of j itself last."""
+        self._fold()
+        return self._comoment
 
     @property
     def boundaries(self) -> int:
-        return len(self.mean)
+        return len(self._mean)
 
     @property
     def width(self) -> int:
-        return self.mean.shape[1]
+        return self._mean.shape[1]
 
     def _first(self, j: int) -> int:
         return max(0, j - self.window)
 
     @torch.no_grad()
-    def update(self, streams: Sequence[Tensor]) -> None:
-        """Fold in one batch: `boundaries` tensors (rows, d) with the same rows. No rows, no change."""
-        rows = len(streams[0])
-        if rows == 0:
-            return
-        batch = Moments.__new__(Moments)
-        batch.window, batch.n = self.window, float(rows)
-        batch.mean = torch.stack([h.mean(0, dtype=_FLOAT64) for h in streams])
-        dtype = torch.promote_types(streams[0].dtype, torch.float32)
-        shift = batch.mean.to(dtype)
-        # What rounding the mean to `dtype` leaves; its product is taken out again below.
-        rest = batch.mean - shift.to(_FLOAT64)
-        centred = torch.stack([h.to(dtype) for h in streams]) - shift[:, None]  # (B, rows, d)
-        batch.comoment = []
-        with full_precision(centred.device):
-            for j in range(self.boundaries):
-                first = self._first(j)
-                product = centred[first : j + 1].mT @ centred[j]  # (k, d, d)
-                excess = rows * rest[first : j + 1, :, None] * rest[j]
-                batch.comoment.append(product.to(_FLOAT64) - excess)
-        self._absorb(batch)
+    def update(self, streams: Sequence[Tensor], weights: Tensor | None = None) -> None:
+        """Fold in one batch: `boundaries` tensors (rows, d) with the same rows. No rows, no change.
 
-    def _absorb(self, other: Moments) -> None:
-        total = self.n + other.n
-        if total == 0:
+        Args:
+            weights: how often each row counts, (rows,), on the CPU; once by default.
+        """
+        if len(streams[0]):
+            with full_precision(streams[0].device):
+                self._held.append((torch.stack([*streams]), weights))
+            if sum(rows.shape[1] for rows, _ in self._held) >= _HELD * self.width:
+                self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        if not self._held:
             return
-        gap = other.mean - self.mean
-        between = self.n * other.n / total
-        for j, new in enumerate(other.comoment):
-            self.comoment[j] += new
-            if between:
-                self.comoment[j] += between * gap[self._first(j) : j + 1, :, None] * gap[j]
-        self.mean += gap * (other.n / total)
-        self.n = total
+        dtype = torch.promote_types(self._held[0][0].dtype, torch.float32)
+        rows = torch.cat([held.to(dtype) for held, _ in self._held], dim=1)  # (B, rows, d)
+        weights = None
+        if any(w is not None for _, w in self._held):
+            weights = torch.cat(
+                [torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held]
+            )
+        n = float(rows.shape[1] if weights is None else weights.sum(dtype=_FLOAT64))
+        self._held.clear()
+        if weights is not None:
+            weights = weights.to(rows)[:, None]
+        mean = (rows if weights is None else rows * weights).sum(1, dtype=_FLOAT64) / n
+        shift = mean.to(dtype)
+        rows -= shift[:, None]
+        if weights is not None:
+            rows *= weights.sqrt()
+        # What rounding the mean to `dtype` left is in the products and is taken out again.
+        rest, gap, total = mean - shift.to(_FLOAT64), mean - self._mean, self._n + n
+        left = torch.stack([self._n * n / total * gap, -n * rest], dim=-1)  # (B, d, 2)
+        right = torch.stack([gap, rest], dim=-2)  # (B, 2, d)
+        with full_precision(rows.device):
+            for j, comoment in enumerate(self._comoment):
+                before = slice(self._first(j), j + 1)
+                comoment.add_(rows[before].mT @ rows[j])
+                comoment.baddbmm_(left[before], right[j].expand(len(comoment), -1, -1))
+        self._mean += gap * (n / total)
+        self._n = total
+        self._spectra.clear()
 
     def _copy(self) -> Moments:
+        self._fold()
         copy = Moments.__new__(Moments)
-        copy.window, copy.n, copy.mean = self.window, self.n, self.mean.clone()
-        copy.comoment = [c.clone() for c in self.comoment]
+        copy.window, copy._n, copy._mean = self.window, self._n, self._mean.clone()
+        copy._comoment = [c.clone() for c in self._comoment]
+        copy._held, copy._spectra = [], {}
         return copy
 
     def __add__(self, other: Moments) -> Moments:
@@ -241,24 +298,32 @@ class Moments:
         theirs = (other.boundaries, other.width, other.window)
         if ours != theirs:
             raise ValueError(f"moments of (boundaries, width, window) {ours} and {theirs}")
-        merged = self._copy()
-        merged._absorb(other)
-        return merged
+        both, total = self._copy(), self.n + other.n
+        if total == 0:
+            return both
+        gap, between = other.mean - self.mean, self.n * other.n / total
+        for j, comoment in enumerate(both._comoment):
+            comoment.add_(other.comoment[j])
+            if between:
+                comoment.add_(between * gap[self._first(j) : j + 1, :, None] * gap[j])
+        both._mean += gap * (other.n / total)
+        both._n = total
+        return both
 
     def merged(self, total: Total) -> Moments:
         """The moments of all processes' rows."""
         merged = self._copy()
-        merged.n, merged.mean, gap = pooled(total, self.n, self.mean)
+        merged._n, merged._mean, gap = pooled(total, self.n, self.mean)
         for j, own in enumerate(self.comoment):
             between = self.n * gap[self._first(j) : j + 1, :, None] * gap[j]
-            merged.comoment[j] = total(own + between)
+            merged._comoment[j] = total(own + between)
         return merged
 
     def weighted(self, weight: float) -> Moments:
         """The moments with every row counted `weight` times."""
         scaled = self._copy()
-        scaled.n *= weight
-        scaled.comoment = [c * weight for c in self.comoment]
+        scaled._n *= weight
+        scaled._comoment = [c * weight for c in self.comoment]
         return scaled
 
     def comoments(self, i: int, j: int) -> Tensor:
@@ -273,8 +338,14 @@ class Moments:
             raise ValueError(f"boundaries {i} and {j} are further apart than the window {self.window}")
         return self.comoment[j][i - self._first(j)]
 
-    def pair(self, i: int, j: int) -> PairMoments:
-        """The moments of (h_i, h_j), from which any map h_i -> h_j is fitted."""
+    def pair(self, i: int, j: int, *, spectrum: bool = False) -> PairMoments:
+        """The moments of (h_i, h_j), from which any map h_i -> h_j is fitted.
+
+        Args:
+            spectrum: with the eigenvalues of C_ii, which are kept for the next pair.
+        """
+        if spectrum and i not in self._spectra:
+            self._spectra[i] = torch.linalg.eigvalsh(self.comoments(i, i))
         return PairMoments(
             self.n,
             self.mean[i],
@@ -282,6 +353,7 @@ class Moments:
             self.comoments(i, i),
             self.comoments(i, j),
             self.comoments(j, j).diagonal(),
+            self._spectra.get(i),
         )
 
     def mean_square_distance(self, i: int, j: int) -> float:

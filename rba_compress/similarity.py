@@ -29,20 +29,29 @@ class RowSimilarity:
     """Streaming sums of what joint moments do not hold: cosines, angles, distances of read-out rows."""
 
     def __init__(self, boundaries: int, device: torch.device | str = "cpu") -> None:
-        self.rows = 0
-        self.read_rows = 0
+        self.rows = 0.0
+        """By their weight."""
+        self.read_rows = 0.0
         zeros = torch.zeros(boundaries, boundaries, dtype=torch.float64, device=device)
         self.cosine, self.angle, self.distance = zeros, zeros.clone(), zeros.clone()
 
-    def update(self, streams: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-        """Fold in one batch: each boundary's rows (rows, d) and its read-out rows (samples, d)."""
+    def update(
+        self, streams: Sequence[Tensor], read: Sequence[Tensor], weights: Tensor | None = None
+    ) -> None:
+        """Fold in one batch: each boundary's rows (rows, d) and its read-out rows (samples, d).
+
+        Args:
+            weights: how often each row counts, (rows,), on the CPU; once by default.
+        """
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
-        unit = torch.nn.functional.normalize(torch.stack([h.to(dtype) for h in streams]), dim=-1)
-        with full_precision(unit.device):
-            cosine = torch.einsum("bnd,cnd->nbc", unit, unit).clamp(-1, 1)
-        self.cosine += cosine.sum(0, dtype=torch.float64)
-        self.angle += cosine.arccos().sum(0, dtype=torch.float64) / torch.pi
-        self.rows += len(cosine)
+        with full_precision(streams[0].device):
+            rows = torch.nn.functional.normalize(torch.stack([*streams], dim=1).to(dtype), dim=-1)
+            cosine = (rows @ rows.mT).clamp(-1, 1).double()  # (rows, B, B)
+        counted = torch.ones(len(rows)) if weights is None else weights
+        self.rows += float(counted.sum(dtype=torch.float64))
+        counted = counted.to(cosine)
+        self.cosine += torch.tensordot(counted, cosine, 1)
+        self.angle += torch.tensordot(counted, cosine.arccos(), 1) / torch.pi
         readout = torch.stack([h.double() for h in read])  # (B, samples, d)
         for i, h in enumerate(readout):
             self.distance[i] += (readout - h).square().sum((1, 2))
@@ -59,7 +68,7 @@ class RowSimilarity:
         changed = RowSimilarity(len(self.cosine), self.cosine.device)
         for name in ("cosine", "angle", "distance"):
             setattr(changed, name, value(name))
-        changed.rows, changed.read_rows = int(value("rows")), int(value("read_rows"))
+        changed.rows, changed.read_rows = float(value("rows")), float(value("read_rows"))
         return changed
 
 

@@ -147,13 +147,19 @@ def _run_graph(
     return Reader(model).run(*graph_arguments(model, batch))
 
 
-def as_rows(stream: Tensor, axis: int, mask: Tensor | None = None) -> Tensor:
+def as_rows(
+    stream: Tensor, axis: int, mask: Tensor | None = None, taken: Tensor | None = None
+) -> Tensor:
     """The positions of a stream as rows (N * positions, d).
 
-    `mask` (N, positions), where given, is true at the positions that count.
+    Args:
+        mask: (N, positions), true at the positions that count; of those taken.
+        taken: the positions that are taken; all by default.
     """
     rows = stream.movedim(axis, -1)
-    if mask is not None and rows.ndim == 3 and mask.shape == rows.shape[:2]:
+    if taken is not None:
+        rows = rows.flatten(1, -2).index_select(1, taken.to(rows.device))
+    if mask is not None:
         return rows[mask]
     return rows.reshape(-1, rows.shape[-1])
 

@@ -88,7 +88,7 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     model = deit_tiny()
     calibration = imagenet(model, "calibration")
     (chain,) = supports(model, calibration[0]).chains
-    (profiled,), _ = calibrate(model, [chain], read(calibration))
+    (profiled,), _ = calibrate(model, [chain], enumerate(read(calibration)))
     replacement, fit = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
     slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
     found = fidelity(model, slim, read(imagenet(model, "test")), "kl")

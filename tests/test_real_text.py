@@ -64,7 +64,7 @@ def test_a_language_model_decodes_without_layers() -> None:
     loader = language.sequences(tokenizer, "calibration", 1024, how)
     (chain,) = supports(model, loader[0]).chains
     assert len(chain) == 30
-    (profiled,), _ = calibrate(model, [chain], [as_batch(b) for b in loader], window=1)
+    (profiled,), _ = calibrate(model, [chain], enumerate(as_batch(b) for b in loader), window=1)
     spec = MapSpec(kind="shrunk", shrink=0.5, damping=1e-4)
     found = fit_spans(profiled, [(0, 1), (14, 15)], spec)
     slim: Any = splice(model, found.plan, found.tensors)

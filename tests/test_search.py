@@ -32,7 +32,7 @@ from tests.networks import LIGHT, Chain, images, loader, rows, seeded
 
 
 def test_profile_sees_what_stored_activations_say(digits: nn.Module, digits_loader: list[Any]) -> None:
-    seen = profile(digits, digits_loader)
+    seen = profile(digits, digits_loader, config=Config(stride=1))
     (profiled,) = seen.chains
     stored: list[list[Tensor]] = [[] for _ in range(13)]
     with torch.no_grad():
