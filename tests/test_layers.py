@@ -8,6 +8,7 @@ import rba_compress
 # Each module imports only from those above it.
 LAYERS = [
     "errors",
+    "offload",
     "moments",
     "maps",
     "similarity",
