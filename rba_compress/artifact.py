@@ -129,9 +129,9 @@ def write_artifact(
     if fold:
         architecture = architecture or architecture_of(model)
         model, stock = folded(model, plan, architecture, sample)
-    state, tied = unique(model.state_dict())
+    state, tied = unique(_fitted(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
-        state, tied, architecture = _fitted(plan, state), {}, None
+        architecture = None
     elif not fold:
         architecture = _checked(architecture, model, plan, state, tied, example=sample)
     with written_whole(target) as temporary:

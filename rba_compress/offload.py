@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -125,7 +125,7 @@ def execution_device(model: nn.Module, tensor: Tensor, path: str = "") -> torch.
     for module in (*model.get_submodule(path).modules(), *above):
         for hook in _hooks(module):
             if hook.execution_device is not None:
-                return torch.device(hook.execution_device)
+                return torch.empty(0, device=hook.execution_device).device  # with its index
     return tensor.device
 
 
@@ -150,10 +150,12 @@ def undispatched(model: nn.Module, path: str = "") -> nn.Module:
     first = next((tensor for _, tensor in _tensors(module)), torch.empty(0))
     device = execution_device(model, first, path)
     sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    tied: list[Tensor] = []
     for at, held in model.named_modules():
         for hook in _hooks(held):
-            names = _loads(held, hook)
-            sources |= {f"{at}.{name}".lstrip("."): (hook.weights_map, name) for name in names}
+            loads = _loads(held, hook)
+            sources |= {f"{at}.{name}".lstrip("."): (hook.weights_map, name) for name in loads}
+            tied += [loads[name] for name in hook.tied_params_names if name in loads]
     memo: dict[int, Any] = {}
     for name, tensor in _tensors(module):
         load: Callable[[], Tensor] = partial(tensor.detach().to, device)
@@ -169,7 +171,24 @@ def undispatched(model: nn.Module, path: str = "") -> nn.Module:
             continue
         like = tensor.detach().to("meta")
         memo[id(tensor)] = _as(tensor, _offloaded(load, like, device))
+    _tie(memo, [tensor for _, tensor in _tensors(module)], tied)
     return _unhooked(copy_tree(module, memo))
+
+
+def _tie(memo: dict[int, Any], tensors: Sequence[Tensor], tied: Sequence[Tensor]) -> None:
+    """Let one tensor stand for tied weights again.
+
+    Once they are offloaded each is a meta tensor of its own; accelerate knows that they were tied, and
+    not to which.
+    """
+    names = {id(tensor) for tensor in tied}
+    known = [tensor for tensor in tensors if id(tensor) not in memo]
+    for tensor in (t for t in tensors if id(t) in names):
+        new = memo[id(tensor)]
+        alike = (old for old in known if (old.shape, old.dtype) == (new.shape, new.dtype))
+        same = next((old for old in alike if torch.equal(loaded(old), loaded(new))), None)
+        memo[id(tensor)] = new if same is None else same
+        known += [new] if same is None else []
 
 
 def _loads(module: nn.Module, hook: Any) -> dict[str, Tensor]:
