@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
+import timm
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rba_compress import (
     Architecture,
@@ -34,7 +35,7 @@ from rba_compress.calibration import fingerprint
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.offload import Offloaded, dispatched, in_memory, undispatched
 from rba_compress.plan import Refit
-from tests.networks import Block, Chain, loader, rows, seeded
+from tests.networks import Block, Chain, images, loader, rows, seeded
 from tests.test_language import ids, llama, texts
 
 Dispatch = Callable[[nn.Module, Path], nn.Module]
@@ -177,6 +178,20 @@ def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
     assert torch.equal(model(rows(5)), slim(rows(5)))
 
 
+@pytest.mark.parametrize("whole", ["Block", "Attention"])
+def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 2}
+    plain, model = (seeded(timm.create_model, "vit_tiny_patch16_224", **sizes) for _ in range(2))
+    accelerate.disk_offload(model, tmp_path, preload_module_classes=[whole])
+    data = list(images(30).split(10))
+    wanted, found = (compress(m, data, budget=Budget(macs=0.7)) for m in (plain, model))
+    assert_same(found, wanted)
+    assert {r.unit for r in wanted.plan.replacements} - {"span"}
+    assert any(place.startswith("Offloaded") for place in places(found.model).values())
+    with torch.no_grad():
+        assert torch.equal(found.model(data[0]), wanted.model(data[0]))
+
+
 class Normed(Block):
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -237,31 +252,26 @@ def test_tied_weights_on_disk_are_counted_once(tmp_path: Path) -> None:
 
 def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelerate.disk_offload(seeded(Chain, depth=6, width=16), tmp_path)
-    alive, peak = 0, 0
-    fetch = offload._fetch
+    fetch, seen, peak = offload._fetch, [], 0
+
+    def alive() -> int:
+        seen[:] = [(size, storage) for size, storage in seen if not storage.expired()]
+        return sum(size for size, _ in seen)
 
     def counted(*given: Any) -> Tensor:
-        nonlocal alive, peak
-
-        def gone(size: int) -> None:
-            nonlocal alive
-            alive -= size
-
+        nonlocal peak
         tensor = fetch(*given)
-        alive += tensor.numel()
-        peak = max(peak, alive)
-        weakref.finalize(tensor, gone, tensor.numel())
+        seen.append((tensor.numel(), StorageWeakRef(tensor.untyped_storage())))
+        peak = max(peak, alive())
         return tensor
 
     monkeypatch.setattr(offload, "_fetch", counted)
-    seen = profile(model, loader())
-    found = search(model, seen, loader(), budget=Budget(macs=0.7))
+    found = search(model, profile(model, loader()), loader(), budget=Budget(macs=0.7))
     assert found.plan.replacements
-    largest = max(p.numel() for p in model.parameters())
-    biases = 2 * 16
+    largest, biases = max(p.numel() for p in model.parameters()), 2 * 16
     assert 0 < peak <= largest + biases
     gc.collect()
-    assert alive == 0
+    assert alive() == 0
 
 
 def test_an_offloaded_tensor_is_like_the_one_that_it_stands_for(tmp_path: Path) -> None:
