@@ -48,12 +48,13 @@ class Offloaded(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.is_view and isinstance(args[0], Offloaded):
-            like = func(args[0].like, *args[1:], **kwargs)
-            if isinstance(like, Tensor):
-                load = partial(_view, args[0], func, args[1:], kwargs)
-                return _offloaded(load, like, args[0].device)
-        args, kwargs = pytree.tree_map(loaded, (args, kwargs))
+        with torch.inference_mode(False):  # of such a tensor there are no views from that mode
+            if func.is_view and isinstance(args[0], Offloaded):
+                like = func(args[0].like, *args[1:], **kwargs)
+                if isinstance(like, Tensor):
+                    load = partial(_view, args[0], func, args[1:], kwargs)
+                    return _offloaded(load, like, args[0].device)
+            args, kwargs = pytree.tree_map(loaded, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -95,13 +96,23 @@ def _hooks(module: nn.Module) -> list[Any]:
     """The hooks of accelerate that move a module's inputs, and its weights where they are offloaded.
 
     Raises:
-        ModelError: a GraphModule has one, which no copy of it would have.
+        ModelError: a GraphModule has one, which no copy of it would have; or a hook of another kind
+            stands beside, and what that does is not known.
     """
     hook = module.__dict__.get("_hf_hook")
-    found = [part for part in getattr(hook, "hooks", (hook,)) if hasattr(part, "weights_map")]
+    if hook is None:
+        return []
+    parts = getattr(hook, "hooks", (hook,))
+    found = [part for part in parts if hasattr(part, "weights_map")]
     if found and isinstance(module, fx.GraphModule):
         raise ModelError(
             "accelerate has dispatched a GraphModule: pass the plain module, or dispatch the slim one"
+        )
+    if found and len(found) < len(parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ModelError(
+            f"a {type(module).__name__} that accelerate has dispatched has other hooks, too ({kinds}): "
+            "remove those that do not dispatch it"
         )
     return found
 

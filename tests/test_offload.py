@@ -188,8 +188,9 @@ def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_pa
     assert_same(found, wanted)
     assert {r.unit for r in wanted.plan.replacements} - {"span"}
     assert any(place.startswith("Offloaded") for place in places(found.model).values())
-    with torch.no_grad():
-        assert torch.equal(found.model(data[0]), wanted.model(data[0]))
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(found.model(data[0]), wanted.model(data[0]))
 
 
 class Normed(Block):
@@ -283,12 +284,21 @@ def test_an_offloaded_tensor_is_like_the_one_that_it_stands_for(tmp_path: Path) 
     assert (weight.shape, weight.dtype, weight.device) == (same.shape, same.dtype, same.device)
     assert weight.requires_grad == same.requires_grad
     assert repr(weight) == "Offloaded((8, 4), torch.float32, for cpu)"
-    for view in (lambda t: t.detach(), lambda t: t.t(), lambda t: t[2:5, 1], lambda t: t.reshape(-1)):
-        assert isinstance(view(weight), Offloaded)
-        assert view(weight).stride() == view(same).stride()
-        assert torch.equal(view(weight), view(same))
-    assert all(torch.equal(a, b) for a, b in zip(weight.split(3), same.split(3), strict=True))
-    assert type(weight + 1) is Tensor
+    views = (
+        lambda t: t.detach(),
+        lambda t: t.t(),
+        lambda t: t[2:5, 1],
+        lambda t: t.reshape(-1).view(4, 8),
+    )
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            for view in views:
+                assert isinstance(view(weight), Offloaded)
+                assert view(weight).stride() == view(same).stride()
+                assert torch.equal(view(weight), view(same))
+            assert all(torch.equal(a, b) for a, b in zip(weight.split(3), same.split(3), strict=True))
+            assert type(weight + 1) is Tensor
+            assert torch.equal(model(rows(5)), plain(rows(5)))
     assert isinstance(copy.deepcopy(weight), Offloaded)
     whole = in_memory(model)
     assert set(places(whole).values()) == {"Parameter cpu"}
@@ -325,6 +335,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match="accelerate has dispatched a GraphModule: pass the plain"):
             call()
+    hooks = accelerate.hooks
+    model = half_on_disk(seeded(Chain), tmp_path)
+    hooks.add_hook_to_module(model.head, hooks.ModelHook(), append=True)
+    with pytest.raises(ModelError, match=r"other hooks, too \(AlignDevicesHook, ModelHook\): remove"):
+        supports(model, rows(5))
 
 
 def test_a_slim_network_is_exported_from_disk(tmp_path: Path) -> None:
