@@ -102,16 +102,18 @@ def timed(how: Cost, model: nn.Module, loader: list[Any]) -> tuple[dict[str, Any
     fit = [batch.to(model) for batch in Split(loader, 0).part("fit")]
     plain(model, fit[:2])
     times: list[dict[str, float]] = []
+    held: list[Profile] = []
+
+    def fits(kind: Kind) -> float:
+        (profiled,) = held[-1].chains
+        how = spec(kind, profiled.chain.width)
+        return seconds(lambda: fit_spans(profiled, every_span(profiled.chain), how))
+
     for _ in range(how.pairs):
-        start = time.perf_counter()
-        seen = profile(model, loader)
-        called = time.perf_counter() - start
-        (profiled,) = seen.chains
-        width, spans = profiled.chain.width, every_span(profiled.chain)
-        found = {"plain": seconds(lambda: plain(model, fit)), "profile": called}
-        found["fits"] = seconds(lambda: fit_spans(profiled, spans, spec("shrunk", width)))
-        times.append(found)
-    chain = profiled.chain
+        found = {"plain": seconds(lambda: plain(model, fit))}
+        found["profile"] = seconds(lambda: held.append(profile(model, loader)))
+        times.append(found | {"fits": fits("shrunk")})
+    chain = held[-1].chains[0].chain
     example = as_batch(loader[0])
     middle = {key: statistics.median(t[key] for t in times) for key in times[0]}
     fixed = seconds(lambda: discover(model, example))
@@ -121,18 +123,15 @@ def timed(how: Cost, model: nn.Module, loader: list[Any]) -> tuple[dict[str, Any
         "of_profile_discovery": round(fixed, 2),
         "profile_over_plain": spread([t["profile"] / t["plain"] for t in times]),
         "with_fits_over_plain": spread([(t["profile"] + t["fits"]) / t["plain"] for t in times]),
-        "spans": len(spans),
-        "fits_by_kind": {
-            kind: round(seconds(lambda k=kind: fit_spans(profiled, spans, spec(k, width))), 2)  # type: ignore[misc]
-            for kind in KINDS
-        },
+        "spans": len(every_span(chain)),
+        "fits_by_kind": {kind: round(fits(kind), 2) for kind in KINDS},
     }
     if how.stored:
         took = seconds(lambda: stored(model, chain, fit))
         extra = middle["profile"] + middle["fits"] - middle["plain"]
         row["stored_lstsq_seconds"] = round(took, 1)
         row["extra_stored_over_extra"] = round((took - middle["plain"]) / extra, 1)
-    return row, seen
+    return row, held[-1]
 
 
 def products(rows: Tensor, how: str) -> list[Tensor]:

@@ -71,7 +71,10 @@ def compress(
 
     Args:
         model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
-            DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off.
+            DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off. Where
+            accelerate has dispatched a module over devices or to disk, the slim one stays so: kept
+            blocks keep their hooks, maps and re-solved layers lie in memory where the block ran, and
+            what is left of a thinned block is loaded as it runs.
         loader: an iterable of batches that can be read more than once: tensors, tuples whose first
             item is the input and whose second may be integer labels, or dicts of keywords. Five
             samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate

@@ -38,6 +38,7 @@ from rba_compress.files import (
 )
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
+from rba_compress.offload import in_memory
 from rba_compress.plan import Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
@@ -123,12 +124,14 @@ def write_artifact(
         raise ArtifactError("a delta needs the original beside it: it cannot be folded or for a hub")
     probe = _probe(example, model)
     sample, stock = example.select([0]), None
+    if not delta:
+        model = in_memory(model, device="cpu")
     if fold:
         architecture = architecture or architecture_of(model)
         model, stock = folded(model, plan, architecture, sample)
-    state, tied = unique(model.state_dict())
+    state, tied = unique(_fitted(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
-        state, tied, architecture = _fitted(plan, state), {}, None
+        architecture = None
     elif not fold:
         architecture = _checked(architecture, model, plan, state, tied, example=sample)
     with written_whole(target) as temporary:
@@ -239,10 +242,11 @@ def rebuilt(
             raise ArtifactError(
                 f"{root} is a delta: pass the {manifest.model} that it was made of, load(dir, base=...)"
             )
-        return splice(unwrap(base), manifest.plan, read_state(root / WEIGHTS)).cpu().eval()
+        slim = splice(unwrap(base), manifest.plan, read_state(root / WEIGHTS))
+        return in_memory(slim, device="cpu").cpu().eval()
     given = model if base is None else base
     if given is not None:
-        skeleton = copy_model(unwrap(given)).cpu().eval()
+        skeleton = in_memory(copy_model(unwrap(given)), device="cpu").cpu().eval()
     elif manifest.builder is not None:
         skeleton = manifest.builder.build()
     else:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from rba_compress.errors import LoaderError, ModelError
+from rba_compress.offload import execution_device
 from rba_compress.ranks import ALONE, Ranks, current
 
 Part = Literal["fit", "choose", "confirm"]
@@ -125,10 +126,11 @@ class Batch:
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return self
+        device = execution_device(model, parameter)
 
         def move(value: Tensor) -> Tensor:
             dtype = parameter.dtype if value.is_floating_point() else value.dtype
-            return value.to(parameter.device, dtype, non_blocking=True)
+            return value.to(device, dtype, non_blocking=True)
 
         return replace(self._map(move), labels=self.labels)
 

@@ -16,6 +16,7 @@ from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError
 from rba_compress.measure import Cost, Criterion, Function, output_kind
 from rba_compress.moments import Moments, Total
+from rba_compress.offload import loaded, undispatched
 from rba_compress.plan import Chain, Config, Refusal
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, unwrap
@@ -118,12 +119,12 @@ class Profile:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a state dict."""
+    """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(undispatched(model).state_dict().items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            flat = loaded(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
 
@@ -152,7 +153,7 @@ def profile(
         ActivationError: activations hold NaN or infinity.
     """
     config = config or Config()
-    model = unwrap(model)
+    model = undispatched(unwrap(model))
     split = Split(loader, config.seed)
     example = split.first()
     support, recording = discover(model, example)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from rba_compress.analysis import analyse, nested
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.errors import ModelError, NoChainError
+from rba_compress.offload import undispatched
 from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.streams import run_with_streams
@@ -60,7 +61,7 @@ def supports(model: nn.Module, example: Any) -> Support:
         LoaderError: the example is not a batch.
         ModelError: the model is of a kind that cannot be rewritten, or its forward pass fails.
     """
-    found, _ = discover(unwrap(model), as_batch(example))
+    found, _ = discover(undispatched(unwrap(model)), as_batch(example))
     return found
 
 

@@ -22,6 +22,7 @@ from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
 from rba_compress.errors import ActivationError
 from rba_compress.moments import Total
+from rba_compress.offload import execution_device, undispatched
 from rba_compress.plan import Chain, Frozen
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, record
@@ -101,6 +102,7 @@ class Fidelity(Frozen):
 
 def cost(model: nn.Module, batch: Batch) -> Cost:
     """MACs of one sample and the number of parameters (shared ones once)."""
+    model = undispatched(model)
     parameters = sum(p.numel() for p in model.parameters())
     sample = batch.to(model).select(list(range(min(2, len(batch)))))
     return Cost(macs=record(model, sample).macs, params=parameters)
@@ -357,8 +359,7 @@ def benchmark(
     """
     batch = example if isinstance(example, Batch) else as_batch(example)
     inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
-    device = next((p.device for p in dense.parameters()), torch.device("cpu"))
-
+    device = _device(dense)
     clock = _clock(dense)
 
     def once(model: nn.Module) -> float:
@@ -410,9 +411,14 @@ def block_times(
     ]
 
 
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else execution_device(model, first)
+
+
 def _clock(model: nn.Module) -> Callable[[], float]:
     """Seconds, read when the model's device has done its work."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
 
     def clock() -> float:
         if device.type == "cuda":

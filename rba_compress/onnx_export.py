@@ -41,6 +41,7 @@ from rba_compress.certificate import (
 from rba_compress.errors import ExportError
 from rba_compress.files import flush, sealed, sha256, sibling
 from rba_compress.measure import benchmark
+from rba_compress.offload import in_memory
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.surgery import copy_model
@@ -144,7 +145,7 @@ def _export(
         if kind == "onnx" and dense is None and manifest.architecture is not None:
             dense = manifest.architecture.build()
         model = load(root)
-    network = unwrap(model)
+    network = in_memory(unwrap(model), device="cpu")
     batch = as_batch(example).to(network)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     if dtype is torch.bfloat16 and kind == "onnx":
@@ -186,7 +187,9 @@ def _export(
         other, latency = None, None
         if dense is not None:
             with tempfile.TemporaryDirectory() as aside:
-                dense = copy_model(unwrap(dense)).to(next(network.parameters()).device, dtype)
+                dense = in_memory(copy_model(unwrap(dense))).to(
+                    next(network.parameters()).device, dtype
+                )
                 other, twin = written(dense, Path(aside) / f"dense{target.suffix}")
                 latency = benchmark(twin, runner, flat(batch), seconds=seconds)
         content = Certificate(

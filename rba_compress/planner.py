@@ -37,6 +37,7 @@ from rba_compress.errors import ActivationError, BudgetError, PlanError
 from rba_compress.fitter import Fitter
 from rba_compress.judge import Judge
 from rba_compress.measure import benchmark, block_times
+from rba_compress.offload import undispatched
 from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step, Unit
 from rba_compress.recorder import unwrap
 
@@ -72,7 +73,7 @@ def search(
         ActivationError: the dense output, or that of every candidate, holds NaN or infinity.
         LoaderError: as `profile`.
     """
-    model = unwrap(model)
+    model = undispatched(unwrap(model))
     if type(model).__name__ != profile.model:
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     if fingerprint(model) != profile.weights:

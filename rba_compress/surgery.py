@@ -10,8 +10,6 @@ either form; what is left of it keeps its state-dict keys.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
+from rba_compress.offload import copy_tree, deep_copy, execution_device, hold, take_place
 from rba_compress.plan import Block, Plan, Refit, Replacement, Signature
 from rba_compress.recorder import module_stack, unwrap
 from rba_compress.thinning import Thinned, Traces, thin
@@ -48,39 +47,12 @@ def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
         ModelError: the model cannot be copied.
     """
     try:
-        return _shared_copy(model) if share else copy.deepcopy(model)
+        return copy_tree(model) if share else deep_copy(model)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass a model "
             "that copy.deepcopy accepts, or splice it with inplace=True"
         ) from error
-
-
-def _shared_copy(model: nn.Module) -> nn.Module:
-    """`copy.deepcopy` with the tensors left out, and by hand: a search copies hundreds of times."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    modules = list(model.modules())
-    kinds = {type(module) for module in modules}
-    if any(hasattr(k, "__deepcopy__") or k.__getstate__ != nn.Module.__getstate__ for k in kinds):
-        copied: nn.Module = copy.deepcopy(model, memo)
-        return copied
-    for module in modules:
-        memo[id(module)] = type(module).__new__(type(module))
-    # Trees first: what else a module holds may point into them.
-    held = {"_parameters", "_buffers", "_modules"}
-    for module in modules:
-        state = memo[id(module)].__dict__
-        for name in held:
-            items = module.__dict__[name].items()
-            state[name] = {key: memo[id(v)] if v is not None else None for key, v in items}
-    for module in modules:
-        state = memo[id(module)].__dict__
-        for name, value in module.__dict__.items():
-            if name not in held:
-                empty = type(value) in (dict, OrderedDict, set) and not value
-                state[name] = type(value)() if empty else copy.deepcopy(value, memo)
-    found: nn.Module = memo[id(model)]
-    return found
 
 
 def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module) -> None:
@@ -292,7 +264,8 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
             ),
             torch.empty(0),
         )
-        module = _build(replacement).to(like.dtype).to_empty(device=like.device)
+        device = execution_device(model, like, replacement.blocks[0].path)
+        module = _build(replacement).to(like.dtype).to_empty(device=device)
         state = {
             name: tensors[f"{replacement.key}{name}"].reshape(value.shape)
             for name, value in module.state_dict().items()
@@ -302,6 +275,7 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
             _require_thinnable(model, replacement, traces)
         built.append((replacement, module))
     for replacement, module in built:
+        first = model.get_submodule(replacement.blocks[0].path)
         held = module
         if replacement.unit != "span":
             held = thin(
@@ -313,8 +287,12 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
                 reads=replacement.reads,
                 exact=replacement.exact,
             )
+        for block in replacement.blocks:
+            hold(model, block.path.rpartition(".")[0])
         replace_blocks(model, replacement.blocks, held)
+        take_place(model.get_submodule(replacement.blocks[0].path), first)
     for refit in plan.refits:
+        hold(model, refit.path)
         layer = model.get_submodule(refit.path)
         for name, old in _moved(layer, refit):
             # A new tensor: the old one may be shared with the original.

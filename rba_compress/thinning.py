@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from rba_compress.demand import copy_graph, demand, packet_of
 from rba_compress.errors import ModelError
 from rba_compress.narrowing import narrow
+from rba_compress.offload import in_memory, undispatched
 from rba_compress.plan import Block, Signature, Unit
 from rba_compress.recorder import evaluating
 
@@ -101,7 +102,7 @@ def thin(
     Raises:
         ModelError: the block cannot be traced, or does not offer the unit.
     """
-    module = model.get_submodule(block.path)
+    module = undispatched(model, block.path)
     traced = traces.of(model, block)
     bodies = []
     for each in traced:
@@ -244,7 +245,7 @@ def _is_of(model: nn.Module, block: Block, traced: Sequence[Traced]) -> bool:
     """Whether graphs that were traced of a like block compute, bit for bit, what this one does."""
     if isinstance(model, fx.GraphModule):
         return False
-    module = model.get_submodule(block.path)
+    module = in_memory(model, block.path)
     generator = torch.Generator().manual_seed(0)
     for each in traced:
         wrapped, tensors = _StreamOnly(module, each.signature), example_inputs(module, each.signature)
@@ -275,7 +276,7 @@ def example_inputs(module: nn.Module, signature: Signature) -> list[Tensor]:
 def _trace(model: nn.Module, block: Block, signature: Signature, constant: str) -> Traced:
     if not signature.inputs:
         raise ModelError("what it is called with cannot be written down")
-    module = model.get_submodule(block.path)
+    module = in_memory(model, block.path)
     taken = {"map", "_bodies"}.intersection(name for name, _ in module.named_children())
     if taken:
         raise ModelError(f"it has a submodule {taken.pop()!r} of its own")

@@ -9,6 +9,7 @@ import rba_compress
 LAYERS = [
     "errors",
     "ranks",
+    "offload",
     "moments",
     "maps",
     "similarity",
