@@ -6,8 +6,7 @@ batches, dealt beforehand, pinned and of the model's dtype: nothing but copying 
 is `calibrate` on the same batches. `profile` is the whole call: it reads and deals the loader, finds
 the chains and hashes the weights besides, most of which takes as long for few images as for many
 (`call_seconds`). The three run in turn; a share is plain's time over the other's, with its quartiles.
-`ceiling` is the share at which a profile would run whose float32 products go at the measured rate of a
-large product and all else is free. MACs a second are compared with that rate, too; those of the
+MACs a second are compared with that rate, too; those of the
 moments with that of float32, whatever the model's dtype.
 
 Before anything is timed, an affine map of the profile is compared with float64 least squares on the
@@ -160,8 +159,11 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
         model = timm.create_model(network, pretrained=False, **how.arguments).eval().to(device, dtype)
     side = how.arguments.get("img_size", model.default_cfg["input_size"][-1])
     loader, config = host_images(how, (3, side, side), dtype), Config(window=how.window, seed=how.seed)
-    dealt = Split(loader, config.seed).part("fit")
-    batches = [as_batch(on_host(batch.args[0], how)) for batch in dealt]
+    numbered = [
+        (places[0], as_batch(on_host(batch.args[0], how)))
+        for _, places, batch in Split(loader, config.seed).deal("fit")
+    ]
+    batches = [batch for _, batch in numbered]
     assert all(bool(torch.isfinite(output).all()) for output in forward(model, batches))
     seen = profile(model, loader, config=config)
     (chain,), dense = (found.chain for found in seen.chains), seen.dense.macs
@@ -180,7 +182,7 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
     }
     calls: Calls = {
         "plain": lambda: forward(model, batches),
-        "stream": lambda: calibrate(model, [chain], batches, window=how.window),
+        "stream": lambda: calibrate(model, [chain], numbered, window=how.window, stride=config.stride),
         "profile": lambda: profile(model, loader, config=config),
     }
     call_seconds = {name: timed(device, call)[0] for name, call in once.items()}
@@ -194,7 +196,6 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
         "images_s": {name: round(length / call_seconds[name], 2) for name in calls},
         "stream_share": spread([run["plain"][0] / run["stream"][0] for run in runs]),
         "profile_share": spread([run["plain"][0] / run["profile"][0] for run in runs]),
-        "ceiling": round(plain / (plain + length * macs["moments"] / rates["fp32"]), 4),
         "call_seconds": {name: round(value, 4) for name, value in call_seconds.items()},
         "gmacs": {name: round(value / 1e9, 4) for name, value in macs.items()},
         "of_matrix_rate": {name: round(value / bound[name], 4) for name, value in rate.items()},
@@ -231,7 +232,7 @@ def parity(model: nn.Module, chain: Chain, batches: Sequence[Batch], window: int
     blocks = [(b, model.get_submodule(chain.blocks[b - 1].path)) for b in rows]
     handles = [block.register_forward_hook(kept(b)) for b, block in blocks]
     try:
-        (state,), _ = calibrate(model, [chain], batches[:enough], window=window)
+        (state,), _ = calibrate(model, [chain], enumerate(batches[:enough]), window=window)
     finally:
         for handle in handles:
             handle.remove()
@@ -253,7 +254,9 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
     (profiled,) = seen.chains
     moments, device = profiled.moments, torch.device(how.device)
     spans = [(i, j) for j in range(moments.boundaries) for i in range(max(0, j - moments.window), j)]
-    fit_seconds, _ = timed(device, lambda: [fit_map(AFFINE, moments.pair(*s)).spec for s in spans])
+    fit_seconds, _ = timed(
+        device, lambda: [fit_map(AFFINE, moments.pair(*s, spectrum=True)).spec for s in spans]
+    )
     solution = fit_spans(profiled, [(b, b + 1) for b in thirds(profiled.chain)], AFFINE)
     slim = splice(model, solution.plan, solution.tensors)
     assert all(bool(torch.isfinite(output).all()) for output in forward(slim, [seen.example]))
@@ -280,7 +283,7 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
 
 
 def moments_macs(seen: Profile) -> int:
-    """Of the products of one image: a (d, d) product over its positions for each kept pair."""
+    """Of the products of one image of which every position is taken: (d, d) for each kept pair."""
     (profiled,) = seen.chains
     pairs = sum(map(len, profiled.moments.comoment))
     return pairs * profiled.chain.positions * profiled.chain.width**2
@@ -294,7 +297,9 @@ def folding_rate(model: nn.Module, seen: Profile, *, times: int = 5) -> float:
     rows = [as_rows(h, profiled.chain.axis) for h in streams]
     moments = profiled.moments + profiled.moments  # of its own, and the same window
     moments.update(rows)
-    seconds, _ = timed(rows[0].device, lambda: [moments.update(rows) for _ in range(times)])
+    seconds, _ = timed(
+        rows[0].device, lambda: [(moments.update(rows), moments.n) for _ in range(times)]
+    )
     return times * len(batch) * moments_macs(seen) / seconds
 
 

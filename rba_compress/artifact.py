@@ -46,7 +46,7 @@ from rba_compress.report import Report
 from rba_compress.surgery import copy_model, splice
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
-SCHEMA = 4
+SCHEMA = 5
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 

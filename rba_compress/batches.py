@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -55,6 +58,32 @@ class Batch:
             row = tensor[:1].detach().cpu().contiguous() if tensor.ndim else tensor.detach().cpu()
             hashed.update(row.reshape(-1).view(torch.uint8).numpy().data)
         return int.from_bytes(hashed.digest(), "big", signed=True)
+
+    def state(self) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
+        """Its keywords that are no tensors, and its tensors, by a name that says where they belong.
+
+        Raises:
+            LoaderError: a keyword is neither a tensor nor a JSON value.
+        """
+        others = {key: v for key, v in self.kwargs.items() if not isinstance(v, Tensor)}
+        named = {f"argument.{i}": value for i, value in enumerate(self.args)}
+        named |= {f"keyword.{key}": v for key, v in self.kwargs.items() if key not in others}
+        named |= {} if self.labels is None else {"labels": self.labels}
+        try:
+            return json.loads(json.dumps(others)), named
+        except (TypeError, ValueError) as error:
+            raise LoaderError(f"a batch holds what no file can ({error}): pass tensors") from error
+
+    @classmethod
+    def restored(cls, others: dict[str, JsonValue], named: Mapping[str, Tensor]) -> Batch:
+        """The batch of a `state`."""
+        count = sum(name.startswith("argument.") for name in named)
+        keywords = {n.removeprefix("keyword."): t for n, t in named.items() if n.startswith("keyword.")}
+        return cls(
+            tuple(named[f"argument.{i}"] for i in range(count)),
+            {**keywords, **others},
+            named.get("labels"),
+        )
 
     def _map(self, change: Any) -> Batch:
         def apply(value: Any) -> Any:
@@ -319,14 +348,24 @@ class Split:
         loader: read anew for every part.
         seed: deals the samples.
         order: `order` of an earlier split of the same loader, to go on checking against.
+        lengths: samples of each of the loaders that this one is made of, which were dealt one by one.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int, order: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        seed: int,
+        order: Sequence[int] = (),
+        lengths: Sequence[int] = (),
+    ) -> None:
         self.loader = loader
         self.seed = seed
         self.ranks = current()
         self._digests = dict(enumerate(order))
         self._whole = bool(order)
+        self._starts = [0, *itertools.accumulate(lengths[:-1])]
+        self.samples = 0
+        """Of the loader, on all ranks, once it was dealt."""
 
     def first(self) -> Batch:
         """The first batch, whole, on every rank."""
@@ -384,21 +423,24 @@ class Split:
                 if rows:
                     found[part] += len(rows)
                     yield part, [self._place(start + r) for r in rows], batch.select(rows)
+        self.samples = int(self.ranks.sum(samples))
         for part, count in found.items():
             if not self.ranks.sum(count):
                 raise LoaderError(
-                    f"the loader has {self.ranks.sum(samples):.0f} samples, none of them dealt to "
-                    f"{part!r}: pass at least {len(_PATTERN)}"
+                    f"the loader has {self.samples} samples, none of them dealt to {part!r}: pass at "
+                    f"least {len(_PATTERN)}"
                 )
 
     def _place(self, position: int) -> int:
-        """How many samples before one are dealt to the same part."""
-        tens, place = divmod(position, len(_PATTERN))
+        """A sample's number in its part: so many are before it (or, of several loaders, fewer)."""
+        start = max(start for start in self._starts if start <= position)
+        tens, place = divmod(position - start, len(_PATTERN))
         order = _deal(self.seed, tens)
-        return tens * _PATTERN.count(order[place]) + order[:place].count(order[place])
+        return start + tens * _PATTERN.count(order[place]) + order[:place].count(order[place])
 
     def _dealt(self, position: int) -> Part:
-        tens, place = divmod(position, len(_PATTERN))
+        start = max(start for start in self._starts if start <= position)
+        tens, place = divmod(position - start, len(_PATTERN))
         return _deal(self.seed, tens)[place]
 
 

@@ -2,86 +2,64 @@
 
 from __future__ import annotations
 
-import hashlib
+import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from rba_compress.batches import Batch, Split
+from rba_compress.chain_profile import ChainProfile, started, states_of
 from rba_compress.chains import discover, require_chains
-from rba_compress.errors import ActivationError
-from rba_compress.measure import Cost, Criterion, Function, output_kind
-from rba_compress.moments import Moments, Total
+from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
+from rba_compress.files import read_tensors, tensor_digest, write_tensors
+from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind
+from rba_compress.moments import device_bytes, moment_bytes
 from rba_compress.offload import loaded, undispatched
-from rba_compress.plan import Chain, Config, Refusal
+from rba_compress.plan import Chain, Config, Frozen, Refusal
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, unwrap
-from rba_compress.similarity import Metric, RowSimilarity, matrix
-from rba_compress.streams import as_rows, attention_mask, run_with_streams
+from rba_compress.streams import attention_mask, run_with_streams
 
-DENSE = 16
-"""So many rows a channel are profiled before positions are left out."""
+EVERY = 30.0
+"""Seconds from checkpoint to checkpoint."""
 
 
-@dataclass(frozen=True, eq=False)
-class ChainProfile:
-    """One chain and what calibration saw of it."""
+class SavedProfile(Frozen):
+    """The JSON header of a saved profile."""
 
-    chain: Chain
-    moments: Moments
-    rows: RowSimilarity
+    schema_version: Literal[1] = 1
+    model: str
+    weights: str
+    chains: tuple[Chain, ...]
+    window: int | None
+    refusals: tuple[Refusal, ...]
+    dense: Cost
+    divergence: Divergence
+    samples: int
+    config: Config
+    order: tuple[int, ...]
+    lengths: tuple[int, ...]
+    keywords: dict[str, JsonValue]
+    warnings: tuple[str, ...]
 
-    def similarity(self, metric: Metric) -> Tensor:
-        """How alike its boundaries are: (blocks + 1, blocks + 1), float64."""
-        return matrix(metric, self.moments, self.rows)
 
-    @property
-    def block_redundancy(self) -> list[float]:
-        """The paper's Block Redundancy of each block; higher is more redundant."""
-        return [float(value) for value in self.similarity("redundancy").diagonal(1)]
+class Checkpoint(Frozen):
+    """The JSON header of a profile in work."""
 
-    def update(
-        self, streams: Sequence[Tensor], mask: Tensor | None, *, first: int = 0, stride: int = 1
-    ) -> None:
-        """Fold in the streams of one batch.
-
-        Args:
-            mask: (N, positions), true at real tokens.
-            first: the number of the batch's first sample.
-            stride: once there were `DENSE` rows a channel, one position in so many is taken of those
-                that no head reads, and counts for all; which ones moves on from batch to batch.
-        """
-        axis = self.chain.axis
-        shape = streams[0].movedim(axis, -1).shape[:-1]
-        positions = shape[1:].numel()
-        mask = mask if mask is not None and mask.shape == shape else None
-        taken = weights = None
-        if stride > 1 and first * positions >= DENSE * self.chain.width:
-            taken, weights = self._taken(positions, first, stride)
-            weights = weights.repeat(len(streams[0]))
-        kept = mask if mask is None or taken is None else mask[:, taken]
-        if kept is not None and weights is not None:
-            weights = weights[kept.flatten().cpu()]
-        rows = [as_rows(h, axis, kept, taken) for h in streams]
-        self.moments.update(rows, weights)
-        self.rows.update(rows, [_read_rows(h, self.chain, mask) for h in streams], weights)
-
-    def _taken(self, positions: int, first: int, stride: int) -> tuple[Tensor, Tensor]:
-        """The positions that are taken, and how often each counts."""
-        read = {*self.chain.class_tokens, *range(self.chain.reads)}
-        others = [p for p in range(positions) if p not in read]
-        kept = others[first % stride :: stride] or others
-        weight = dict.fromkeys(kept, len(others) / max(len(kept), 1)) | dict.fromkeys(read, 1.0)
-        taken = sorted(weight)
-        return torch.tensor(taken), torch.tensor([weight[p] for p in taken])
-
-    def merged(self, total: Total) -> ChainProfile:
-        """What all processes saw."""
-        return ChainProfile(self.chain, self.moments.merged(total), self.rows.merged(total))
+    schema_version: Literal[1] = 1
+    weights: str
+    loader: int
+    config: Config
+    rank: tuple[int, int]
+    """Of how many."""
+    batches: int
+    samples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +82,78 @@ class Profile:
     """The loader's first batch, on which costs and latency are taken."""
     order: tuple[int, ...]
     """Digests of the loader's batches; see `Split`."""
+    lengths: tuple[int, ...]
+    """Samples of the loader, or of each of several that were profiled one by one."""
+    window: int | None = None
+    """The longest span whose moments were kept; None keeps all."""
     warnings: tuple[str, ...] = ()
 
     def split(self, loader: Iterable[Any]) -> Split:
-        """The parts of the loader that was profiled."""
-        return Split(loader, self.config.seed, self.order)
+        """The parts of the loader that was profiled; of a sum, the loaders one behind the other."""
+        return Split(loader, self.config.seed, self.order, self.lengths)
+
+    def __add__(self, other: Profile) -> Profile:
+        """The profile of both loaders, one behind the other.
+
+        Raises:
+            PlanError: they are of other weights, chains, settings or batch sizes.
+        """
+        for what in ("model", "weights", "window", "config", "dense", "criterion"):
+            if getattr(self, what) != getattr(other, what):
+                raise PlanError(f"the two profiles differ in their {what}: profile both alike")
+        pairs = list(zip(self.chains, other.chains, strict=True))
+        return replace(
+            self,
+            chains=tuple(a + b for a, b in pairs),
+            samples=self.samples + other.samples,
+            order=self.order + other.order,
+            lengths=self.lengths + other.lengths,
+            warnings=_warnings([a + b for a, b in pairs]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file with a JSON header; of several ranks the first one writes.
+
+        The file holds the loader's first batch, for costs and latency are taken on it.
+
+        Raises:
+            ArtifactError: it cannot be written, or the divergence is a function, which no file holds.
+        """
+        if not current().leads:
+            return
+        if self.criterion.function is not None:
+            raise ArtifactError("the profile's divergence is a function: a file cannot hold it")
+        keywords, example = self.example.state()
+        own = {name: getattr(self, name) for name in SavedProfile.model_fields if hasattr(self, name)}
+        header = SavedProfile(
+            **own | {"chains": [p.chain for p in self.chains], "divergence": self.criterion.kind},
+            keywords=keywords,
+        )
+        tensors = {f"example.{name}": tensor for name, tensor in example.items()}
+        write_tensors(Path(path), header, tensors | states_of(self.chains))
+
+    @staticmethod
+    def load(path: str | Path, *, device: torch.device | str = "cpu") -> Profile:
+        """A saved profile, its moments on a device.
+
+        Raises:
+            ArtifactError: the file is missing, no profile, or not what was saved.
+        """
+        header, tensors = read_tensors(Path(path), SavedProfile)
+        chains = started(header.chains, header.window, device)
+        for k, profiled in enumerate(chains):
+            profiled.restore(str(k), tensors)
+        start = "example."
+        example = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        own = {n: getattr(header, n) for n in Profile.__dataclass_fields__ if hasattr(header, n)}
+        return Profile(
+            **own
+            | {
+                "chains": chains,
+                "criterion": Criterion(header.divergence),
+                "example": Batch.restored(header.keywords, example),
+            }
+        )
 
     def __repr__(self) -> str:
         chains = ", ".join(f"{p.chain.name} ({len(p.chain)} blocks)" for p in self.chains)
@@ -120,13 +165,8 @@ class Profile:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(undispatched(model).state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = loaded(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
-    return digest.hexdigest()
+    named = sorted(undispatched(model).state_dict().items())
+    return tensor_digest((name, loaded(t)) for name, t in named if isinstance(t, Tensor))
 
 
 @torch.inference_mode(False)
@@ -136,6 +176,7 @@ def profile(
     *,
     config: Config | None = None,
     divergence: Function | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Profile:
     """Find the chains of `model` and take the joint moments of their boundaries in one pass.
 
@@ -146,11 +187,15 @@ def profile(
         config: `window`, `divergence` and `seed` matter here.
         divergence: a function of one's own in place of `config.divergence`: of the two networks'
             outputs and the batch, the divergence of each sample, (N,).
+        checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
+            the start, the profile goes on from it, and ends as if it had never stopped.
 
     Raises:
         LoaderError: the loader is empty, one-shot, too small or of changing kind.
-        ModelError: the model cannot be analysed; NoChainError: nothing in it can be replaced.
+        ModelError: the model cannot be analysed, or its moments do not fit into memory by any window;
+            NoChainError: nothing in it can be replaced.
         ActivationError: activations hold NaN or infinity.
+        ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
     config = config or Config()
     model = undispatched(unwrap(model))
@@ -163,13 +208,29 @@ def profile(
         ranks.require_equal("model", int(weights[:15], 16))
         ranks.require_equal("loader", example.digest())
         ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+    window, narrowed = _window(support.chains, config, _accumulator_device(model))
+    size = sum(moment_bytes(len(c) + 1, c.width, window) for c in support.chains)
     dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
+    kept = None
+    if checkpoint is not None:
+        # Each rank has one of its own.
+        path = Path(f"{checkpoint}.{ranks.rank}" if ranks.count > 1 else checkpoint)
+        header = Checkpoint(
+            weights=weights,
+            loader=example.digest(),
+            config=config,
+            rank=(ranks.rank, ranks.count),
+            batches=0,
+            samples=0,
+        )
+        kept = path, header
     states, samples = calibrate(
         model,
         support.chains,
-        ranks.bar(dealt, "profile", unit="batch"),
-        window=config.window,
+        ranks.bar(dealt, f"profile, {size / 2**20:,.0f} MB of moments", unit="batch"),
+        window=window,
         stride=config.stride,
+        checkpoint=kept,
     )
     return Profile(
         model=type(model).__name__,
@@ -182,7 +243,9 @@ def profile(
         config=config,
         example=example,
         order=split.order(),
-        warnings=_warnings(states),
+        lengths=(split.samples,),
+        window=window,
+        warnings=(*narrowed, *_warnings(states)),
     )
 
 
@@ -200,6 +263,7 @@ def calibrate(
     *,
     window: int | None = None,
     stride: int = 1,
+    checkpoint: tuple[Path, Checkpoint] | None = None,
 ) -> tuple[tuple[ChainProfile, ...], int]:
     """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
 
@@ -209,22 +273,21 @@ def calibrate(
         batches: the number of each one's first sample, and the batch.
         window: of `Moments`.
         stride: of `ChainProfile.update`.
+        checkpoint: where to go on from, and to write to; and what it must be of.
 
     Raises:
         ActivationError: a stream holds NaN or infinity.
     """
     device = _accumulator_device(model)
-    states = tuple(
-        ChainProfile(
-            chain,
-            Moments(len(chain) + 1, chain.width, window=window, device=device),
-            RowSimilarity(len(chain) + 1, device),
-        )
-        for chain in chains
-    )
-    samples = 0
+    states = started(chains, window, device)
+    samples = done = 0
+    if checkpoint is not None and checkpoint[0].exists():
+        done, samples = _resumed(*checkpoint, states)
+    written = time.monotonic()
     with evaluating(model):
-        for first, batch in batches:
+        for count, (first, batch) in enumerate(batches, start=1):
+            if count <= done:
+                continue
             moved = batch.to(model)
             _, streams = run_with_streams(model, chains, moved)
             for state, boundaries in zip(states, streams, strict=True):
@@ -233,28 +296,68 @@ def calibrate(
             if samples == 0:
                 _require_finite(states)
             samples += len(batch)
+            if checkpoint is not None and time.monotonic() - written >= EVERY:
+                path, header = checkpoint
+                header = header.model_copy(update={"batches": count, "samples": samples})
+                write_tensors(path, header, states_of(states))
+                written = time.monotonic()
     ranks = current()
     if ranks.count > 1:
         states = tuple(state.merged(ranks.total) for state in states)
         samples = int(ranks.sum(samples))
     _require_finite(states)
+    if checkpoint is not None:
+        checkpoint[0].unlink(missing_ok=True)
     return states, samples
+
+
+def _resumed(path: Path, expected: Checkpoint, states: Sequence[ChainProfile]) -> tuple[int, int]:
+    """Batches and samples that a checkpoint has seen; the states are made what they were.
+
+    Raises:
+        ArtifactError: it is of another profile.
+    """
+    header, tensors = read_tensors(path, Checkpoint)
+    if header.model_copy(update={"batches": 0, "samples": 0}) != expected:
+        raise ArtifactError(
+            f"{path} is the checkpoint of another profile (of other weights, data, settings or number "
+            "of processes): name another file, or remove it"
+        )
+    for k, state in enumerate(states):
+        state.restore(str(k), tensors)
+    return header.batches, header.samples
+
+
+def _window(
+    chains: Sequence[Chain], config: Config, device: torch.device
+) -> tuple[int | None, list[str]]:
+    """The longest span whose moments fit into memory, and what to say where that is not what is asked.
+
+    Raises:
+        ModelError: not even those of single blocks do.
+    """
+
+    def size(window: int | None) -> int:
+        return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
+
+    limit = config.memory or device_bytes(device) // 2
+    asked = config.window
+    if size(asked) <= limit:
+        return asked, []
+    longest = asked or max(map(len, chains))
+    fitting = [w for w in range(1, longest + 1) if size(w) <= limit]
+    text = (
+        f"the moments of {'all spans' if asked is None else f'spans of up to {asked} blocks'} would "
+        f"take {size(asked) / 2**20:,.0f} MB of the {limit / 2**20:,.0f} MB that they may (`memory`)"
+    )
+    if not fitting:
+        raise ModelError(f"{text}; those of single blocks {size(1) / 2**20:,.0f} MB: raise `memory`")
+    return fitting[-1], [f"{text}: those of spans of up to {fitting[-1]} blocks were taken"]
 
 
 def _accumulator_device(model: nn.Module) -> torch.device:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
-
-
-def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
-    """What a head reads: the class tokens' rows, otherwise the mean over positions, (samples, d)."""
-    tokens = stream.movedim(chain.axis, -1)
-    if chain.class_tokens:
-        return tokens[:, list(chain.class_tokens)].flatten(0, 1)
-    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
-    if mask is None:
-        return tokens.mean(1)
-    return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def _require_finite(states: Iterable[ChainProfile]) -> None:

@@ -7,6 +7,7 @@ failed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from rba_compress.architecture import Architecture
 from rba_compress.batches import read
 from rba_compress.calibration import profile
 from rba_compress.catalogue import network
+from rba_compress.chain_profile import ChainProfile
 from rba_compress.coverage import tried
 from rba_compress.demo import free_directory, run_demo
 from rba_compress.errors import ArtifactError, BudgetError, LoaderError, ModelError, RBAError
-from rba_compress.files import require_vacant
+from rba_compress.files import require_vacant, written_whole
 from rba_compress.front import write_front
 from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
@@ -163,11 +165,27 @@ class Compress(_Job):
         result.with_report(report).save(
             self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub
         )
-        for profiled in result.profile.chains if current().leads else ():
-            name = profiled.chain.name.replace(".", "_")
-            plot_similarity(profiled).savefig(self.out / f"similarity_{name}.png", dpi=120)
+        if current().leads:
+            _plot(result.profile.chains, self.out)
         print(report.table())
         print(f"saved to {self.out}")
+
+
+@dataclass
+class Profile(_Job):
+    """Profile a timm model on your images and save what was seen, with a picture of each chain."""
+
+    checkpoint: Path | None = None
+    """Written twice a minute; where it is there, the profile goes on from it."""
+
+    def run(self) -> None:
+        job = self.prepare()
+        seen = profile(job.dense, job.loader, config=job.config, checkpoint=self.checkpoint)
+        if current().leads:
+            with written_whole(self.out.absolute()) as folder:
+                seen.save(folder / "profile.safetensors")
+                _plot(seen.chains, folder)
+        print(seen, *seen.warnings, f"saved to {self.out}", sep="\n")
 
 
 @dataclass
@@ -223,6 +241,12 @@ class Verify:
             print(line)
 
 
+def _plot(chains: Sequence[ChainProfile], folder: Path) -> None:
+    for profiled in chains:
+        name = profiled.chain.name.replace(".", "_")
+        plot_similarity(profiled).savefig(folder / f"similarity_{name}.png", dpi=120)
+
+
 def _to_device(model: nn.Module, name: str) -> None:
     try:
         model.to(name)
@@ -233,6 +257,7 @@ def _to_device(model: nn.Module, name: str) -> None:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Supports, tyro.conf.subcommand("supports")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]

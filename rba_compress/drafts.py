@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rba_compress.calibration import ChainProfile, Profile
+from rba_compress.calibration import Profile
+from rba_compress.chain_profile import ChainProfile
 from rba_compress.judge import Judged
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
 from rba_compress.plan import Chain, Plan, Refit, Replacement, Unit

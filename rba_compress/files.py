@@ -11,19 +11,23 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rba_compress.errors import ArtifactError
 from rba_compress.plan import Frozen
 
 BLANK = "0" * 64
 T = TypeVar("T", bound="Sealed")
+R = TypeVar("R", bound=Frozen)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 
 
@@ -80,6 +84,53 @@ def sha256(path: Path) -> str:
     """Of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, taken one by one."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with a JSON record in its header, in place of what was there.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is there still.
+    """
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"record": record.model_dump_json(), "sha256": tensor_digest(sorted(data.items()))}
+    try:
+        with sibling(path) as folder:
+            save_file(data, folder / path.name, metadata=header)
+            flush(folder / path.name)
+            (folder / path.name).replace(path)
+            flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {path}: {error}") from error
+
+
+def read_tensors(path: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
+    """A file of `write_tensors`.
+
+    Raises:
+        ArtifactError: it is missing, not of that kind, or not what was written.
+    """
+    name = kind.__name__.lower()
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        record = kind.model_validate_json(header.get("record", ""))
+    except (OSError, SafetensorError, ValidationError) as error:
+        raise ArtifactError(f"{path} is not a {name} that this version reads: {error}") from error
+    if tensor_digest(sorted(tensors.items())) != header.get("sha256"):
+        raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
+    return record, tensors
 
 
 def require_intact(root: Path, name: str, digest: str) -> None:

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from rba_compress.batches import Batch
 from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
 from rba_compress.measure import Criterion, Tally, real_tokens
+from rba_compress.moments import device_bytes
 from rba_compress.plan import Chain
 from rba_compress.ranks import Ranks, current
 from rba_compress.recorder import evaluating
@@ -46,11 +48,15 @@ class Judge:
     A candidate that first changes the stream behind a boundary is run from there on. `samples` counts
     the samples sent through a whole network's worth of blocks, dense runs and stored streams included.
 
+    Where the streams of all boundaries would not fit into `memory`, every second one is kept, or every
+    third, and so on; a candidate is run from the last one before it.
+
     Where several ranks work together each holds its share of the samples, and what is judged is of all.
 
     Args:
         dealt: the number of each sample among all that are chosen on, and the batches of them.
         size: of a batch; by default they stay as they are.
+        memory: bytes for streams; by default half of the device's.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Judge:
         dealt: Iterable[tuple[list[int], Batch]],
         *,
         size: int | None = None,
+        memory: int | None = None,
     ) -> None:
         self.chains, self.criterion, self.ranks = chains, criterion, current()
         screened, others = regroup(list(dealt), size, self.ranks)
@@ -73,6 +80,8 @@ class Judge:
         self.held = sum(held for held, _ in self._counts)
         """Samples to choose on."""
         self.samples = 0.0
+        device = next((p.device for p in dense.parameters()), torch.device("cpu"))
+        self._memory = memory or device_bytes(device) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
         with evaluating(dense):
             self.dense = [criterion.kept(batch.run(dense)) for batch in self.batches]
@@ -84,11 +93,15 @@ class Judge:
 
     def rebase(self, slim: nn.Module) -> Judged:
         """Make `slim` the network that candidates change; returns how far it is from the dense one."""
-        self._streams, outputs = [], []
+        self._streams, apart = [], 1
+        outputs: list[Any] = []
         with evaluating(slim):
             for batch in self.batches:
                 seen = observe(slim, self.chains, batch)
-                self._streams.append(seen.streams)
+                if not outputs:
+                    taken = sum(h.nbytes for found in seen.streams for h in found.values())
+                    apart = -(-taken * len(self.batches) // self._memory)
+                self._streams.append([self._kept(found, apart) for found in seen.streams])
                 outputs.append(self.criterion.kept(seen.output))
         self.samples += self.held
         tally, each = Tally(), []
@@ -99,6 +112,11 @@ class Judge:
                 tally.add(a, b, batch.labels, real_tokens(batch, a))
         tally = tally.merged(self.ranks.total)
         return Judged(self._of_all(each), tally.agreement, tally.accuracy_drop)
+
+    @staticmethod
+    def _kept(streams: dict[int, Tensor], apart: int) -> dict[int, Tensor]:
+        """The last boundary of a chain, which later chains may need, and one in so many others."""
+        return {b: h for b, h in streams.items() if b % apart == 0 or b == max(streams)}
 
     def __call__(
         self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
@@ -112,6 +130,8 @@ class Judge:
         found = []
         taken = range(self._screened if screen else len(self.batches))
         if taken:
+            known = [b for b in self._streams[0][chain] if b <= boundary]
+            boundary = max(known, default=0)
             resumed = Resumed(slim, self.chains, chain, boundary, self._streams[0])
         with evaluating(slim):
             for k in taken:

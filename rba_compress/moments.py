@@ -17,7 +17,8 @@ model's dtype; everything is accumulated in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -173,6 +174,13 @@ def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
     return 8 * pairs * width**2 + 2 * held + 4 * (window + 1) * width**2
 
 
+def device_bytes(device: torch.device) -> int:
+    """Memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Moments:
     """The joint second moments of `boundaries` streams of `width` channels.
 
@@ -278,6 +286,25 @@ class Moments:
                 comoment.baddbmm_(left[before], right[j].expand(len(comoment), -1, -1))
         self._mean += gap * (n / total)
         self._n = total
+        self._spectra.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds, to go on with in another process; `restore` takes it."""
+        named = {"n": torch.tensor(self._n, dtype=_FLOAT64), "mean": self._mean}
+        named |= {f"comoment.{j}": comoment for j, comoment in enumerate(self._comoment)}
+        if self._held:
+            named["held"] = torch.cat([rows for rows, _ in self._held], dim=1)
+            named["weights"] = torch.cat(
+                [torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held]
+            )
+        return named
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what another of the same boundaries, width and window held."""
+        device = self._mean.device
+        self._n, self._mean = float(state["n"]), state["mean"].to(device)
+        self._comoment = [state[f"comoment.{j}"].to(device) for j in range(len(self._comoment))]
+        self._held = [(state["held"].to(device), state["weights"])] if "held" in state else []
         self._spectra.clear()
 
     def _copy(self) -> Moments:

@@ -168,6 +168,9 @@ class Config(Frozen):
     """Ridge of affine and shrunk maps, relative to the Gram matrix's mean diagonal."""
     window: int | None = Field(None, gt=0)
     """The longest span that is profiled; bounds the memory of wide, deep networks."""
+    memory: int | None = Field(None, gt=0)
+    """Bytes that the moments of a profile may take, and as many the streams that a search keeps; by
+    default half of the device's memory."""
     stride: int = Field(4, gt=0)
     """Of the positions that no head reads, one in so many is profiled, and counts for all, once there
     were sixteen rows a channel; 1 profiles every one."""

@@ -98,7 +98,14 @@ class Search:
         fit = [batch.to(model) for part, _, batch in dealt if part == "fit"]
         choose = [(places, batch) for part, places, batch in dealt if part == "choose"]
         self.fitter = Fitter(model, profile, fit)
-        self.judge = Judge(model, self.chains, profile.criterion, choose, size=len(profile.example))
+        self.judge = Judge(
+            model,
+            self.chains,
+            profile.criterion,
+            choose,
+            size=len(profile.example),
+            memory=self.config.memory,
+        )
         self._judged: Solution | None = None
         self.rises: dict[Site, float] = {}
         """Of each site, the rise of the divergence when it was last screened."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rba_compress.calibration import ChainProfile
+from rba_compress.chain_profile import ChainProfile
 from rba_compress.measure import Cost, Fidelity, Latency
 from rba_compress.plan import Frozen
 from rba_compress.similarity import Metric

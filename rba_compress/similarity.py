@@ -12,7 +12,7 @@ What a window left out, and r2 below the diagonal, is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +27,8 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 class RowSimilarity:
     """Streaming sums of what joint moments do not hold: cosines, angles, distances of read-out rows."""
+
+    _SUMS = ("cosine", "angle", "distance", "rows", "read_rows")
 
     def __init__(self, boundaries: int, device: torch.device | str = "cpu") -> None:
         self.rows = 0.0
@@ -62,13 +64,21 @@ class RowSimilarity:
 
     def merged(self, total: Total) -> RowSimilarity:
         """The sums over all processes' rows."""
-        return self._with(lambda name: total(torch.as_tensor(getattr(self, name))))
+        return self._with(lambda name: total(self.state()[name]))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds, float64; `restore` takes it."""
+        return {name: torch.as_tensor(getattr(self, name), dtype=torch.float64) for name in self._SUMS}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what another one held."""
+        for name in self._SUMS:
+            old, new = getattr(self, name), state[name]
+            setattr(self, name, new.to(old.device) if isinstance(old, Tensor) else float(new))
 
     def _with(self, value: Callable[[str], Any]) -> RowSimilarity:
         changed = RowSimilarity(len(self.cosine), self.cosine.device)
-        for name in ("cosine", "angle", "distance"):
-            setattr(changed, name, value(name))
-        changed.rows, changed.read_rows = float(value("rows")), float(value("read_rows"))
+        changed.restore({name: torch.as_tensor(value(name)) for name in self._SUMS})
         return changed
 
 

@@ -178,8 +178,8 @@ def test_a_damaged_artefact_is_named(slim: Path) -> None:
 def test_a_newer_a_foreign_and_no_manifest_are_named(slim: Path, tmp_path: Path) -> None:
     manifest = slim / "plan.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"schema_version": 5}))
-    with pytest.raises(ArtifactError, match="has schema 5, this version reads up to 4: upgrade"):
+    manifest.write_text(json.dumps(content | {"schema_version": 6}))
+    with pytest.raises(ArtifactError, match="has schema 6, this version reads up to 5: upgrade"):
         load(slim)
     old = {k: v for k, v in content.items() if k not in ("seal", "folded", "probe")}
     old["architecture"] = {k: v for k, v in old["architecture"].items() if k != "library"}

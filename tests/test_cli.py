@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rba_compress import LoaderError, load
+from rba_compress import LoaderError, Profile, load
 from rba_compress.artifact import read_manifest
 from rba_compress.cli import main
 from rba_compress.demo import free_directory
 from rba_compress.images import ImageFiles
 from tests.networks import seeded
+from tests.test_ranks import free_port
 
 
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +96,58 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "accuracy" in printed
     assert (folder / "slim" / "similarity_blocks.png").is_file()
     assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, as a user starts them."""
+    how = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    ports = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *how,
+            *ports,
+            "-m",
+            "rba_compress",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_processes_profile_and_compress_from_files(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Two images a batch: with three batches each process has a share of another size.
+    more = {"device": "cpu", "batch-size": "4", "test-split": str(folder / "test.txt")}
+    for out, count in (("one", 1), ("two", 2)):
+        for command in ("profile", "compress"):
+            asked = arguments(folder, command, **more, out=str(folder / f"{out}-{command}"))
+            if count == 1:
+                assert main(asked) == 0
+            else:
+                ended = launch(*asked)
+                assert ended.returncode == 0, ended.stderr
+                assert ended.stdout.count(f"saved to {folder / 'two'}-{command}") == 1  # one prints
+    names = {p.name for p in (folder / "two-profile").iterdir()}
+    assert names == {"profile.safetensors", "similarity_blocks.png"}
+    one, two = (Profile.load(folder / f"{n}-profile" / "profile.safetensors") for n in ("one", "two"))
+    assert (one.order, one.samples, one.lengths) == (two.order, two.samples, two.lengths)
+    for a, b in zip(one.chains[0].moments.comoment, two.chains[0].moments.comoment, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    plans = [read_manifest(folder / f"{n}-compress").plan for n in ("one", "two")]
+    assert [str(p) for p in plans[0].replacements] == [str(p) for p in plans[1].replacements]
+    assert plans[0].forward_passes == plans[1].forward_passes
+    reports = [
+        json.loads((folder / f"{n}-compress" / "report.json").read_text()) for n in ("one", "two")
+    ]
+    assert reports[0]["fidelity"]["samples"] == reports[1]["fidelity"]["samples"] == 8
+    for name in ("divergence", "agreement", "accuracy_slim"):
+        assert reports[0]["fidelity"][name] == pytest.approx(reports[1]["fidelity"][name], rel=1e-3)
 
 
 def test_a_stock_network_from_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,3 +310,25 @@ def test_loader_errors_reach_the_user_of_compress() -> None:
         compress(seeded(Chain), [])
     with pytest.raises(LoaderError, match="batch 1 holds input 0 in float64"):
         compress(seeded(Chain), [rows(10), rows(10).double()])
+
+
+def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same(
+    digits: nn.Module, digits_loader: list[Any]
+) -> None:
+    data = digits_loader[:2]
+    plans, kept, passes = [], [], []
+    for memory in (None, 1_500_000, 1):
+        config = Config(units=("span",), swaps=0, memory=memory, window=1)
+        seen = profile(digits, data, config=config.model_copy(update={"memory": None}))
+        run = Search(digits, replace(seen, config=config), data, Budget(macs=0.8))
+        found = run.run()
+        plans.append(found.plan)
+        kept.append(sorted(run.judge._streams[0][0]))
+        passes.append(found.plan.forward_passes)
+    assert [len(boundaries) for boundaries in kept] == [13, 7, 2]  # every second one; the ends alone
+    for plan in plans[1:]:
+        assert [str(r) for r in plan.replacements] == [str(r) for r in plans[0].replacements]
+        found, expected = ([s.divergence for s in p.steps] for p in (plan, plans[0]))
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert passes == sorted(passes)
+    assert passes[2] > passes[0]

@@ -1,0 +1,118 @@
+"""One chain and what calibration saw of it: its moments, its similarities, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rba_compress.moments import Moments, Total
+from rba_compress.plan import Chain
+from rba_compress.similarity import Metric, RowSimilarity, matrix
+from rba_compress.streams import as_rows
+
+DENSE = 16
+"""So many rows a channel are profiled before positions are left out."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChainProfile:
+    """One chain and what calibration saw of it."""
+
+    chain: Chain
+    moments: Moments
+    rows: RowSimilarity
+
+    def similarity(self, metric: Metric) -> Tensor:
+        """How alike its boundaries are: (blocks + 1, blocks + 1), float64."""
+        return matrix(metric, self.moments, self.rows)
+
+    @property
+    def block_redundancy(self) -> list[float]:
+        """The paper's Block Redundancy of each block; higher is more redundant."""
+        return [float(value) for value in self.similarity("redundancy").diagonal(1)]
+
+    def update(
+        self, streams: Sequence[Tensor], mask: Tensor | None, *, first: int = 0, stride: int = 1
+    ) -> None:
+        """Fold in the streams of one batch.
+
+        Args:
+            mask: (N, positions), true at real tokens.
+            first: the number of the batch's first sample.
+            stride: once there were `DENSE` rows a channel, one position in so many is taken of those
+                that no head reads, and counts for all; which ones moves on from batch to batch.
+        """
+        axis = self.chain.axis
+        shape = streams[0].movedim(axis, -1).shape[:-1]
+        positions = shape[1:].numel()
+        mask = mask if mask is not None and mask.shape == shape else None
+        taken = weights = None
+        if min(stride, positions) > 1 and first * positions >= DENSE * self.chain.width:
+            taken, weights = self._taken(positions, first, stride)
+            weights = weights.repeat(len(streams[0]))
+        kept = mask if mask is None or taken is None else mask[:, taken]
+        if kept is not None and weights is not None:
+            weights = weights[kept.flatten().cpu()]
+        rows = [as_rows(h, axis, kept, taken) for h in streams]
+        self.moments.update(rows, weights)
+        self.rows.update(rows, [_read_rows(h, self.chain, mask) for h in streams], weights)
+
+    def _taken(self, positions: int, first: int, stride: int) -> tuple[Tensor, Tensor]:
+        """The positions that are taken, and how often each counts."""
+        read = {*self.chain.class_tokens, *range(self.chain.reads)}
+        others = [p for p in range(positions) if p not in read]
+        kept = others[first % stride :: stride] or others
+        weight = dict.fromkeys(kept, len(others) / max(len(kept), 1)) | dict.fromkeys(read, 1.0)
+        taken = sorted(weight)
+        return torch.tensor(taken), torch.tensor([weight[p] for p in taken])
+
+    def __add__(self, other: ChainProfile) -> ChainProfile:
+        return ChainProfile(self.chain, self.moments + other.moments, self.rows + other.rows)
+
+    def merged(self, total: Total) -> ChainProfile:
+        """What all processes saw."""
+        return ChainProfile(self.chain, self.moments.merged(total), self.rows.merged(total))
+
+    def state(self, key: str) -> dict[str, Tensor]:
+        """All that it holds, by names that start with `key`; `restore` takes it."""
+        parts = {"moments": self.moments.state(), "rows": self.rows.state()}
+        return {f"{key}.{p}.{name}": t for p, named in parts.items() for name, t in named.items()}
+
+    def restore(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Take over what another one of the same chain and window held."""
+        for part, own in (("moments", self.moments), ("rows", self.rows)):
+            start = f"{key}.{part}."
+            own.restore({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
+
+
+def started(
+    chains: Sequence[Chain], window: int | None, device: torch.device | str
+) -> tuple[ChainProfile, ...]:
+    """Of every chain, as nothing was seen yet."""
+    return tuple(
+        ChainProfile(
+            chain,
+            Moments(len(chain) + 1, chain.width, window=window, device=device),
+            RowSimilarity(len(chain) + 1, device),
+        )
+        for chain in chains
+    )
+
+
+def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
+    """What a head reads: the class tokens' rows, otherwise the mean over positions, (samples, d)."""
+    tokens = stream.movedim(chain.axis, -1)
+    if chain.class_tokens:
+        return tokens[:, list(chain.class_tokens)].flatten(0, 1)
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
+    if mask is None:
+        return tokens.mean(1)
+    return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def states_of(states: Sequence[ChainProfile]) -> dict[str, Tensor]:
+    """The states of several, in one."""
+    return {name: t for k, state in enumerate(states) for name, t in state.state(str(k)).items()}
