@@ -20,11 +20,12 @@ import tyro
 from benchmarks.real_data import data_root, deit_tiny
 from rba_compress import profile
 from rba_compress.images import ImageFiles, image_loader
+from rba_compress.moments import moment_bytes
 
 
 @dataclass
 class Memory:
-    counts: tuple[int, ...] = (100, 400)
+    counts: tuple[int, ...] = (100, 500, 2000)
     """Calibration images."""
     one: int | None = None
     """Measure this count in this process."""
@@ -32,13 +33,14 @@ class Memory:
 
 @dataclass
 class First:
-    """The first `batches` batches of a loader."""
+    """The first `batches` batches of a loader that is read over and over."""
 
     loader: Any
     batches: int
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.loader), self.batches)
+        again = itertools.chain.from_iterable(itertools.repeat(self.loader))
+        return itertools.islice(again, self.batches)
 
 
 def peak(images: int) -> dict[str, float]:
@@ -46,12 +48,13 @@ def peak(images: int) -> dict[str, float]:
     model, root = deit_tiny(), data_root() / "imagenet_sample"
     loader = image_loader(ImageFiles(root, root / "calibration.txt", model), batch_size=20)
     seen = profile(model, First(loader, images // 20))
-    moments = sum(c.nbytes for c in seen.chains[0].moments.comoment)
+    (profiled,) = seen.chains
+    moments = moment_bytes(len(profiled.chain) + 1, profiled.chain.width)
     return {
         "images": images,
         "profiled": seen.samples,
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "moments_mb": round(moments / 2**20, 1),
+        "predicted_mb": round(moments / 2**20, 1),
     }
 
 

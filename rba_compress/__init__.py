@@ -20,6 +20,7 @@ from rba_compress.errors import (
     ModelError,
     NoChainError,
     PlanError,
+    RankError,
     RBAError,
     WeightsError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "RBAError",
+    "RankError",
     "Report",
     "Result",
     "Support",
