@@ -32,7 +32,7 @@ from rba_compress.chains import discover
 from rba_compress.drafts import fit_spans
 from rba_compress.maps import Kind, MapSpec, fit_map
 from rba_compress.measure import fidelity
-from rba_compress.moments import Moments, PairMoments, full_precision
+from rba_compress.moments import Moments, full_precision
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import as_rows, run_with_streams
@@ -191,11 +191,15 @@ def levers(model: nn.Module, seen: Profile, batches: list[Batch], pairs: int) ->
     found["watching: every position"] = streaming(numbered, 1)
     found["watching: every position, folded in batch by batch"] = streaming(numbered, 1, held=0)
     found["watching: one position in four"] = streaming(late, 4)
+    found["watching: one position in four, folded in batch by batch"] = streaming(late, 4, held=0)
     return found
 
 
-def precision(model: nn.Module, seen: Profile, batches: list[Batch]) -> dict[str, float]:
-    """How far fitted maps are from those of products in float64, of the same streams; the worst."""
+def precision(model: nn.Module, seen: Profile, batches: list[Batch]) -> dict[str, dict[str, float]]:
+    """How far maps of every span are from those of products in float64 of the same streams.
+
+    Of their weights, and of what they give on those streams; the worst span and the middle one.
+    """
     chain = seen.chains[0].chain
     single, double = (Moments(len(chain) + 1, chain.width) for _ in range(2))
     with evaluating(model):
@@ -205,14 +209,23 @@ def precision(model: nn.Module, seen: Profile, batches: list[Batch]) -> dict[str
             single.update(rows)
             double.update([h.double() for h in rows])
 
-    def error(kind: Kind) -> float:
-        def weight(pair: PairMoments) -> Tensor:
-            return fit_map(spec(kind, chain.width), pair).tensors["weight"]
+    def errors(kind: Kind, span: tuple[int, int]) -> tuple[float, float]:
+        how, exact = spec(kind, chain.width), double.pair(*span)
+        wanted = fit_map(how, exact).tensors["weight"]
+        apart = fit_map(how, single.pair(*span)).tensors["weight"] - wanted
+        given = [float((w @ exact.raw_xx * w).sum()) for w in (apart, wanted)]
+        return float(apart.norm() / wanted.norm()), (max(given[0], 0.0) / given[1]) ** 0.5
 
-        pairs = ((single.pair(*span), double.pair(*span)) for span in every_span(chain))
-        return max(float((weight(a) - weight(b)).norm() / weight(b).norm()) for a, b in pairs)
-
-    return {kind: error(kind) for kind in ("linear", "affine", "shrunk")}
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("linear", "affine", "shrunk"):
+        each = zip(*(errors(kind, span) for span in every_span(chain)), strict=True)
+        for what, values in zip(("weights", "outputs"), each, strict=True):
+            worst, middle = max(values), statistics.median(values)
+            found[f"{kind}: {what}"] = {
+                "worst": float(f"{worst:.2g}"),
+                "median": float(f"{middle:.2g}"),
+            }
+    return found
 
 
 def quality(model: nn.Module, loader: list[Any], test: list[Any]) -> list[dict[str, Any]]:
