@@ -184,7 +184,7 @@ def profile(
         model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
         loader: batches as in `rba_compress.batches`; half of the samples is used, the rest is
             held out for `search` and the report.
-        config: `window`, `divergence` and `seed` matter here.
+        config: `window`, `stride`, `memory`, `divergence` and `seed` matter here.
         divergence: a function of one's own in place of `config.divergence`: of the two networks'
             outputs and the batch, the divergence of each sample, (N,).
         checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
@@ -340,7 +340,9 @@ def _window(
     def size(window: int | None) -> int:
         return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
 
-    limit = config.memory or device_bytes(device) // 2
+    # Machines may differ: what fits everywhere.
+    own = torch.tensor([config.memory or device_bytes(device) // 2])
+    limit = int(torch.cat(current().gathered(own)).min())
     asked = config.window
     if size(asked) <= limit:
         return asked, []

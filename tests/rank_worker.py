@@ -36,7 +36,7 @@ def run(job: str) -> tuple[str, dict[str, Tensor]]:
         data: Any = batches((images[:320], labels[:320]), 64)
         result = compress(digits_model(), data, budget=Budget(macs=0.8))
         return result.plan.model_dump_json(), result.tensors
-    sizes = {"even": 10, "uneven": 9, "empty": 40}
+    sizes = {"uneven": 9, "empty": 40}
     model = seeded(Chain)
     if job in sizes:
         data = DataLoader(TensorDataset(rows(40)), batch_size=sizes[job])
@@ -46,8 +46,6 @@ def run(job: str) -> tuple[str, dict[str, Tensor]]:
     if job == "other":
         data = loader() if current().leads else list(rows(40, seed=1).split(10))
         return str(profile(model, data)), {}
-    if job == "few":
-        return str(compress(model, [rows(1)])), {}
     assert job == "dies"
     return str(profile(model, Deadly())), {}
 

@@ -130,14 +130,27 @@ def test_a_network_half_on_disk_gets_the_plan_of_the_one_in_memory(
     assert places(model) == before
 
 
+@pytest.fixture(scope="module")
+def in_memory_result() -> Result:
+    """The small network compressed as it lies in memory; tests leave it as it is."""
+    return compress(seeded(Chain), loader(), budget=Budget(macs=0.6))
+
+
+@pytest.fixture(scope="module")
+def every_map() -> Result:
+    """The same with maps of other kinds."""
+    config = Config(maps=("folded", "low_rank", "affine"), shrinks=(0.6,), swaps=0)
+    return compress(seeded(Chain), loader(), budget=Budget(macs=0.6), config=config)
+
+
 @pytest.mark.parametrize("dispatch", EVERY_WAY)
-def test_each_way_to_dispatch(dispatch: Dispatch, tmp_path: Path) -> None:
+def test_each_way_to_dispatch(dispatch: Dispatch, tmp_path: Path, in_memory_result: Result) -> None:
     plain, model = seeded(Chain), dispatch(seeded(Chain), tmp_path / "weights")
     before = places(model)
     assert fingerprint(model) == fingerprint(plain)
     assert str(supports(model, rows(8))) == str(supports(plain, rows(8)))
-    budget, x = Budget(macs=0.6), rows(5)
-    wanted, found = (compress(m, loader(), budget=budget) for m in (plain, model))
+    x, wanted = rows(5), in_memory_result
+    found = compress(model, loader(), budget=Budget(macs=0.6))
     assert_same(found, wanted)
     assert wanted.tensors
     assert torch.equal(found.model(x), wanted.model(x))
@@ -163,11 +176,9 @@ def test_each_way_to_dispatch(dispatch: Dispatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dispatch", EVERY_WAY)
 def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
-    dispatch: Dispatch, tmp_path: Path
+    dispatch: Dispatch, tmp_path: Path, every_map: Result
 ) -> None:
-    plain, model = seeded(Chain), dispatch(seeded(Chain), tmp_path)
-    config = Config(maps=("folded", "low_rank", "affine"), shrinks=(0.6,), swaps=0)
-    wanted = compress(plain, loader(), budget=Budget(macs=0.6), config=config)
+    plain, model, wanted = seeded(Chain), dispatch(seeded(Chain), tmp_path), every_map
     refit = Refit(path="head", step=1.0)
     tensors = {**wanted.tensors, "head.weight": torch.ones(3, 8), "head.bias": torch.zeros(3)}
     plan = wanted.plan.model_copy(update={"refits": (*wanted.plan.refits, refit)})
