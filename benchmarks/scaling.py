@@ -9,12 +9,10 @@ MACs away and is counted in forward passes. `python -m benchmarks.scaling` write
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,13 @@ import tyro
 from timm.models import VisionTransformer
 from torch import nn
 
+from benchmarks.profile_cost import every_span, plain, seconds, spec
 from rba_compress import Budget, Config, profile, search
-from rba_compress.batches import Batch, as_batch
+from rba_compress.batches import as_batch
 from rba_compress.calibration import calibrate
 from rba_compress.chains import discover
 from rba_compress.drafts import fit_spans
-from rba_compress.maps import MapSpec
 from rba_compress.moments import moment_bytes
-from rba_compress.recorder import evaluating
 
 SIZES = {"depth": (6, 12, 24), "width": (96, 192, 384, 768), "samples": (80, 160, 320)}
 MIDDLE = {"depth": 12, "width": 192, "samples": 160}
@@ -59,18 +56,6 @@ def network(depth: int, width: int) -> nn.Module:
         return model.eval()
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def plain(model: nn.Module, batches: list[Batch]) -> None:
-    with evaluating(model):
-        for batch in batches:
-            batch.run(model)
-
-
 def measured(depth: int, width: int, samples: int, pairs: int) -> dict[str, float]:
     model = network(depth, width)
     images = torch.randn(samples, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -82,13 +67,11 @@ def measured(depth: int, width: int, samples: int, pairs: int) -> dict[str, floa
         bare = seconds(lambda: plain(model, batches))
         times.append((bare, seconds(lambda: calibrate(model, [chain], enumerate(batches)))))
     (profiled,), _ = calibrate(model, [chain], enumerate(batches))
-    spec = MapSpec(kind="shrunk", shrink=0.7, damping=1e-4)
-    spans = list(itertools.combinations(range(depth + 1), 2))
     profiled.moments.pair(0, 1)  # what is held is folded in
     return {
         "plain": statistics.median(bare for bare, _ in times),
         "watching": statistics.median(watched - bare for bare, watched in times),
-        "fits": seconds(lambda: fit_spans(profiled, spans, spec)),
+        "fits": seconds(lambda: fit_spans(profiled, every_span(chain), spec("shrunk", width))),
         "bytes": moment_bytes(depth + 1, width),
     }
 

@@ -38,7 +38,7 @@ from rba_compress.files import (
 )
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
-from rba_compress.offload import in_memory
+from rba_compress.offload import device_of, in_memory
 from rba_compress.plan import Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
@@ -302,7 +302,7 @@ def _rebuild_flaw(
     """Why the network built anew is not the one that is saved, or None."""
     try:
         anew = _restore(architecture.build(), plan, state, tied, unsaved_buffers(model))
-        anew.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+        anew.to(device_of(model))
         with evaluating(model), evaluating(anew):
             batch = example.to(model)
             if not torch.equal(main_output(batch.run(model)), main_output(batch.run(anew))):

@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from rba_compress.errors import LoaderError, ModelError
+from rba_compress.files import below
 from rba_compress.offload import execution_device
 from rba_compress.ranks import ALONE, Ranks, current
 
@@ -77,11 +77,10 @@ class Batch:
     @classmethod
     def restored(cls, others: dict[str, JsonValue], named: Mapping[str, Tensor]) -> Batch:
         """The batch of a `state`."""
-        count = sum(name.startswith("argument.") for name in named)
-        keywords = {n.removeprefix("keyword."): t for n, t in named.items() if n.startswith("keyword.")}
+        arguments = below("argument.", named)
         return cls(
-            tuple(named[f"argument.{i}"] for i in range(count)),
-            {**keywords, **others},
+            tuple(arguments[str(i)] for i in range(len(arguments))),
+            {**below("keyword.", named), **others},
             named.get("labels"),
         )
 
@@ -298,8 +297,11 @@ def _read(
 def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]]:
     """A rank's items of a loader: number, first sample's number, item."""
     if ranks.count > 1 and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        from accelerate.data_loader import prepare_data_loader
+
         # What the other ranks read is not read here.
-        sizes = [len(indices) for indices in loader.batch_sampler]
+        starts = itertools.accumulate((len(rows) for rows in loader.batch_sampler), initial=0)
+        shared = [*itertools.islice(enumerate([*starts][:-1]), ranks.rank, None, ranks.count)]
         own = prepare_data_loader(
             loader,
             device=torch.device("cpu"),
@@ -308,8 +310,8 @@ def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]
             even_batches=False,
             dispatch_batches=False,
         )
-        for index, item in zip(range(ranks.rank, len(sizes), ranks.count), own, strict=True):
-            yield index, sum(sizes[:index]), item
+        for (index, start), item in zip(shared, own, strict=True):
+            yield index, start, item
         return
     try:
         iterator = iter(loader)

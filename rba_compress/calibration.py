@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from rba_compress.batches import Batch, Split
 from rba_compress.chain_profile import ChainProfile, started, states_of
 from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
-from rba_compress.files import read_tensors, tensor_digest, write_tensors
+from rba_compress.files import below, read_tensors, tensor_digest, write_tensors
 from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind
 from rba_compress.moments import device_bytes, moment_bytes
-from rba_compress.offload import loaded, undispatched
+from rba_compress.offload import device_of, loaded, undispatched
 from rba_compress.plan import Chain, Config, Frozen, Refusal
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, unwrap
@@ -143,8 +144,7 @@ class Profile:
         chains = started(header.chains, header.window, device)
         for k, profiled in enumerate(chains):
             profiled.restore(str(k), tensors)
-        start = "example."
-        example = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        example = below("example.", tensors)
         own = {n: getattr(header, n) for n in Profile.__dataclass_fields__ if hasattr(header, n)}
         return Profile(
             **own
@@ -209,7 +209,7 @@ def profile(
         ranks.require_equal("loader", example.digest())
         ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
     window, narrowed = _window(support.chains, config, _accumulator_device(model))
-    size = sum(moment_bytes(len(c) + 1, c.width, window) for c in support.chains)
+    size = _moments_size(support.chains, window)
     dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
     kept = None
     if checkpoint is not None:
@@ -328,6 +328,11 @@ def _resumed(path: Path, expected: Checkpoint, states: Sequence[ChainProfile]) -
     return header.batches, header.samples
 
 
+def _moments_size(chains: Sequence[Chain], window: int | None) -> int:
+    """Bytes that the moments of chains take."""
+    return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
+
+
 def _window(
     chains: Sequence[Chain], config: Config, device: torch.device
 ) -> tuple[int | None, list[str]]:
@@ -337,9 +342,7 @@ def _window(
         ModelError: not even those of single blocks do.
     """
 
-    def size(window: int | None) -> int:
-        return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
-
+    size = partial(_moments_size, chains)
     # Machines may differ: what fits everywhere.
     own = torch.tensor([config.memory or device_bytes(device) // 2])
     limit = int(torch.cat(current().gathered(own)).min())
@@ -358,7 +361,7 @@ def _window(
 
 
 def _accumulator_device(model: nn.Module) -> torch.device:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 

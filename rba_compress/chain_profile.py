@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rba_compress.files import below
 from rba_compress.moments import Moments, Total
 from rba_compress.plan import Chain
 from rba_compress.similarity import Metric, RowSimilarity, matrix
@@ -83,9 +84,8 @@ class ChainProfile:
 
     def restore(self, key: str, state: Mapping[str, Tensor]) -> None:
         """Take over what another one of the same chain and window held."""
-        for part, own in (("moments", self.moments), ("rows", self.rows)):
-            start = f"{key}.{part}."
-            own.restore({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
+        self.moments.restore(below(f"{key}.moments.", state))
+        self.rows.restore(below(f"{key}.rows.", state))
 
 
 def started(

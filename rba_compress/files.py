@@ -96,6 +96,11 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start so, by the rest of their names."""
+    return {n.removeprefix(prefix): tensor for n, tensor in named.items() if n.startswith(prefix)}
+
+
 def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with a JSON record in its header, in place of what was there.
 

@@ -23,7 +23,7 @@ from rba_compress.drafts import (
     skip,
     with_move,
 )
-from rba_compress.fitting import SpanRows, Walk, batch_statistics, probed, span_rows
+from rba_compress.fitting import Walk, batch_statistics, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
 from rba_compress.moments import PairMoments, Total
 from rba_compress.plan import Branch, Plan, Refit, Replacement
@@ -121,22 +121,40 @@ class Fitter:
         rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
         last = max(r.stop for r in bare) + max(r.start for r in bare)
         self.samples += self.held * last / len(chain)
+        # What the sites of one source share.
+        maps: dict[tuple[float, bool], PairMoments] = {}
+        gaps: dict[float, PairMoments] = {}
+        weight = self.class_weight(c)
+        for source, seen in rows.items():
+            if seen.folds is not None:
+                gaps[source] = seen.folds.weighted(weight)
         for site, new in zip(sites, bare, strict=True):
-            found += self._site_moves(slim, site, new, rows[new.source], folds.get(new.source))
+            seen, key = rows[new.source], (new.source, new.reads > 0)
+            if key not in maps:
+                # In a read-out the map is of the positions that are not read.
+                pair = seen.maps.others if new.reads else seen.maps.weighted(weight)
+                maps[key] = pair.with_spectrum()
+            columns, gap = seen.columns(new.target), gaps.get(new.source)
+            found += self._site_moves(
+                slim,
+                site,
+                maps[key].targets(columns),
+                None if gap is None else gap.targets(columns),
+                folds.get(new.source),
+            )
         return found
 
     def _site_moves(
-        self, slim: nn.Module, site: Site, new: Replacement, rows: SpanRows, fold: Branch | None
+        self,
+        slim: nn.Module,
+        site: Site,
+        pair: PairMoments,
+        lacking: PairMoments | None,
+        fold: Branch | None,
     ) -> list[Move]:
-        """Every map of one site."""
-        columns, weight = rows.columns(new.target), self.class_weight(site[0])
-        # In a read-out the map is of the positions that are not read.
-        pair = rows.maps.others if new.reads else rows.maps.weighted(weight)
-        pair, found = pair.targets(columns).with_spectrum(), []
-        lacking = None
-        if rows.folds is not None and fold is not None:
-            lacking = rows.folds.weighted(weight).targets(columns)
-        for spec in self.config.specs(self.chains[site[0]].width, new.unit):
+        """Every map of one site; `lacking` is of the layer before it, `fold`, where that may move."""
+        found = []
+        for spec in self.config.specs(self.chains[site[0]].width, site[3]):
             if spec.kind != "folded":
                 found.append(self._map(site, spec, pair))
             elif lacking is not None and fold is not None:

@@ -17,6 +17,7 @@ from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
 from rba_compress.measure import Criterion, Tally, real_tokens
 from rba_compress.moments import device_bytes
+from rba_compress.offload import device_of
 from rba_compress.plan import Chain
 from rba_compress.ranks import Ranks, current
 from rba_compress.recorder import evaluating
@@ -80,8 +81,7 @@ class Judge:
         self.held = sum(held for held, _ in self._counts)
         """Samples to choose on."""
         self.samples = 0.0
-        device = next((p.device for p in dense.parameters()), torch.device("cpu"))
-        self._memory = memory or device_bytes(device) // 2
+        self._memory = memory or device_bytes(device_of(dense)) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
         with evaluating(dense):
             self.dense = [criterion.kept(batch.run(dense)) for batch in self.batches]

@@ -242,9 +242,8 @@ def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     centred = total - 2 * (weight * pair.xy).sum() + (weight * (pair.xx @ weight)).sum()
     offset = pair.mean_y - pair.mean_x @ weight - solution.bias
     residual = centred.clamp_min(0) / pair.n + offset.square().sum()
-    spectrum = pair.with_spectrum().spectrum if pair.spectrum is None else pair.spectrum
-    assert spectrum is not None
-    spectrum = spectrum.clamp_min(0)
+    known = pair.spectrum
+    spectrum = (torch.linalg.eigvalsh(pair.xx) if known is None else known).clamp_min(0)
     share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
     own = solution.gram is pair.xx
     gram = (spectrum if own else torch.linalg.eigvalsh(solution.gram).clamp_min(0)) + solution.ridge

@@ -22,7 +22,7 @@ from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
 from rba_compress.errors import ActivationError
 from rba_compress.moments import Total
-from rba_compress.offload import execution_device, undispatched
+from rba_compress.offload import device_of, undispatched
 from rba_compress.plan import Chain, Frozen
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, record
@@ -359,7 +359,7 @@ def benchmark(
     """
     batch = example if isinstance(example, Batch) else as_batch(example)
     inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
-    device = _device(dense)
+    device = device_of(dense)
     clock = _clock(dense)
 
     def once(model: nn.Module) -> float:
@@ -411,14 +411,9 @@ def block_times(
     ]
 
 
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else execution_device(model, first)
-
-
 def _clock(model: nn.Module) -> Callable[[], float]:
     """Seconds, read when the model's device has done its work."""
-    device = _device(model)
+    device = device_of(model)
 
     def clock() -> float:
         if device.type == "cuda":

@@ -263,9 +263,7 @@ class Moments:
         rows = torch.cat([held.to(dtype) for held, _ in self._held], dim=1)  # (B, rows, d)
         weights = None
         if any(w is not None for _, w in self._held):
-            weights = torch.cat(
-                [torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held]
-            )
+            weights = self._held_weights()
         n = float(rows.shape[1] if weights is None else weights.sum(dtype=_FLOAT64))
         self._held.clear()
         if weights is not None:
@@ -288,15 +286,17 @@ class Moments:
         self._n = total
         self._spectra.clear()
 
+    def _held_weights(self) -> Tensor:
+        """Of all rows that are held, on the CPU."""
+        return torch.cat([torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held])
+
     def state(self) -> dict[str, Tensor]:
         """All that it holds, to go on with in another process; `restore` takes it."""
         named = {"n": torch.tensor(self._n, dtype=_FLOAT64), "mean": self._mean}
         named |= {f"comoment.{j}": comoment for j, comoment in enumerate(self._comoment)}
         if self._held:
             named["held"] = torch.cat([rows for rows, _ in self._held], dim=1)
-            named["weights"] = torch.cat(
-                [torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held]
-            )
+            named["weights"] = self._held_weights()
         return named
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -140,6 +140,12 @@ def execution_device(model: nn.Module, tensor: Tensor, path: str = "") -> torch.
     return tensor.device
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network runs: the device of its first parameter when that is read."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else execution_device(model, first)
+
+
 def _above(path: str) -> list[str]:
     """The modules around a path, the outermost first."""
     parts = path.split(".") if path else []
