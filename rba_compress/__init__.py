@@ -5,7 +5,7 @@ one map fitted in closed form, and returns a network of the same class with a pr
 and what it loses. See README.md.
 """
 
-from rba_compress.api import Result, compress, save
+from rba_compress.api import Result, compress, heal, save
 from rba_compress.architecture import Architecture
 from rba_compress.artifact import load
 from rba_compress.calibration import Profile, profile
@@ -26,7 +26,7 @@ from rba_compress.errors import (
 )
 from rba_compress.measure import benchmark
 from rba_compress.onnx_export import export_onnx, export_pt2
-from rba_compress.plan import Budget, Config, Plan
+from rba_compress.plan import Budget, Config, Healing, Plan
 from rba_compress.planner import search
 from rba_compress.report import Report
 from rba_compress.surgery import splice
@@ -43,6 +43,7 @@ __all__ = [
     "Certificate",
     "Config",
     "ExportError",
+    "Healing",
     "LoaderError",
     "ModelError",
     "NoChainError",
@@ -59,6 +60,7 @@ __all__ = [
     "compress",
     "export_onnx",
     "export_pt2",
+    "heal",
     "load",
     "profile",
     "save",

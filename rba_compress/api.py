@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture
-from rba_compress.artifact import write_artifact
-from rba_compress.batches import Batch
-from rba_compress.calibration import Profile, profile
+from rba_compress.artifact import fitted_tensors, load, read_manifest, write_artifact
+from rba_compress.batches import Batch, Split
+from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.drafts import Solution
+from rba_compress.errors import ArtifactError, PlanError
 from rba_compress.front import Point
-from rba_compress.measure import Fidelity, Function, Latency, benchmark, cost, fidelity
-from rba_compress.plan import Budget, Config, Plan
+from rba_compress.healing import distil
+from rba_compress.measure import (
+    Criterion,
+    Fidelity,
+    Function,
+    Latency,
+    benchmark,
+    cost,
+    fidelity,
+    output_kind,
+)
+from rba_compress.offload import device_of
+from rba_compress.plan import Budget, Config, Healed, Healing, Plan
 from rba_compress.planner import search
 from rba_compress.ranks import current
-from rba_compress.recorder import unwrap
+from rba_compress.recorder import record, unwrap
 from rba_compress.report import Report
-from rba_compress.surgery import splice, splice_shared
+from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +112,147 @@ def compress(
         else compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
     )
     return Result(slim, found.plan, report, found.tensors, seen, front)
+
+
+@overload
+def heal(
+    slim: Result,
+    loader: Iterable[Any],
+    *,
+    original: nn.Module,
+    healing: Healing | None = None,
+    checkpoint: str | Path | None = None,
+) -> Result: ...
+@overload
+def heal(
+    slim: nn.Module,
+    loader: Iterable[Any],
+    *,
+    original: nn.Module,
+    healing: Healing | None = None,
+    checkpoint: str | Path | None = None,
+) -> nn.Module: ...
+@torch.inference_mode(False)
+def heal(
+    slim: Result | nn.Module,
+    loader: Iterable[Any],
+    *,
+    original: nn.Module,
+    healing: Healing | None = None,
+    checkpoint: str | Path | None = None,
+) -> Result | nn.Module:
+    """Train a slim network towards its original for some minutes, on the original's own outputs.
+
+    Args:
+        slim: what `compress` returned, or a slim network of one's own; left as it is.
+        loader: batches as for `compress`; labels are read only where `healing.labels` asks for them.
+            Eight samples of ten are trained on, one is held out to choose the best state, and one is
+            left for the report. Several processes are each given the whole loader.
+        original: the network that the slim one was made from; left as it is.
+        healing: how; by default for ten epochs.
+        checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
+            the start, the training goes on from it, and ends as if it had never stopped.
+
+    Returns:
+        A result whose plan says how it was healed, or a network, as it was given. It is never worse on
+        the held-out samples than what went in: where training did not help, what comes back is
+        unchanged, and the report of a result says so (for a network, a warning).
+
+    Raises:
+        PlanError: the slim network was not made from this original.
+        ModelError: nothing is there to train, or weights are of low precision or offloaded.
+        LoaderError: too few samples to hold any out; labels that are asked for and are not there.
+        ArtifactError: the checkpoint cannot be written, or is of another training.
+        RankError: one of several processes ended.
+    """
+    healing, dense = healing or Healing(), unwrap(original)
+    path = None if checkpoint is None else Path(checkpoint)
+    if not isinstance(slim, Result):
+        network = unwrap(slim)
+        split = Split(loader, healing.seed)
+        kind = output_kind(record(dense, split.first().to(dense)))
+        course = distil(dense, network, split, Criterion(kind), healing, checkpoint=path)
+        if course.note:
+            warnings.warn(course.note, stacklevel=2)
+        healed = copy_model(network)
+        replace_parameters(healed, course.weights)
+        return healed
+    seen = slim.profile
+    if fingerprint(dense) != seen.weights:
+        raise PlanError(f"the slim network was made from another {seen.model}: pass its own original")
+    split = seen.split(loader)
+    course = distil(
+        dense,
+        slim.model,
+        split,
+        seen.criterion,
+        healing,
+        chains=[p.chain for p in seen.chains],
+        checkpoint=path,
+    )
+    model, plan, tensors = slim.model, slim.plan, slim.tensors
+    if course.healed is not None:
+        healed_plan = plan.model_copy(update={"healed": _after(plan.healed, course.healed)})
+        plan, tensors = healed_plan, {**tensors, **course.weights}
+        model = copy_model(model)
+        replace_parameters(model, course.weights)
+    report = compare(dense, model, split.part("confirm"), seen, plan, samples="held out of the loader")
+    if course.note:
+        report = report.model_copy(update={"warnings": (*report.warnings, course.note)})
+    return replace(slim, model=model, plan=plan, tensors=tensors, report=report)
+
+
+def _after(first: Healed | None, second: Healed) -> Healed:
+    """What is known of a network that was healed, perhaps for a second time."""
+    if first is None:
+        return second
+    return second.model_copy(update={"keys": tuple(sorted({*first.keys, *second.keys}))})
+
+
+def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module) -> Result:
+    """A saved result, to heal it: without its profile's moments and its front.
+
+    Args:
+        directory: what `save` wrote.
+        loader: batches as for `compress`.
+        original: the network that it was made from.
+
+    Raises:
+        ArtifactError: as `load`; the artefact is folded, or was judged by a function.
+        PlanError: it was made from another network.
+        LoaderError: as `compress`.
+    """
+    manifest, dense = read_manifest(Path(directory)), unwrap(original)
+    if manifest.folded:
+        raise ArtifactError(f"{directory} is folded: heal the result before it is saved with fold=True")
+    kind = manifest.plan.divergence
+    if kind == "given":
+        raise ArtifactError(f"{directory} was judged by a function of one's own: heal the result")
+    weights = fingerprint(dense)
+    if weights != manifest.dense_weights:
+        raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
+    slim = load(
+        directory, base=dense if manifest.delta else None, model=None if manifest.delta else dense
+    )
+    slim.to(device_of(dense))
+    plan, example = manifest.plan, Split(loader, manifest.plan.config.seed).first()
+    seen = Profile(
+        model=manifest.model,
+        weights=weights,
+        chains=(),
+        refusals=plan.refusals,
+        dense=cost(dense, example),
+        criterion=Criterion(kind),
+        samples=0,
+        config=plan.config,
+        example=example,
+        order=(),
+        lengths=(),
+    )
+    report = compare(
+        dense, slim, seen.split(loader).part("confirm"), seen, plan, samples="held out of the loader"
+    )
+    return Result(slim, plan, report, fitted_tensors(plan, slim.state_dict()), seen)
 
 
 def measure_front(

@@ -129,7 +129,7 @@ def write_artifact(
     if fold:
         architecture = architecture or architecture_of(model)
         model, stock = folded(model, plan, architecture, sample)
-    state, tied = unique(_fitted(plan, model.state_dict()) if delta else model.state_dict())
+    state, tied = unique(fitted_tensors(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
         architecture = None
     elif not fold:
@@ -167,10 +167,11 @@ def _probe(example: Batch, model: nn.Module) -> Probe | None:
         return None
 
 
-def _fitted(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a slim state dict that a plan brought."""
     keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
-    return {name: tensor for name, tensor in state.items() if keys and name.startswith(keys)}
+    trained = () if plan.healed is None else plan.healed.keys
+    return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
 
 
 def _checked(
@@ -284,7 +285,7 @@ def _restore(
     buffers: Mapping[str, str],
 ) -> nn.Module:
     """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
-    splice(skeleton, plan, _fitted(plan, state), inplace=True)
+    splice(skeleton, plan, fitted_tensors(plan, state), inplace=True)
     whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
     fill(skeleton, whole, buffers, WEIGHTS)
     return skeleton.eval()

@@ -51,12 +51,12 @@ class Batch:
         """Samples: the first dimension of the first tensor that has one."""
         return int(next(t.shape[0] for t in self.tensors.values() if t.ndim))
 
-    def digest(self) -> int:
-        """Of the first sample, to know it again."""
+    def digest(self, *, whole: bool = False) -> int:
+        """Of the first sample, or of all of them, to know it again."""
         hashed = hashlib.blake2b(digest_size=8)
         for tensor in self.tensors.values():
-            row = tensor[:1].detach().cpu().contiguous() if tensor.ndim else tensor.detach().cpu()
-            hashed.update(row.reshape(-1).view(torch.uint8).numpy().data)
+            rows = tensor[:1] if tensor.ndim and not whole else tensor
+            hashed.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return int.from_bytes(hashed.digest(), "big", signed=True)
 
     def state(self) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
@@ -107,6 +107,15 @@ class Batch:
             return value[index.to(value.device)]
 
         return self._map(pick)
+
+    def with_tensor(self, name: str, value: Tensor) -> Batch:
+        """The batch with another tensor in place of one of its `tensors`."""
+        if name in self.kwargs:
+            return replace(self, kwargs={**self.kwargs, name: value})
+        places = range(len(self.args))
+        return replace(
+            self, args=tuple(value if name == f"input {i}" else self.args[i] for i in places)
+        )
 
     def is_sequence(self, value: Tensor) -> bool:
         """Whether a tensor of the batch may hold sequences: token ids (N, T), or a mask beside them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rba_compress.api import compare, compress, measure_front
+from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
 from rba_compress.architecture import Architecture
+from rba_compress.artifact import read_manifest
 from rba_compress.batches import read
 from rba_compress.calibration import profile
 from rba_compress.catalogue import network
@@ -32,7 +33,7 @@ from rba_compress.files import require_vacant, written_whole
 from rba_compress.front import write_front
 from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
-from rba_compress.plan import Budget, Config
+from rba_compress.plan import Budget, Config, Healing
 from rba_compress.planner import search
 from rba_compress.ranks import current, launched, own_device
 from rba_compress.report import plot_similarity
@@ -51,12 +52,10 @@ class Demo:
         run_demo(free_directory(self.out))
 
 
-@dataclass
-class _Job:
-    model: str
-    """Name of a timm architecture."""
+@dataclass(kw_only=True)
+class _Images:
     weights: Path
-    """Its weights, a safetensors file."""
+    """The weights of the original network, a safetensors file."""
     images: Path
     """A folder of images, <class>/<image>."""
     out: Path
@@ -65,6 +64,65 @@ class _Job:
     """Text file with the images to calibrate on, one path a line; by default all."""
     test_split: Path | None = None
     """Text file with the images to report on; by default calibration images that are held out."""
+    batch_size: int = 16
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def read(self, dense: nn.Module, *, labelled: str = "") -> _Read:
+        """The loaders of a network's images.
+
+        Args:
+            labelled: what needs labels.
+
+        Raises:
+            LoaderError: there are no images, or no labels where they are needed.
+        """
+        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
+        files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
+        if labelled and not files.labelled:
+            raise LoaderError(
+                f"{self.images} has {len(files.labels)} class folders, the model other classes: "
+                f"{labelled} needs a folder for each class, in their order"
+            )
+        return _Read(
+            image_loader(files, batch_size=self.batch_size),
+            None if tests is None else image_loader(tests, batch_size=self.batch_size),
+            "held out of the loader"
+            if self.test_split is None
+            else f"test split {self.test_split.name}",
+        )
+
+    def original(self, architecture: Architecture) -> nn.Module:
+        """The network with its weights, on the device.
+
+        Raises:
+            RBAError: one of its subclasses, with what is wrong.
+        """
+        dense = architecture.build()
+        load_weights(dense, self.weights)
+        _to_device(dense, own_device(self.device))
+        return dense
+
+
+@dataclass
+class _Read:
+    loader: DataLoader[Any]
+    tests: DataLoader[Any] | None
+    samples: str
+    """What is reported on."""
+
+    def reported(self, result: Result, dense: nn.Module) -> Result:
+        """The result with a report on the test images, where there are any."""
+        if self.tests is None:
+            return result
+        seen, batches = result.profile, read(self.tests)
+        report = compare(dense, result.model, batches, seen, result.plan, samples=self.samples)
+        return result.with_report(report)
+
+
+@dataclass(kw_only=True)
+class _Job(_Images):
+    model: str
+    """Name of a timm architecture."""
     num_classes: int | None = None
     """Classes of a fine-tuned model."""
     macs: float | None = None
@@ -89,8 +147,6 @@ class _Job:
     """Compute every position, also those that the output does not read."""
     foldable: bool = False
     """Search for a stock network with fewer blocks, which timm loads without this package."""
-    batch_size: int = 16
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
     """Deals the images to fit, choose and confirm."""
 
@@ -107,27 +163,9 @@ class _Job:
         config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
-        dense = architecture.build()
-        load_weights(dense, self.weights)
-        _to_device(dense, own_device(self.device))
-        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
-        files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
-        if self.accuracy_drop is not None and not files.labelled:
-            raise LoaderError(
-                f"{self.images} has {len(files.labels)} class folders, the model other classes: "
-                "accuracy_drop needs a folder for each class, in their order"
-            )
-        return _Ready(
-            architecture,
-            dense,
-            budget,
-            config,
-            image_loader(files, batch_size=self.batch_size),
-            None if tests is None else image_loader(tests, batch_size=self.batch_size),
-            "held out of the loader"
-            if self.test_split is None
-            else f"test split {self.test_split.name}",
-        )
+        dense = self.original(architecture)
+        labelled = "" if self.accuracy_drop is None else "accuracy_drop"
+        return _Ready(architecture, dense, budget, config, self.read(dense, labelled=labelled))
 
 
 @dataclass
@@ -136,13 +174,10 @@ class _Ready:
     dense: nn.Module
     budget: Budget | None
     config: Config
-    loader: DataLoader[Any]
-    tests: DataLoader[Any] | None
-    samples: str
-    """What is reported on."""
+    data: _Read
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Compress(_Job):
     """Compress a timm model on your images and save the slim model."""
 
@@ -151,27 +186,48 @@ class Compress(_Job):
 
     def run(self) -> None:
         job = self.prepare()
-        result = compress(job.dense, job.loader, budget=job.budget, config=job.config)
-        report = result.report
-        if job.tests is not None:
-            report = compare(
-                job.dense,
-                result.model,
-                read(job.tests),
-                result.profile,
-                result.plan,
-                samples=job.samples,
-            )
-        result.with_report(report).save(
-            self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub
-        )
+        result = compress(job.dense, job.data.loader, budget=job.budget, config=job.config)
+        result = job.data.reported(result, job.dense)
+        result.save(self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub)
         if current().leads:
             _plot(result.profile.chains, self.out)
-        print(report.table())
+        print(result.report.table())
         print(f"saved to {self.out}")
 
 
-@dataclass
+@dataclass(kw_only=True)
+class Heal(_Images):
+    """Train a slim model that was saved towards its original, on your images without labels."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote."""
+    healing: tyro.conf.OmitArgPrefixes[Healing] = field(default_factory=Healing)
+    checkpoint: Path | None = None
+    """Written twice a minute; where it is there, the training goes on from it."""
+    hub: bool = False
+    """Write config.json and a model card beside it, for a model hub."""
+
+    def run(self) -> None:
+        require_vacant(self.out)
+        architecture = read_manifest(self.directory).architecture
+        if architecture is None:
+            raise ArtifactError(
+                f"{self.directory} does not know how to build its original: heal it in Python, with "
+                "rba_compress.heal"
+            )
+        dense = self.original(architecture)
+        data = self.read(dense, labelled="labels" if self.healing.labels else "")
+        slim = reopen(self.directory, data.loader, original=dense)
+        healed = heal(
+            slim, data.loader, original=dense, healing=self.healing, checkpoint=self.checkpoint
+        )
+        notes = healed.report.warnings
+        healed = data.reported(healed, dense)
+        healed.save(self.out, architecture=architecture, hub=self.hub)
+        print(healed.report.table(), *notes, f"saved to {self.out}", sep="\n")
+
+
+@dataclass(kw_only=True)
 class Profile(_Job):
     """Profile a timm model on your images and save what was seen, with a picture of each chain."""
 
@@ -180,7 +236,7 @@ class Profile(_Job):
 
     def run(self) -> None:
         job = self.prepare()
-        seen = profile(job.dense, job.loader, config=job.config, checkpoint=self.checkpoint)
+        seen = profile(job.dense, job.data.loader, config=job.config, checkpoint=self.checkpoint)
         if current().leads:
             with written_whole(self.out.absolute()) as folder:
                 seen.save(folder / "profile.safetensors")
@@ -188,7 +244,7 @@ class Profile(_Job):
         print(seen, *seen.warnings, f"saved to {self.out}", sep="\n")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Search(_Job):
     """Search a timm model on your images and save what was found as deltas of its weights."""
 
@@ -197,14 +253,15 @@ class Search(_Job):
 
     def run(self) -> None:
         job = self.prepare()
-        seen = profile(job.dense, job.loader, config=job.config)
-        found = search(job.dense, seen, job.loader, budget=job.budget)
+        data = job.data
+        seen = profile(job.dense, data.loader, config=job.config)
+        found = search(job.dense, seen, data.loader, budget=job.budget)
         kept = found if self.front else replace(found, points=found.points[-1:])
         if not kept.points:
             print("nothing was replaced: the network meets its budget, or no step keeps within it")
             return
-        batches = seen.split(job.loader).part("confirm") if job.tests is None else read(job.tests)
-        points = measure_front(job.dense, seen, kept, list(batches), samples=job.samples)
+        batches = seen.split(data.loader).part("confirm") if data.tests is None else read(data.tests)
+        points = measure_front(job.dense, seen, kept, list(batches), samples=data.samples)
         if current().leads:
             write_front(points, job.dense, seen, self.out)
         for point in points:
@@ -257,6 +314,7 @@ def _to_device(model: nn.Module, name: str) -> None:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Heal, tyro.conf.subcommand("heal")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Supports, tyro.conf.subcommand("supports")]

@@ -205,7 +205,7 @@ class Criterion:
             raise ActivationError(
                 f"the divergence function gave {shape} for {len(batch)} samples: return a tensor (N,)"
             )
-        return found.detach().double()
+        return found.double()
 
 
 def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:

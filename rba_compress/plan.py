@@ -36,6 +36,15 @@ Unit = Literal["span", "whole", "read_out", "attention_free", "mlp_free", "read_
 """What is done to a block: see `rba_compress.thinning`; a span of blocks is replaced by one map."""
 
 
+Trained = Literal["maps", "norms", "adapters", "all"]
+"""What of a slim network is trained: see `Healing.train`."""
+
+Augmentation = Literal["flip", "crop", "mix", "cut"]
+
+RATES: dict[Trained, float] = {"maps": 5e-4, "norms": 5e-4, "adapters": 5e-4, "all": 5e-5}
+"""The peak of the learning rate, by what is trained."""
+
+
 class Frozen(BaseModel):
     """A value that reads and writes JSON."""
 
@@ -549,6 +558,60 @@ class Step(Frozen):
     params: int
 
 
+class Healing(Frozen):
+    """How a slim network is trained towards its original; every default is measured."""
+
+    train: Trained = "all"
+    """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear
+    layer and convolution, merged at the end; or everything."""
+    rate: float | None = Field(None, gt=0)
+    """The peak of the learning rate; None is that of what is trained, see `RATES`."""
+    epochs: int = Field(10, gt=0)
+    """Rounds through the samples to train on, at the most."""
+    batch: int = Field(16, gt=0)
+    """Samples of a step, of all processes together."""
+    warmup: Share = 0.1
+    """Of the steps, in which the rate rises; then it falls as a cosine."""
+    rank: int = Field(8, gt=0)
+    """Of adapters."""
+    augment: tuple[Augmentation, ...] = ("flip", "crop")
+    """What is done to images before both networks see them: a mirror image, a part of at least a third
+    of the area, mixed with another by its values, or by a rectangle."""
+    features: float = Field(0.0, ge=0)
+    """The weight of the normalised squared error of the streams behind the last blocks."""
+    labels: Share = 0.0
+    """The weight of the cross-entropy with the loader's labels; what is left is the original's."""
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    """Of labels."""
+    patience: int = Field(3, gt=0)
+    """Epochs in a row without a new best on held-out samples, after which it ends."""
+    bf16: bool = False
+    """Multiply in bfloat16; the teacher and what is measured stay as they are."""
+    seed: int = 0
+    """Of the order, the augmentation and the adapters."""
+
+    @property
+    def peak(self) -> float:
+        """Of the learning rate."""
+        return self.rate or RATES[self.train]
+
+
+class Healed(Frozen):
+    """That a network was trained after it was spliced: how, on what, and what came of it."""
+
+    healing: Healing
+    data: str
+    """SHA-256 of the samples that it was trained on."""
+    samples: int
+    steps: int
+    """Optimiser steps to the state that was kept."""
+    before: float
+    """The objective on held-out samples, of what went in."""
+    after: float
+    keys: tuple[str, ...] = ()
+    """Parameters that were trained, of those that are no map's."""
+
+
 class Plan(Frozen):
     """What is replaced by what, and why the rest was not. Holds no tensors."""
 
@@ -565,6 +628,7 @@ class Plan(Frozen):
     """The divergence that was minimised."""
     forward_passes: float = 0.0
     """Samples that the search sent through a whole network's worth of blocks, over the loader's."""
+    healed: Healed | None = None
 
     def __str__(self) -> str:
         in_order = sorted(self.replacements, key=lambda r: (r.chain, r.start))
@@ -573,4 +637,5 @@ class Plan(Frozen):
         kept = sum(not refit.folded for refit in self.refits) - normed
         text += f"; kept layers re-solved: {kept}" if kept else ""
         text += f"; BatchNorms re-estimated: {normed}" if normed else ""
+        text += f"; healed in {self.healed.steps} steps" if self.healed else ""
         return text + ("; every position is computed" if self.config.keep_features else "")

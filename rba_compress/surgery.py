@@ -136,7 +136,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
         wanted |= set(expected)
-    wanted |= _check_refits(model, plan, tensors)
+    wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)
     stray = sorted(set(tensors) - wanted)
     if stray:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
@@ -154,6 +154,20 @@ def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
             if given is None or given.shape != value.shape:
                 raise PlanError(f"{refit}: its tensor {name!r} is missing or of another shape")
             wanted.add(f"{refit.key}{name}")
+    return wanted
+
+
+def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of the trained tensors, those of maps excepted, which are checked already."""
+    own = dict(model.named_parameters())
+    maps = tuple(r.key for r in plan.replacements)
+    trained = {} if plan.healed is None else dict.fromkeys(plan.healed.keys)
+    wanted = {key for key in trained if not maps or not key.startswith(maps)}
+    for key in sorted(wanted):
+        if key not in own or key not in tensors or tensors[key].shape != own[key].shape:
+            raise PlanError(
+                f"the trained tensor {key!r} is missing, or is not of this {type(model).__name__}"
+            )
     return wanted
 
 
@@ -300,4 +314,24 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
             if isinstance(old, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
             setattr(layer, name, value)
+    if plan.healed is not None:
+        replace_parameters(model, {key: tensors[key] for key in plan.healed.keys})
     return model
+
+
+def replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a model new parameters in place of some, wherever it holds them; the old ones may be shared
+    with another model, and keep their values.
+    """
+    named = dict(model.named_parameters())
+    new = {
+        id(named[key]): nn.Parameter(
+            value.to(named[key].device, named[key].dtype).clone(),
+            requires_grad=named[key].requires_grad,
+        )
+        for key, value in values.items()
+    }
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if id(old) in new:
+                setattr(module, name, new[id(old)])

@@ -33,6 +33,7 @@ LAYERS = [
     "drafts",
     "fitter",
     "planner",
+    "healing",
     "report",
     "weights",
     "architecture",
