@@ -31,6 +31,7 @@ from rba_compress.calibration import EVERY, fingerprint
 from rba_compress.errors import ArtifactError, LoaderError, ModelError, PlanError, RankError
 from rba_compress.files import below, read_tensors, write_tensors
 from rba_compress.measure import Criterion
+from rba_compress.offload import device_of
 from rba_compress.plan import Augmentation, Chain, Frozen, Healed, Healing
 from rba_compress.ranks import Ranks
 from rba_compress.recorder import evaluating
@@ -400,7 +401,13 @@ class _Run:
         self.steps = self.epoch * self.healing.epochs
         # A read-out computes no keys of its last block, say: what is not used has no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(kwargs_handlers=[unused])
+        on_cpu = device_of(teacher).type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[unused])
+        if self.accelerator.num_processes != ranks.count:
+            raise RankError(
+                f"accelerate knows of {self.accelerator.num_processes} of {ranks.count} processes: "
+                "start them with `accelerate launch`, on CPUs with --cpu"
+            )
         optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
         self.trained, self.optimizer = self.accelerator.prepare(
             student, optimizer, device_placement=[False, False]
@@ -470,7 +477,7 @@ class _Run:
         mixed = augmented(batch, self.healing.augment, generator)
         with evaluating(self.teacher):
             wanted = self.teacher(mixed.batch)
-        device = next(self.student.parameters()).device.type
+        device = device_of(self.teacher).type
         with torch.autocast(device, torch.bfloat16, enabled=self.healing.bf16):
             found = self.trained(mixed.batch)
         self.accelerator.backward(self.objective(wanted, found, mixed).mean())
@@ -520,7 +527,7 @@ class _Run:
                 f"{path} is the checkpoint of another training (of other networks, data, settings or "
                 "number of processes): name another file, or remove it"
             )
-        device = next(self.student.parameters()).device
+        device = device_of(self.teacher)
         self.best = {key: t.to(device) for key, t in below("best.", tensors).items()}
         with torch.no_grad():
             for name, value in self.student.named_parameters():

@@ -136,8 +136,11 @@ def launched() -> Iterator[Ranks]:
         yield ALONE
         return
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState()
+    # Without it accelerate takes processes without cards for single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu)
     try:
         yield current()
     finally:

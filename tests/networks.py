@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rba_compress import Config
+from rba_compress import Config, Healing
 
 
 def seeded(build: type[nn.Module] | object, *args: object, **kwargs: object) -> nn.Module:
@@ -58,3 +58,14 @@ def rows(n: int, seed: int = 0) -> Tensor:
 
 def loader(samples: int = 40, batch: int = 10) -> list[Tensor]:
     return list(rows(samples).split(batch))
+
+
+BRIEF = Healing(train="all", rate=1e-3, epochs=4, batch=32, augment=())
+
+
+def to_heal() -> tuple[nn.Module, list[Tensor], nn.Module]:
+    """A network, data, and one with less in it to be trained, the same in every process."""
+    dense, slim = seeded(Chain, 6), seeded(Chain, 6)
+    with torch.no_grad():
+        slim.blocks[3].down.weight.zero_()  # type: ignore[union-attr]
+    return dense, loader(400, 50), slim

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from rba_compress import Budget, compress, profile
+from rba_compress import Budget, compress, heal, healing, profile
 from rba_compress.digits import batches, digits_data, digits_model
 from rba_compress.ranks import current, launched
-from tests.networks import LIGHT, Chain, loader, rows, seeded
+from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
 
 class Deadly:
@@ -28,6 +28,21 @@ class Deadly:
             if index == 3 and current().rank == current().count - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
+
+
+def heal_together(*, deadly: bool) -> tuple[str, dict[str, Tensor]]:
+    """A training, whose last process may die in its fourth step."""
+    step = healing._Run.step
+
+    def killed(self: Any, number: int) -> bool:
+        if number == 3 and current().rank == current().count - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, number)
+
+    if deadly:
+        healing._Run.step = killed  # type: ignore[method-assign]
+    dense, data, slim = to_heal()
+    return "", heal(slim, data, original=dense, healing=BRIEF).state_dict()
 
 
 def run(job: str) -> tuple[str, dict[str, Tensor]]:
@@ -46,6 +61,8 @@ def run(job: str) -> tuple[str, dict[str, Tensor]]:
     if job == "other":
         data = loader() if current().leads else list(rows(40, seed=1).split(10))
         return str(profile(model, data)), {}
+    if job.startswith("heal"):
+        return heal_together(deadly=job == "heal_dies")
     assert job == "dies"
     return str(profile(model, Deadly())), {}
 

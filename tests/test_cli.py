@@ -150,6 +150,30 @@ def test_two_processes_profile_and_compress_from_files(
         assert reports[0]["fidelity"][name] == pytest.approx(reports[1]["fidelity"][name], rel=1e-3)
 
 
+def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"test-split": str(folder / "test.txt"), "device": "cpu"}
+    assert main(arguments(folder, **more, macs="0.8")) == 0
+    capsys.readouterr()
+    names = ("weights", "images", "split", "test-split")
+    asked = arguments(folder, "heal", **more, out=str(folder / "healed"))
+    given = dict(zip(asked[1::2], asked[2::2], strict=True))
+    asked = [part for name in names for part in (f"--{name}", given[f"--{name}"])]
+    brief = ["--epochs", "2", "--rate", "1e-4", "--device", "cpu"]
+    assert main(["heal", str(folder / "slim"), *asked, *brief, "--out", str(folder / "healed")]) == 0
+    printed = capsys.readouterr().out
+    assert "on 8 samples (test split test.txt)" in printed
+    healed = read_manifest(folder / "healed").plan.healed
+    assert (healed is None) == ("healing did not help" in printed)
+    assert load(folder / "healed")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+    assert main(["verify", str(folder / "healed")]) == 0
+    other = seeded(timm.create_model, "test_vit", num_classes=2).state_dict()
+    save_file({name: t + 1 for name, t in other.items()}, folder / "weights.safetensors")
+    assert (
+        main(["heal", str(folder / "slim"), *asked, "--device", "cpu", "--out", str(folder / "x")]) == 2
+    )
+    assert "was made from another VisionTransformer" in capsys.readouterr().err
+
+
 def test_a_stock_network_from_files(folder: Path) -> None:
     assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
     found = timm.create_model(f"local-dir:{folder / 'slim'}", pretrained=True)

@@ -32,10 +32,9 @@ from rba_compress.batches import Batch
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.healing import Student, augmented
 from rba_compress.plan import Augmentation
-from tests.networks import LIGHT, Chain, loader, rows, seeded
+from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
 TRAINED = ("maps", "norms", "adapters", "all")
-BRIEF = Healing(train="all", rate=1e-3, epochs=4, batch=32, augment=())
 
 
 @pytest.fixture(scope="module")
@@ -212,17 +211,14 @@ def test_streams_are_matched_where_they_are_asked_for(
     assert error(matched.model) < error(plain.model)
 
 
-class Killed:
-    """A training that is killed in its third epoch, in a process of its own."""
-
-    CODE = """
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
 from rba_compress import calibration, healing
 healing.EVERY = 0.0
 torch.set_num_threads(1)
-from tests.test_healing import BRIEF, slim_of
+from tests.networks import BRIEF, to_heal
 from rba_compress import heal
 step = healing._Run.step
 def deadly(self, number):
@@ -230,25 +226,18 @@ def deadly(self, number):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, number)
 healing._Run.step = deadly
-dense, data, slim = slim_of()
+dense, data, slim = to_heal()
 heal(slim, data, original=dense, healing=BRIEF, checkpoint=Path(sys.argv[1]))
 """
-
-
-def slim_of() -> tuple[nn.Module, list[Tensor], nn.Module]:
-    """A network, data and a slim network, the same in every process."""
-    dense, slim = seeded(Chain, 6), seeded(Chain, 6)
-    with torch.no_grad():
-        slim.blocks[3].down.weight.zero_()  # type: ignore[union-attr]
-    return dense, loader(400, 50), slim
+"""A training that is killed in its third epoch, in a process of its own."""
 
 
 def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path: Path) -> None:
     path = tmp_path / "heal.checkpoint"
-    ended = subprocess.run([sys.executable, "-c", Killed.CODE, path], check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert path.is_file()
-    dense, data, slim = slim_of()
+    dense, data, slim = to_heal()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

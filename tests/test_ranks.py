@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from torch import Tensor
 from rba_compress import Plan, Result, compress
 from rba_compress.measure import Fidelity
 from rba_compress.plan import Budget
-from tests.networks import LIGHT, Chain, rows, seeded
+from tests.networks import LIGHT, Chain, rows, seeded, to_heal
 
 
 def free_port() -> int:
@@ -113,3 +114,25 @@ def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
     for end, printed in together("other", tmp_path):
         assert end == 1
         assert "RankError: rank 1 has another loader than rank 0" in printed
+
+
+def test_two_processes_heal_together(tmp_path: Path) -> None:
+    first, second = results("heal", tmp_path)
+    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
+    dense, _, slim = to_heal()
+    before = {name: p.clone() for name, p in slim.state_dict().items()}
+    healed = copy.deepcopy(slim)
+    healed.load_state_dict(first[1])
+    assert any(not torch.equal(p, before[name]) for name, p in healed.state_dict().items())
+    x = rows(500, seed=7)
+    errors = [float((dense(x) - model(x)).square().mean().detach()) for model in (slim, healed)]
+    assert errors[1] < errors[0]
+
+
+def test_a_process_that_dies_in_training_ends_the_others(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    first, last = together("heal_dies", tmp_path)
+    assert time.perf_counter() - start < 60
+    assert last[0] == -signal.SIGKILL
+    assert first[0] == 1
+    assert "RankError: one of" in first[1]
