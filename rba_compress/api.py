@@ -15,6 +15,7 @@ from rba_compress.architecture import Architecture
 from rba_compress.artifact import fitted_tensors, load, read_manifest, write_artifact
 from rba_compress.batches import Batch, Split
 from rba_compress.calibration import Profile, fingerprint, profile
+from rba_compress.chains import discover
 from rba_compress.drafts import Solution
 from rba_compress.errors import ArtifactError, PlanError
 from rba_compress.front import Point
@@ -33,7 +34,7 @@ from rba_compress.offload import device_of
 from rba_compress.plan import Budget, Config, Healed, Healing, Plan
 from rba_compress.planner import search
 from rba_compress.ranks import current
-from rba_compress.recorder import record, unwrap
+from rba_compress.recorder import unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 
@@ -170,8 +171,11 @@ def heal(
     if not isinstance(slim, Result):
         network = unwrap(slim)
         split = Split(loader, healing.seed)
-        kind = output_kind(record(dense, split.first().to(dense)))
-        course = distil(dense, network, split, Criterion(kind), healing, checkpoint=path)
+        support, recording = discover(dense, split.first())
+        criterion = Criterion(output_kind(recording))
+        course = distil(
+            dense, network, split, criterion, healing, chains=support.chains, checkpoint=path
+        )
         if course.note:
             warnings.warn(course.note, stacklevel=2)
         healed = copy_model(network)
@@ -187,7 +191,7 @@ def heal(
         split,
         seen.criterion,
         healing,
-        chains=[p.chain for p in seen.chains],
+        chains=[p.chain for p in seen.chains] or discover(dense, seen.example)[0].chains,
         checkpoint=path,
     )
     model, plan, tensors = slim.model, slim.plan, slim.tensors

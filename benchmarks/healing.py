@@ -1,0 +1,207 @@
+"""Claim: minutes of label-free distillation bring a slim network back to its original.
+
+Three networks: the embedded digits ViT with six of its twelve blocks gone; the CIFAR ResNet-20 with 10,
+20 and 33 % of its MACs gone; the real DeiT-tiny with 25 and 33 %, calibrated on 500 images. Each is
+measured on images that nothing was fitted, trained or chosen on: as the search left it, healed with
+three seeds, and with the output layers of its kept blocks re-solved by ridge towards the original
+streams instead, all of them. `--sweep` compares the ways to heal the first plan by held-out divergence,
+`--counts` the default way on fewer images.
+
+`python -m benchmarks.healing --case digits` appends a JSON line a row to
+`benchmarks/results/healing.jsonl`. The plans of a DeiT-tiny take half an hour to search: they are kept
+as deltas in `--plans`, and read from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from benchmarks.real_data import deit_tiny, imagenet, resnet20
+from benchmarks.resnet import loaders
+from rba_compress import Budget, Config, Healing, Result, compress, heal, profile
+from rba_compress.api import reopen
+from rba_compress.batches import as_batch
+from rba_compress.digits import batches, digits_data, digits_model
+from rba_compress.drafts import Solution, handed_out, replaced_blocks
+from rba_compress.front import write_front
+from rba_compress.measure import cost, fidelity
+from rba_compress.planner import Search
+from rba_compress.surgery import splice
+
+Loader = list[Any]
+
+SWEEP: dict[str, dict[str, Any]] = {
+    "maps": {"train": "maps", "augment": ()},
+    "norms": {"train": "norms", "augment": ()},
+    "adapters": {"train": "adapters", "augment": ()},
+    "all": {"train": "all", "augment": ()},
+    "all, flip": {"augment": ("flip",)},
+    "all, flip, crop": {"augment": ("flip", "crop")},
+    "all, flip, crop, mix": {"augment": ("flip", "crop", "mix")},
+    "all, flip, crop, cut": {"augment": ("flip", "crop", "cut")},
+    "adapters, flip, crop": {"train": "adapters", "augment": ("flip", "crop")},
+    "maps, flip, crop": {"train": "maps", "augment": ("flip", "crop")},
+    "all, features": {"features": 1.0},
+}
+
+
+@dataclass
+class Run:
+    """What to measure."""
+
+    case: Literal["digits", "resnet", "deit"] = "digits"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the order, the augmentation and the adapters."""
+    healing: tyro.conf.OmitArgPrefixes[Healing] = Healing()  # noqa: RUF009
+    sweep: bool = False
+    counts: tuple[int, ...] = ()
+    """Images to heal on, the others left away."""
+    closed_form: bool = True
+    plans: Path = Path("plans")
+    """Of the DeiT-tiny: searched and written where it is not there."""
+    out: Path = Path(__file__).parent / "results" / "healing.jsonl"
+
+
+def digits_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result]]]:
+    model, (train, test) = digits_model(), digits_data()
+    calibration = batches(train)
+
+    def plans() -> Iterator[tuple[str, Result]]:
+        config = Config(units=("span",))
+        found = compress(model, calibration, budget=Budget(macs=0.52), config=config)
+        (chain,) = (p.chain for p in found.profile.chains)
+        gone = len(replaced_blocks(found.plan, chain, thinned=False))
+        yield f"{gone} of 12 blocks gone", found
+
+    return model, calibration, batches(test), plans()
+
+
+def resnet_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result]]]:
+    model, (calibration, test) = resnet20(), loaders(100)
+
+    def plans() -> Iterator[tuple[str, Result]]:
+        for macs in (0.9, 0.8, 0.67):
+            yield f"{1 - macs:.0%} of MACs gone", compress(model, calibration, budget=Budget(macs=macs))
+
+    return model, calibration, test, plans()
+
+
+def deit_case(folder: Path) -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result]]]:
+    model = deit_tiny()
+    calibration, test = (imagenet(model, part, 16) for part in ("calibration", "test"))
+
+    def plans() -> Iterator[tuple[str, Result]]:
+        if not folder.exists():
+            found = compress(model, calibration, budget=Budget(macs=0.67))
+            write_front(found.front, model, found.profile, folder)
+        rows = json.loads((folder / "front.json").read_text())
+        for limit in (0.75, 0.67):
+            row = next(row for row in rows if row["macs_kept"] <= limit)
+            point = reopen(folder / row["point"], calibration, original=model)
+            yield f"{1 - row['macs_kept']:.1%} of MACs gone", point
+
+    return model, calibration, test, plans()
+
+
+def resolved(model: nn.Module, calibration: Loader, slim: Result) -> nn.Module:
+    """The slim network with the last layer of every branch of its kept blocks re-solved by ridge
+    towards the original streams, from the first that was replaced on, whether that helps or not.
+    """
+    seen = profile(model, calibration, config=slim.plan.config)
+    run = Search(model, seen, calibration, Budget(macs=0.5))
+    solution = Solution(slim.plan.model_copy(update={"steps": (), "candidates": ()}), slim.tensors)
+    for c, chain in enumerate(run.chains):
+        taken = replaced_blocks(solution.plan, chain)
+        walk = run.fitter.walk(c)
+        for b in (b for b in range(min(taken), len(chain)) if b not in taken):
+            for k in range(len(chain.blocks[b].branches)):
+                # The first that is offered: the middle damping, half a step.
+                solution = next(run.fitter.refits(walk, solution, b, k))[1]
+    solution = handed_out(solution, seen)
+    return splice(model, solution.plan, solution.tensors)
+
+
+def fewer(loader: Loader, count: int) -> Loader:
+    """About `count` samples of a loader, spread evenly."""
+    total = sum(len(as_batch(item)) for item in loader)
+    images, labels = ([t for item in loader for t in item[k]] for k in (0, 1))
+    kept = [round(k * total / count) for k in range(count)]
+    size = len(loader[0][0])
+    rows = torch.stack([images[k] for k in kept]), torch.stack([labels[k] for k in kept])
+    return list(zip(rows[0].split(size), rows[1].split(size), strict=True))
+
+
+def main(how: Run) -> None:
+    """Print and append a row for each plan and way."""
+    cases = {"digits": digits_case, "resnet": resnet_case}
+    case = deit_case(how.plans) if how.case == "deit" else cases[how.case]()
+    model, calibration, test, plans = case
+    tests = [as_batch(item) for item in test]
+
+    def row(plan: str, method: str, slim: nn.Module, **more: Any) -> None:
+        found = fidelity(model, slim, tests, "kl")
+        dense, top1 = found.accuracy_dense or 0.0, found.accuracy_slim or 0.0
+        kept = cost(slim, tests[0]).macs / cost(model, tests[0]).macs
+        values = {
+            "case": how.case,
+            "cores": os.cpu_count(),
+            "plan": plan,
+            "macs_kept": round(kept, 4),
+            "method": method,
+            **more,
+            "top1_dense": round(dense, 4),
+            "top1": round(top1, 4),
+            "share": round(top1 / dense, 4),
+            "agreement": round(found.agreement or 0.0, 4),
+            "kl": round(found.divergence, 4),
+        }
+        print(json.dumps(values), flush=True)
+        with how.out.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def healed(plan: str, method: str, slim: Result, loader: Loader, healing: Healing) -> None:
+        start = time.perf_counter()
+        found = heal(slim, loader, original=model, healing=healing)
+        record = found.plan.healed
+        more = (
+            {}
+            if record is None
+            else {"before": round(record.before, 4), "after": round(record.after, 4)}
+        )
+        steps = 0 if record is None else record.steps
+        took = round(time.perf_counter() - start)
+        row(plan, method, found.model, seed=healing.seed, seconds=took, steps=steps, **more)
+
+    for plan, slim in plans:
+        row(plan, "as searched", slim.model)
+        if how.sweep:
+            for name, ways in SWEEP.items():
+                healed(plan, name, slim, calibration, how.healing.model_copy(update=ways))
+            return
+        for count in how.counts:
+            # Of fewer images the deal is another one.
+            bare = replace(slim, profile=replace(slim.profile, order=(), lengths=()))
+            for seed in how.seeds:
+                asked = how.healing.model_copy(update={"seed": seed})
+                healed(plan, f"{count} images", bare, fewer(calibration, count), asked)
+        if how.counts:
+            continue
+        if how.closed_form:
+            row(plan, "re-solved", resolved(model, calibration, slim))
+        for seed in how.seeds:
+            asked = how.healing.model_copy(update={"seed": seed})
+            healed(plan, "healed", slim, calibration, asked)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))
