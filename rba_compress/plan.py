@@ -609,7 +609,7 @@ class Healed(Frozen):
     """The objective on held-out samples, of what went in."""
     after: float
     keys: tuple[str, ...] = ()
-    """Parameters that were trained, of those that are no map's."""
+    """Parameters that were trained, now or in an earlier training."""
 
 
 class Plan(Frozen):
