@@ -147,7 +147,7 @@ def heal(
     Args:
         slim: what `compress` returned, or a slim network of one's own; left as it is.
         loader: batches as for `compress`; labels are read only where `healing.labels` asks for them.
-            Eight samples of ten are trained on, one is held out to choose the best state, and one is
+            Seven samples of ten are trained on, two are held out to choose the best state, and one is
             left for the report. Several processes are each given the whole loader.
         original: the network that the slim one was made from; left as it is.
         healing: how; by default for ten epochs.

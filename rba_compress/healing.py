@@ -5,7 +5,7 @@ tells anew what it gives for every augmented image (Hinton, Vinyals, Dean 2015; 
 show that teacher and student must see the same crop). Both networks run in eval mode: no dropout, and
 BatchNorms keep their statistics.
 
-Of ten samples eight are trained on; one, of those that a search chooses on, is held out to tell the
+Of ten samples seven are trained on; two, of those that a search chooses on, are held out to tell the
 best state; the one that reports are made on is left alone. What is kept is the best state, and what
 went in where none is better.
 """
@@ -38,7 +38,7 @@ from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
 from rba_compress.surgery import copy_model
 
-HELD = 4
+HELD = 2
 """Of the samples that a search chooses on, one in so many is held out."""
 _SMALLEST = 0.35
 """Share of an image's area that a crop leaves, at the least."""

@@ -41,7 +41,7 @@ Trained = Literal["maps", "norms", "adapters", "all"]
 
 Augmentation = Literal["flip", "crop", "mix", "cut"]
 
-RATES: dict[Trained, float] = {"maps": 5e-4, "norms": 5e-4, "adapters": 5e-4, "all": 5e-5}
+RATES: dict[Trained, float] = {"maps": 5e-4, "norms": 5e-4, "adapters": 5e-4, "all": 1e-4}
 """The peak of the learning rate, by what is trained."""
 
 
