@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture
-from rba_compress.artifact import fitted_tensors, load, read_manifest, write_artifact
+from rba_compress.artifact import fitted_tensors, load, read_manifest, read_report, write_artifact
 from rba_compress.batches import Batch, Split
 from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.chains import discover
@@ -235,10 +235,8 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
     weights = fingerprint(dense)
     if weights != manifest.dense_weights:
         raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
-    slim = load(
-        directory, base=dense if manifest.delta else None, model=None if manifest.delta else dense
-    )
-    slim.to(device_of(dense))
+    given = {"base" if manifest.delta else "model": dense}
+    slim = load(directory, **given).to(device_of(dense))
     plan, example = manifest.plan, Split(loader, manifest.plan.config.seed).first()
     seen = Profile(
         model=manifest.model,
@@ -253,7 +251,7 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         order=(),
         lengths=(),
     )
-    report = compare(
+    report = read_report(Path(directory)) or compare(
         dense, slim, seen.split(loader).part("confirm"), seen, plan, samples="held out of the loader"
     )
     return Result(slim, plan, report, fitted_tensors(plan, slim.state_dict()), seen)

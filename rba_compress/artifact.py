@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -269,6 +270,21 @@ def read_manifest(root: Path) -> Manifest:
         ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.
     """
     return read_sealed(root / MANIFEST, Manifest, newest=SCHEMA, sealed_since=3)
+
+
+def read_report(root: Path) -> Report | None:
+    """report.json of an artefact; None where it has none.
+
+    Raises:
+        ArtifactError: it is no report.
+    """
+    path = root / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(f"{path} is not a report that this version reads: {error}") from error
 
 
 def versions() -> dict[str, str]:

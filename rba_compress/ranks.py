@@ -48,7 +48,7 @@ class Ranks:
         if self.count == 1:
             return tensor
         summed = tensor.detach().to("cpu", copy=True)
-        with self._answered():
+        with self.answered():
             dist.all_reduce(summed, group=self.group)
         return summed.to(tensor.device)
 
@@ -66,7 +66,7 @@ class Ranks:
         padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype)
         padded[: len(rows)] = rows.detach().cpu()
         found = [torch.empty_like(padded) for _ in lengths]
-        with self._answered():
+        with self.answered():
             dist.all_gather(found, padded, group=self.group)
         return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
 
@@ -91,10 +91,13 @@ class Ranks:
             )
 
     @contextmanager
-    def _answered(self) -> Iterator[None]:
+    def answered(self) -> Iterator[None]:
+        """A collective operation in it that fails ends in a `RankError`."""
         try:
             yield
         except RuntimeError as error:
+            if self.count == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RankError(
                 f"one of the {self.count} processes ended or does not answer: its own error says why; "
                 f"start all of them again ({error})"

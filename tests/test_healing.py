@@ -30,10 +30,11 @@ from rba_compress import (
 )
 from rba_compress.api import compare, reopen
 from rba_compress.artifact import read_manifest
+from rba_compress.augmentation import augmented
 from rba_compress.batches import Batch, read
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.drafts import fit_spans
-from rba_compress.healing import Student, augmented
+from rba_compress.healing import Student
 from rba_compress.maps import MapSpec
 from rba_compress.plan import Augmentation
 from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal

@@ -16,6 +16,7 @@ LAYERS = [
     "plan",
     "files",
     "batches",
+    "augmentation",
     "attention",
     "demand",
     "narrowing",
