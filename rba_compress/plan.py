@@ -583,7 +583,7 @@ class Healing(Frozen):
     """The weight of the cross-entropy with the loader's labels; what is left is the original's."""
     smoothing: float = Field(0.1, ge=0, lt=1)
     """Of labels."""
-    patience: int = Field(3, gt=0)
+    patience: int = Field(5, gt=0)
     """Epochs in a row without a new best on held-out samples, after which it ends."""
     bf16: bool = False
     """Multiply in bfloat16; the teacher and what is measured stay as they are."""
