@@ -171,7 +171,7 @@ def test_several_chains_share_one_budget() -> None:
 def test_same_inputs_and_seed_same_plan_byte_for_byte(
     result: Result, digits: nn.Module, digits_loader: list[Any]
 ) -> None:
-    again = compress(digits, digits_loader, budget=Budget(macs=0.87))
+    again = compress(digits, digits_loader, budget=Budget(macs=0.8))
     assert again.plan.model_dump_json() == result.plan.model_dump_json()
     assert all(torch.equal(again.tensors[k], v) for k, v in result.tensors.items())
     seeds = [Config(**(LIGHT.model_dump() | {"seed": seed})) for seed in (0, 1)]
