@@ -35,5 +35,5 @@ def held_out() -> Split:
 
 @pytest.fixture(scope="session")
 def result(digits: nn.Module, digits_loader: list[tuple[Tensor, Tensor]]) -> Result:
-    """The digits ViT slimmed by some thinner blocks; tests leave it as it is."""
-    return compress(digits, digits_loader, budget=Budget(macs=0.87))
+    """The digits ViT compressed to nine blocks; tests leave it as it is."""
+    return compress(digits, digits_loader, budget=Budget(macs=0.8))

@@ -22,9 +22,8 @@ def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor,
     assert result.model.get_classifier() is result.model.head
     accuracy = [(m(x).argmax(-1) == labels).float().mean() for m in (digits, result.model)]
     assert accuracy[0] - accuracy[1] <= 0.01  # within a point of the original
-    assert result.report.slim.macs <= 0.87 * result.report.dense.macs
-    # On blocks this small calls cost as much as products, and other tests run beside this one.
-    assert result.report.latency.ratio_low < 1
+    assert result.report.slim.macs <= 0.8 * result.report.dense.macs
+    assert result.report.latency.ratio < 1  # on blocks this small, calls cost as much as products
 
 
 def test_features_are_kept_where_they_are_asked_for(
