@@ -1,6 +1,6 @@
 """Claim: minutes of label-free distillation bring a slim network back to its original.
 
-Three networks: the embedded digits ViT with six of its twelve blocks gone; the CIFAR ResNet-20 with 10,
+Three networks: the embedded digits ViT with half its MACs gone in blocks; the CIFAR ResNet-20 with 10,
 20 and 33 % of its MACs gone; the real DeiT-tiny with 25 and 33 %, calibrated on 500 images. Each is
 measured on images that nothing was fitted, trained or chosen on: as the search left it, healed with
 three seeds, and with the output layers of its kept blocks re-solved by ridge towards the original

@@ -34,7 +34,7 @@ from rba_compress.offload import device_of
 from rba_compress.plan import Budget, Config, Healed, Healing, Plan
 from rba_compress.planner import search
 from rba_compress.ranks import current
-from rba_compress.recorder import unwrap
+from rba_compress.recorder import record, unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 
@@ -171,11 +171,10 @@ def heal(
     if not isinstance(slim, Result):
         network = unwrap(slim)
         split = Split(loader, healing.seed)
-        support, recording = discover(dense, split.first())
-        criterion = Criterion(output_kind(recording))
-        course = distil(
-            dense, network, split, criterion, healing, chains=support.chains, checkpoint=path
-        )
+        example = split.first()
+        criterion = Criterion(output_kind(record(dense, example.to(dense))))
+        chains = discover(dense, example)[0].chains if healing.features else ()
+        course = distil(dense, network, split, criterion, healing, chains=chains, checkpoint=path)
         if course.note:
             warnings.warn(course.note, stacklevel=2)
         healed = copy_model(network)
@@ -184,14 +183,16 @@ def heal(
     seen = slim.profile
     if fingerprint(dense) != seen.weights:
         raise PlanError(f"the slim network was made from another {seen.model}: pass its own original")
-    split = seen.split(loader)
+    split, chains = seen.split(loader), tuple(p.chain for p in seen.chains)
+    if healing.features and not chains:  # of a result that was opened again
+        chains = discover(dense, seen.example)[0].chains
     course = distil(
         dense,
         slim.model,
         split,
         seen.criterion,
         healing,
-        chains=[p.chain for p in seen.chains] or discover(dense, seen.example)[0].chains,
+        chains=chains,
         checkpoint=path,
     )
     model, plan, tensors = slim.model, slim.plan, slim.tensors

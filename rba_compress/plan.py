@@ -559,7 +559,7 @@ class Step(Frozen):
 
 
 class Healing(Frozen):
-    """How a slim network is trained towards its original; every default is measured."""
+    """How a slim network is trained towards its original."""
 
     train: Trained = "all"
     """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear

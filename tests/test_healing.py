@@ -223,7 +223,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from rba_compress import calibration, healing
+from rba_compress import healing
 healing.EVERY = 0.0
 torch.set_num_threads(1)
 from tests.networks import BRIEF, to_heal
