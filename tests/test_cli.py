@@ -166,6 +166,10 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (healed is None) == ("healing did not help" in printed)
     assert load(folder / "healed")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
     assert main(["verify", str(folder / "healed")]) == 0
+    ended = launch("heal", str(folder / "slim"), *asked, *brief, "--out", str(folder / "together"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(f"saved to {folder / 'together'}") == 1  # one of two prints
+    assert load(folder / "together")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
     other = seeded(timm.create_model, "test_vit", num_classes=2).state_dict()
     save_file({name: t + 1 for name, t in other.items()}, folder / "weights.safetensors")
     assert (
