@@ -11,12 +11,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from rba_compress.architecture import Architecture
+from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.artifact import fitted_tensors, load, read_manifest, read_report, write_artifact
 from rba_compress.batches import Batch, Split
 from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.chains import discover
-from rba_compress.drafts import Solution
+from rba_compress.changed import MostChanged
+from rba_compress.details import Details
+from rba_compress.drafts import Solution, papers_span
 from rba_compress.errors import ArtifactError, PlanError
 from rba_compress.front import Point
 from rba_compress.healing import distil
@@ -37,6 +39,8 @@ from rba_compress.ranks import current
 from rba_compress.recorder import record, unwrap
 from rba_compress.report import Report
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
+
+HELD_OUT = "held out of the loader"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +70,14 @@ class Result:
 
     def with_report(self, report: Report) -> Result:
         """The same result with another report, on a test set say."""
-        return replace(self, report=report)
+        details = report.details or self.report.details
+        return replace(self, report=report.model_copy(update={"details": details}))
 
     def __repr__(self) -> str:
         return f"Result({self.plan})\n{self.report.table()}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 @torch.inference_mode(False)
@@ -105,14 +113,36 @@ def compress(
     seen = profile(dense, loader, config=config, divergence=divergence)
     found = search(dense, seen, loader, budget=budget)
     confirm = list(seen.split(loader).part("confirm"))
-    front = measure_front(dense, seen, found, confirm, samples="held out of the loader")
+    front = measure_front(dense, seen, found, confirm, samples=HELD_OUT)
     slim = splice(dense, found.plan, found.tensors)
     report = (
-        front[-1].report
-        if front
-        else compare(dense, slim, confirm, seen, found.plan, samples="held out of the loader")
+        front[-1].report if front else compare(dense, slim, confirm, seen, found.plan, samples=HELD_OUT)
     )
+    drawn = [point.report.summary for point in front]
+    rival = papers_span(seen, report.slim.macs)
+    if front and rival is not None:
+        network = splice_shared(dense, rival.plan, rival.tensors)
+        measured = compare(dense, network, confirm, seen, rival.plan, samples=HELD_OUT, seconds=0)
+        drawn.append(measured.summary.model_copy(update={"method": "paper"}))
+    details = Details.of(
+        seen,
+        found.plan,
+        drawn,
+        front_samples=HELD_OUT,
+        options=_options(architecture_of(dense)),
+    )
+    report = report.model_copy(update={"details": details})
     return Result(slim, found.plan, report, found.tensors, seen, front)
+
+
+def _options(architecture: Architecture | None) -> str:
+    """Of a shell command, where that can build the network."""
+    if architecture is None or architecture.library != "timm":
+        return ""
+    classes = architecture.arguments.get("num_classes")
+    if architecture.arguments.keys() - {"num_classes"} or not classes:
+        return ""
+    return f"--model {architecture.name} --num-classes {classes}"
 
 
 @overload
@@ -201,9 +231,13 @@ def heal(
         plan, tensors = healed_plan, {**tensors, **course.weights}
         model = copy_model(model)
         replace_parameters(model, course.weights)
-    report = compare(dense, model, split.part("confirm"), seen, plan, samples="held out of the loader")
-    if course.note:
-        report = report.model_copy(update={"warnings": (*report.warnings, course.note)})
+    report = compare(dense, model, split.part("confirm"), seen, plan, samples=HELD_OUT)
+    details = slim.report.details
+    if details is not None and course.healed is not None:
+        healed_row = report.summary.model_copy(update={"method": "healed"})
+        details = details.model_copy(update={"front": (*details.front, healed_row)})
+    notes = (*report.warnings, *filter(None, [course.note]))
+    report = report.model_copy(update={"details": details, "warnings": notes})
     return replace(slim, model=model, plan=plan, tensors=tensors, report=report)
 
 
@@ -253,7 +287,7 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         lengths=(),
     )
     report = read_report(Path(directory)) or compare(
-        dense, slim, seen.split(loader).part("confirm"), seen, plan, samples="held out of the loader"
+        dense, slim, seen.split(loader).part("confirm"), seen, plan, samples=HELD_OUT
     )
     return Result(slim, plan, report, fitted_tensors(plan, slim.state_dict()), seen)
 
@@ -266,7 +300,7 @@ def measure_front(
     for solution in current().bar(found.points, "front", unit="point"):
         slim = splice_shared(dense, solution.plan, solution.tensors)
         # The steps on the way are timed for less: at least seven pairs.
-        seconds = 1.0 if solution is found.points[-1] else 0.2
+        seconds = 0.5 if solution is found.points[-1] else 0.05
         report = compare(dense, slim, batches, seen, solution.plan, samples=samples, seconds=seconds)
         points.append(Point(solution.plan, report, solution.tensors))
     return tuple(points)
@@ -323,12 +357,13 @@ def compare(
     plan: Plan,
     *,
     samples: str,
-    seconds: float = 1.0,
+    seconds: float = 0.5,
 ) -> Report:
     """Measure a slim network against the dense one: fidelity on `batches`, which `samples` names,
     cost and latency, for about `seconds`, on the first batch that was profiled.
     """
-    found = fidelity(dense, slim, batches, seen.criterion)
+    watch = MostChanged(dense)
+    found = fidelity(dense, slim, batches, seen.criterion, watch)
     timed = Latency(
         **current().told(lambda: benchmark(dense, slim, seen.example, seconds=seconds).model_dump())
     )
@@ -342,6 +377,7 @@ def compare(
         latency=timed,
         forward_passes=plan.forward_passes,
         warnings=(*seen.warnings, *_missed(plan.budget, found, timed)),
+        changed=watch.found(),
     )
 
 

@@ -12,11 +12,9 @@ which is cut off leaves what was there.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch, main_output
 from rba_compress.calibration import fingerprint
+from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
     Sealed,
@@ -285,12 +284,6 @@ def read_report(root: Path) -> Report | None:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ArtifactError(f"{path} is not a report that this version reads: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that shape a result."""
-    packages = ("rba_compress", "torch", "timm", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _restore(

@@ -19,6 +19,7 @@ from rba_compress.chain_profile import ChainProfile, started, states_of
 from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.files import below, read_tensors, tensor_digest, write_tensors
+from rba_compress.markup import html_table
 from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind
 from rba_compress.moments import device_bytes, moment_bytes
 from rba_compress.offload import device_of, loaded, undispatched
@@ -161,6 +162,21 @@ class Profile:
             f"Profile({self.model}: {chains}; {self.samples} samples, "
             f"{self.dense.macs / 1e6:.1f} MMACs, {self.dense.params / 1e6:.2f} M parameters)"
         )
+
+    def _repr_html_(self) -> str:
+        head = ("block", "type", "MACs", "parameters", "block redundancy")
+        rows = [
+            (block.path, block.type, f"{macs:,}", f"{params:,}", f"{redundancy:.4g}")
+            for seen in self.chains
+            for block, macs, params, redundancy in zip(
+                seen.chain.blocks,
+                seen.chain.macs,
+                seen.chain.params,
+                seen.block_redundancy,
+                strict=True,
+            )
+        ]
+        return html_table(repr(self), head, rows)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from rba_compress.batches import read
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
 from rba_compress.errors import ArtifactError
 from rba_compress.plan import Budget
-from rba_compress.report import Report, plot_similarity
+from rba_compress.plots import plot_similarity
+from rba_compress.report import PAGE, Report
 
 _RELOAD = """
 import sys
@@ -27,17 +29,20 @@ save_file({"y": load(directory)(load_file(inputs)["x"]).detach()}, outputs)
 """
 
 
-def run_demo(out: Path, *, kept: float = 0.8) -> Report:
+def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print) -> Report:
     """Compress the digits ViT to `kept` of its MACs and parameters, and prove it on held-out digits.
 
-    Writes `out/slim/` and `out/similarity.png`. Prints as it goes.
+    Writes `out/slim/`, `out/report.html` and `out/similarity.png`.
+
+    Args:
+        say: is told of it as it goes.
 
     Raises:
         ArtifactError: the model loaded in a fresh process gives other outputs.
     """
     dense = digits_model()
     train, test = digits_data()
-    print("A 12-block vision transformer on 8 x 8 digits; calibrated on its training digits.\n")
+    say("A 12-block vision transformer on 8 x 8 digits; calibrated on its training digits.\n")
     result = compress(dense, batches(train), budget=Budget(macs=kept, params=kept))
     report = compare(
         dense,
@@ -47,16 +52,19 @@ def run_demo(out: Path, *, kept: float = 0.8) -> Report:
         result.plan,
         samples="held-out digits, never calibrated on",
     )
-    print(report.table())
+    say(report.table())
+    result = result.with_report(report)
     result.save(out / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS)))
     plot_similarity(result.profile.chains[0]).savefig(out / "similarity.png", dpi=120)
+    result.report.to_html(out / PAGE)
     _reload(out / "slim", test[0], result.model)
-    print(
-        f"\nblock-to-block similarity   {out / 'similarity.png'}\n"
+    say(
+        f"\nthe report                  {out / PAGE}\n"
+        f"block-to-block similarity   {out / 'similarity.png'}\n"
         f"the slim model              {out / 'slim'}\n"
         "loaded in a fresh process   outputs equal, bit for bit"
     )
-    return report
+    return result.report
 
 
 def _reload(directory: Path, inputs: torch.Tensor, model: torch.nn.Module) -> None:

@@ -91,6 +91,28 @@ def fit_spans(profiled: ChainProfile, spans: Iterable[tuple[int, int]], spec: Ma
     return Solution(Plan(replacements=tuple(replacement for replacement, _ in fits)), tensors)
 
 
+def papers_span(profile: Profile, macs: int) -> Solution | None:
+    """What the paper would do at that cost: one plain linear map over one span (arXiv 2410.04941).
+
+    Of the shortest spans that bring the network to `macs`, or else of those that save most, the one
+    whose ends are most alike by the paper's measure, -mean ||h_stop - h_start||^2 on read-out rows.
+    None where no span saves anything.
+    """
+    spec, sites = MapSpec(kind="linear"), []
+    for profiled in profile.chains:
+        chain, alike = profiled.chain, profiled.similarity("redundancy")
+        for start, stop in chain.spans(profile.window):
+            mapped = skip(chain, start, stop, "span").model_copy(update={"map": spec})
+            left = profile.dense.macs - saving([chain], [mapped]).macs
+            order = max(left - macs, 0), stop - start, -float(alike[start, stop])
+            if left < profile.dense.macs:
+                sites.append((order, profiled, (start, stop)))
+    if not sites:
+        return None
+    _, profiled, span = min(sites, key=lambda site: site[0])
+    return fit_spans(profiled, [span], spec)
+
+
 def keyed(replacement: Replacement, fit: Fit) -> dict[str, Tensor]:
     """The fit's tensors by their key in the slim model's state dict."""
     return {f"{replacement.key}{name}": tensor for name, tensor in fit.tensors.items()}

@@ -101,6 +101,22 @@ def below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): tensor for n, tensor in named.items() if n.startswith(prefix)}
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in place of what was there.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is there still.
+    """
+    try:
+        with sibling(path) as folder:
+            (folder / path.name).write_text(text, encoding="utf-8")
+            flush(folder / path.name)
+            (folder / path.name).replace(path)
+            flush(path.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error}") from error
+
+
 def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with a JSON record in its header, in place of what was there.
 

@@ -32,7 +32,7 @@ from rba_compress.errors import ArtifactError, LoaderError, ModelError, PlanErro
 from rba_compress.files import below, read_tensors, write_tensors
 from rba_compress.measure import Criterion
 from rba_compress.offload import device_of
-from rba_compress.plan import Chain, Frozen, Healed, Healing
+from rba_compress.plan import RATES, Chain, Frozen, Healed, Healing
 from rba_compress.ranks import Ranks
 from rba_compress.recorder import evaluating
 from rba_compress.streams import observe
@@ -40,6 +40,10 @@ from rba_compress.surgery import copy_model
 
 HELD = 2
 """Of the samples that a search chooses on, one in so many is held out."""
+
+
+FAR = ("rate", "step", "before", "best", "best_step", "since")
+"""How far a training is, of its checkpoint's header."""
 
 
 class Training(Frozen):
@@ -51,6 +55,7 @@ class Training(Frozen):
     data: str
     healing: Healing
     ranks: int
+    rate: float = math.nan
     step: int = 0
     before: float = math.nan
     best: float = math.nan
@@ -352,13 +357,14 @@ class _Run:
             header = self._resumed(checkpoint, header)
         else:
             first = self.measure()
-            header = header.model_copy(update={"before": first, "best": first})
+            rate = self.healing.rate or self._chosen_rate()
+            header = header.model_copy(update={"before": first, "best": first, "rate": rate})
         written, note = time.monotonic(), ""
         bar = self.ranks.bar(total=self.steps, initial=header.step, desc="heal", unit="step")
         with bar:
             while header.step < self.steps and header.since < self.healing.patience:
                 bar.set_postfix(held_out=f"{header.best:.4f}", refresh=False)
-                if not self.step(header.step):
+                if not self.step(header.step, header.rate * self._share(header.step)):
                     note = f"the loss is NaN or infinite at step {header.step}: what was best is kept"
                     break
                 header = header.model_copy(update={"step": header.step + 1})
@@ -391,6 +397,7 @@ class _Run:
             healing=self.healing,
             data=header.data,
             samples=self.samples.count,
+            rate=header.rate,
             steps=header.best_step,
             before=header.before,
             after=header.best,
@@ -398,10 +405,29 @@ class _Run:
         )
         return Course(self.best, healed, note)
 
-    def step(self, number: int) -> bool:
+    def _chosen_rate(self) -> float:
+        """Of `RATES` the one after whose round the held-out objective is lowest; the student and its
+        optimiser are as they were."""
+        start = [value.detach().clone() for value in self.student.parameters()]
+        worth = {}
+        rates = RATES[self.healing.train]
+        with self.ranks.bar(total=len(rates) * self.epoch, desc="rates", unit="step") as bar:
+            for rate in rates:
+                for number in range(self.epoch):
+                    self.step(number, rate)
+                    bar.update()
+                value = self.measure()
+                worth[rate] = value if math.isfinite(value) else math.inf
+                with torch.no_grad():
+                    for own, before in zip(self.student.parameters(), start, strict=True):
+                        own.copy_(before)
+                self.optimizer.state.clear()
+        return min(rates, key=worth.__getitem__)
+
+    def step(self, number: int, rate: float) -> bool:
         """One step of the optimiser; whether its gradient was finite. It is not taken otherwise."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.healing.peak * self._share(number)
+            group["lr"] = rate
         generator = torch.Generator().manual_seed(_mixed(self.healing.seed, self.ranks.rank, number))
         batch = self.deck.deal(number).to(self.teacher)
         mixed = augmented(batch, self.healing.augment, generator)
@@ -453,7 +479,7 @@ class _Run:
             ArtifactError: it is of another training.
         """
         header, tensors = read_tensors(path, Training)
-        far = {name: getattr(header, name) for name in ("step", "before", "best", "best_step", "since")}
+        far = {name: getattr(header, name) for name in FAR}
         if header != expected.model_copy(update=far):
             raise ArtifactError(
                 f"{path} is the checkpoint of another training (of other networks, data, settings or "

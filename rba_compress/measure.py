@@ -33,6 +33,13 @@ Function = Callable[[Any, Any, Batch], Tensor]
 """A divergence of one's own: the outputs of the dense and of the slim network, as they return them, and
 the batch -> the divergence of each sample, (N,), at least 0."""
 
+DIVERGENCES = {
+    "kl": "KL divergence to dense (nats)",
+    "nse": "squared error to dense",
+    "cosine": "1 - cosine to dense",
+    "given": "divergence to dense",
+}
+
 _aten = torch.ops.aten
 _PASSED = {
     _aten.view,
@@ -86,11 +93,17 @@ class Fidelity(Frozen):
     divergence_high: float | None = None
     agreement: float | None
     """Share of equal argmax; None where the output is no class scores."""
+    agreement_low: float | None = None
+    """Its 95 % interval, as of the divergence."""
+    agreement_high: float | None = None
     cosine: float
     """Mean cosine of the two outputs."""
     accuracy_dense: float | None
     """None where no labels came."""
     accuracy_slim: float | None
+    drop_low: float | None = None
+    """The 95 % interval of `accuracy_drop`, of samples in pairs."""
+    drop_high: float | None = None
 
     @property
     def accuracy_drop(self) -> float | None:
@@ -233,6 +246,28 @@ def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     return apart, apart / scale
 
 
+def scored(dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    """What two networks' class scores (N, ..., classes) are worth, sample by sample.
+
+    Args:
+        labels: (N,) integers, which count where a sample has one argmax.
+        counted: as in `divergence`.
+
+    Returns:
+        (N, 3) float64: whether they agree (a share where there are tokens), and whether each is right;
+        NaN where that is not known.
+    """
+    first, second = dense.argmax(-1), slim.argmax(-1)
+    equal = (first == second).double().reshape(len(first), -1)
+    weight = torch.ones_like(equal) if counted is None else counted.to(equal).reshape(equal.shape)
+    agreed = (equal * weight).sum(1) / weight.sum(1).clamp_min(1)
+    if labels is None or labels.shape != first.shape:
+        right = [torch.full_like(agreed, torch.nan)] * 2
+    else:
+        right = [(found == labels.to(found.device)).double() for found in (first, second)]
+    return torch.stack([agreed, *right], 1)
+
+
 @dataclass
 class Tally:
     """Counts over batches of class scores (N, ..., classes) of two networks."""
@@ -248,16 +283,13 @@ class Tally:
     ) -> None:
         """One batch; labels are (N,) integers, and count where a sample has one argmax. `counted` as
         in `divergence`."""
-        first, second = dense.argmax(-1), slim.argmax(-1)
-        self.samples += len(first)
-        equal = (first == second).float().reshape(len(first), -1)
-        weight = torch.ones_like(equal) if counted is None else counted.to(equal).reshape(equal.shape)
-        self.agreed += float(((equal * weight).sum(1) / weight.sum(1).clamp_min(1)).sum())
-        if labels is not None and labels.shape == first.shape:
-            labels = labels.to(first.device)
-            self.labelled += len(labels)
-            self.right_dense += int((first == labels).sum())
-            self.right_slim += int((second == labels).sum())
+        agreed, first, second = scored(dense, slim, labels, counted).unbind(1)
+        self.samples += len(agreed)
+        self.agreed += float(agreed.sum())
+        if not bool(first.isnan().any()):
+            self.labelled += len(first)
+            self.right_dense += int(first.sum())
+            self.right_slim += int(second.sum())
 
     def merged(self, total: Total) -> Tally:
         """The counts of all processes."""
@@ -280,38 +312,66 @@ class Tally:
         return self.accuracy(self.right_dense - self.right_slim)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One batch of outputs against another, sample by sample."""
+
+    dense: Any
+    slim: Any
+    batch: Batch
+    rows: Tensor
+    """(N, 5) float64 on the CPU: divergence, cosine, and what `scored` gives; NaN where not known."""
+
+
 def compare_outputs(
-    criterion: Criterion | Divergence, outputs: Iterable[tuple[Any, Any, Batch]]
+    criterion: Criterion | Divergence,
+    outputs: Iterable[tuple[Any, Any, Batch]],
+    watch: Callable[[Compared], None] | None = None,
 ) -> Fidelity:
     """Compare batches of (dense output, slim output, batch), those of all ranks together.
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
+
+    Args:
+        watch: is told of each batch.
     """
     how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
-    tally, cosine = Tally(), 0.0
-    diverged: list[Tensor] = []
+    found: list[Tensor] = []
     for dense, slim, batch in outputs:
         a, b = ([t.float().cpu() for t in compared_outputs(output)] for output in (dense, slim))
         each = how(a, b, batch) if how.function is None else how(dense, slim, batch)
-        diverged.append(each.cpu())
-        cosine += float((1 - Criterion("cosine")(a, b, batch)).sum())
+        columns = [each.cpu()[:, None], 1 - Criterion("cosine")(a, b, batch)[:, None]]
         if how.kind == "kl":
-            tally.add(a[0], b[0], batch.labels, real_tokens(batch, a[0]))
-    ranks = current()
-    each = torch.cat(ranks.gathered(torch.cat([torch.zeros(0, dtype=torch.float64), *diverged])))
-    tally, cosine = tally.merged(ranks.total), ranks.sum(cosine)
-    low, high = interval(each)
+            columns.append(scored(a[0], b[0], batch.labels, real_tokens(batch, a[0])))
+        else:
+            columns.append(torch.full((len(each), 3), torch.nan, dtype=torch.float64))
+        found.append(torch.cat(columns, 1))
+        if watch is not None:
+            watch(Compared(dense, slim, batch, found[-1]))
+    rows = torch.cat(current().gathered(torch.cat([torch.zeros(0, 5, dtype=torch.float64), *found])))
+    diverged, cosine, agreed, *right = rows.unbind(1)
+    low, high = interval(diverged)
+    agreed_low, agreed_high = interval(agreed)
+    drop_low, drop_high = interval(right[0] - right[1])
     return Fidelity(
-        samples=len(each),
+        samples=len(rows),
         kind=how.kind,
-        divergence=float(each.mean()),
+        divergence=float(diverged.mean()),
         divergence_low=low,
         divergence_high=high,
-        agreement=tally.agreement,
-        cosine=cosine / len(each),
-        accuracy_dense=tally.accuracy(tally.right_dense),
-        accuracy_slim=tally.accuracy(tally.right_slim),
+        agreement=_known_mean(agreed),
+        agreement_low=agreed_low,
+        agreement_high=agreed_high,
+        cosine=float(cosine.mean()),
+        accuracy_dense=_known_mean(right[0]),
+        accuracy_slim=_known_mean(right[1]),
+        drop_low=drop_low,
+        drop_high=drop_high,
     )
+
+
+def _known_mean(values: Tensor) -> float | None:
+    return None if bool(values.isnan().any()) else float(values.mean())
 
 
 def interval(values: Tensor) -> tuple[float | None, float | None]:
@@ -334,8 +394,13 @@ def fidelity(
     slim: nn.Module,
     batches: Iterable[Batch],
     criterion: Criterion | Divergence,
+    watch: Callable[[Compared], None] | None = None,
 ) -> Fidelity:
-    """Run two networks, in any mode and on any device, on the same batches and compare."""
+    """Run two networks, in any mode and on any device, on the same batches and compare.
+
+    Args:
+        watch: is told of each batch.
+    """
 
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:
@@ -343,7 +408,7 @@ def fidelity(
             yield moved.run(dense), batch.to(slim).run(slim), moved
 
     with evaluating(dense), evaluating(slim):
-        return compare_outputs(criterion, outputs())
+        return compare_outputs(criterion, outputs(), watch)
 
 
 def benchmark(

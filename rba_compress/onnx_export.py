@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rba_compress.artifact import WEIGHTS, load, read_manifest, versions
+from rba_compress.artifact import WEIGHTS, load, read_manifest
 from rba_compress.batches import Batch, as_batch
 from rba_compress.certificate import (
     CERTIFICATES,
@@ -38,6 +38,7 @@ from rba_compress.certificate import (
     read_certificate,
     require_valid,
 )
+from rba_compress.details import versions
 from rba_compress.errors import ExportError
 from rba_compress.files import flush, sealed, sha256, sibling
 from rba_compress.measure import benchmark

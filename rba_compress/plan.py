@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rba_compress.errors import BudgetError
 from rba_compress.maps import Diagnostics, Kind, MapSpec
+from rba_compress.markup import html_table
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,8 +42,13 @@ Trained = Literal["maps", "norms", "adapters", "all"]
 
 Augmentation = Literal["flip", "crop", "mix", "cut"]
 
-RATES: dict[Trained, float] = {"maps": 5e-4, "norms": 5e-4, "adapters": 5e-4, "all": 1e-4}
-"""The peak of the learning rate, by what is trained."""
+RATES: dict[Trained, tuple[float, ...]] = {
+    "maps": (5e-5, 1.5e-4, 5e-4),
+    "norms": (5e-5, 1.5e-4, 5e-4),
+    "adapters": (5e-5, 1.5e-4, 5e-4),
+    "all": (1e-5, 3e-5, 1e-4),
+}
+"""Learning rates to choose from, by what is trained: which one suits depends on the samples, too."""
 
 
 class Frozen(BaseModel):
@@ -565,7 +571,8 @@ class Healing(Frozen):
     """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear
     layer and convolution, merged at the end; or everything."""
     rate: float | None = Field(None, gt=0)
-    """The peak of the learning rate; None is that of what is trained, see `RATES`."""
+    """The peak of the learning rate; None is the best of `RATES` on held-out samples, after one round
+    with each."""
     epochs: int = Field(10, gt=0)
     """Rounds through the samples to train on, at the most."""
     batch: int = Field(16, gt=0)
@@ -590,11 +597,6 @@ class Healing(Frozen):
     seed: int = 0
     """Of the order, the augmentation and the adapters."""
 
-    @property
-    def peak(self) -> float:
-        """Of the learning rate."""
-        return self.rate or RATES[self.train]
-
 
 class Healed(Frozen):
     """That a network was trained after it was spliced: how, on what, and what came of it."""
@@ -603,6 +605,8 @@ class Healed(Frozen):
     data: str
     """SHA-256 of the samples that it was trained on."""
     samples: int
+    rate: float | None = None
+    """The peak of the learning rate, as it was chosen."""
     steps: int
     """Optimiser steps to the state that was kept."""
     before: float
@@ -630,9 +634,25 @@ class Plan(Frozen):
     """Samples that the search sent through a whole network's worth of blocks, over the loader's."""
     healed: Healed | None = None
 
+    @property
+    def in_order(self) -> list[Replacement]:
+        """The replacements as they lie in the network, chain by chain."""
+        return sorted(self.replacements, key=lambda r: (r.chain, r.start))
+
+    def __repr__(self) -> str:
+        return f"Plan({self})"
+
+    def _repr_html_(self) -> str:
+        fits = ((str(r), r.diagnostics) for r in self.in_order)
+        done = [
+            (text, "" if d is None else f"R² {d.r2:.4f}, rank {d.effective_rank:.1f}")
+            for text, d in fits
+        ]
+        left = [(", ".join(refusal.paths[:3]), refusal.reason) for refusal in self.refusals]
+        return html_table(str(self), ("what", "how well, or why not"), [*done, *left])
+
     def __str__(self) -> str:
-        in_order = sorted(self.replacements, key=lambda r: (r.chain, r.start))
-        text = "; ".join(map(str, in_order)) or "nothing replaced"
+        text = "; ".join(map(str, self.in_order)) or "nothing replaced"
         normed = sum(refit.statistics for refit in self.refits)
         kept = sum(not refit.folded for refit in self.refits) - normed
         text += f"; kept layers re-solved: {kept}" if kept else ""

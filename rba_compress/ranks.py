@@ -74,8 +74,14 @@ class Ranks:
         """What the leading rank makes, a JSON value: a time, say, which no two ranks measure alike."""
         if self.count == 1:
             return make()
-        text = json.dumps(make()).encode() if self.leads else b""
-        return json.loads(bytes(torch.cat(self.gathered(torch.tensor([*text], dtype=torch.uint8)))))
+        return self.collected(make() if self.leads else None)[0]
+
+    def collected(self, value: Any) -> list[Any]:
+        """A JSON value of every rank, in their order."""
+        if self.count == 1:
+            return [value]
+        text = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8)
+        return [json.loads(bytes(part)) for part in self.gathered(text)]
 
     def require_equal(self, what: str, digest: int) -> None:
         """

@@ -23,6 +23,13 @@ from rba_compress.moments import Moments, Total, full_precision
 
 Metric = Literal["redundancy", "cosine", "angular", "cka", "r2"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+TITLES: dict[Metric, str] = {
+    "cosine": "cosine",
+    "cka": "linear CKA",
+    "r2": "R² of the best affine map, row to column",
+    "angular": "angular distance / π",
+    "redundancy": "-mean squared distance (block redundancy)",
+}
 
 
 class RowSimilarity:

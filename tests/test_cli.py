@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -290,13 +292,85 @@ def test_images_that_are_absent_are_named(folder: Path) -> None:
     assert {int(everything[i][1]) for i in range(20)} == {0, 1}
 
 
-def test_an_interrupt_is_clean(
+def test_an_interrupt_is_clean_and_says_how_to_go_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rba_compress.cli.compress", interrupted)
-    assert main(arguments(folder, device="cpu")) == 130
-    assert "interrupted; no artefact is half-written" in capsys.readouterr().err
-    assert not (folder / "slim").exists()
+    for name in ("compress", "profile"):
+        monkeypatch.setattr(f"rba_compress.commands.{name}", interrupted)
+    for command, more, said in (
+        ("compress", [], "no artefact is half-written: run it again"),
+        ("profile", [], "run it again, with --checkpoint FILE to go on"),
+        ("profile", ["--checkpoint", "seen.ckpt"], "the same command goes on from seen.ckpt"),
+    ):
+        assert main([*arguments(folder, command, device="cpu"), *more]) == 130
+        assert said in capsys.readouterr().err
+        assert not (folder / "slim").exists()
+
+
+def test_a_fault_is_one_line_and_a_traceback_where_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of something")
+
+    monkeypatch.setattr("rba_compress.commands.checks", broken)
+    assert main(["verify", "slim"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "a fault of this program: ZeroDivisionError: of something; --debug shows where"
+    )
+    assert main(["verify", "slim", "--debug"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["verify", "absent", "--debug"]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_help_fits_a_screen_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "rba_compress", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    assert len(ended.stdout.splitlines()) <= 40
+    assert "130 interrupted" in ended.stdout
+    for shell in ("bash", "zsh"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--tyro-print-completion", shell])
+        assert stopped.value.code == 0
+        script = capsys.readouterr().out
+        assert all(name in script for name in ("demo", "compress", "verify", "bench"))
+
+
+def test_what_is_written_is_timed_exported_and_told_as_json(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*given: str) -> Any:
+        assert main([*given, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)  # one value and nothing else
+
+    made = told(*arguments(folder, device="cpu"), "--html")
+    assert made["macs_kept"] <= 0.95
+    assert (folder / "slim" / "report.html").is_file()
+    slim = str(folder / "slim")
+    timed = told("bench", slim, "--batch-sizes", "1", "2", "--seconds", "0.1", "--device", "cpu")
+    assert [timed[size]["batch"] for size in ("1", "2")] == [1, 2]
+    assert timed["2"]["pairs"] >= 7
+    exported = told("export", slim, "--inputs", str(folder / "images"), "--samples", "4")
+    assert exported["file"] == str(folder / "slim" / "model.onnx")
+    assert 0 <= exported["max_rel"] <= 1e-4
+    assert any("model.onnx" in line for line in told("verify", slim)["held"])
+    assert told("report", slim)["macs"] == made["macs"]
+    seen = told(*arguments(folder, "profile", device="cpu", out=str(folder / "seen")))
+    assert len(seen["chains"][0]["block_redundancy"]) == seen["chains"][0]["blocks"] == 6
+    assert told("supports", "nn/mlp", "--no-onnx")["found"] == [{"name": "blocks", "blocks": 4}]
+    (folder / "x.npy").write_text("no array")
+    assert main(["export", slim, "--inputs", str(folder / "x.npy")]) == 2
+    assert "x.npy is not a readable .npy file" in capsys.readouterr().err
+    assert main(["bench", slim, "--batch-sizes", "0"]) == 2
+    assert "a batch of 0 samples" in capsys.readouterr().err

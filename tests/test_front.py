@@ -12,7 +12,7 @@ from torch import nn
 
 from rba_compress import ArtifactError, Result, WeightsError, load, save
 from rba_compress.digits import digits_model
-from rba_compress.front import plot_front, write_front
+from rba_compress.front import write_front
 from rba_compress.measure import interval
 
 
@@ -70,14 +70,6 @@ def test_a_delta_asks_for_its_base(result: Result, tmp_path: Path) -> None:
         other.head.bias += 1
     with pytest.raises(WeightsError, match="base is not the VisionTransformer"):
         load(tmp_path / "delta", base=other)
-
-
-def test_the_picture_shows_every_point(result: Result) -> None:
-    figure = plot_front(result.front)
-    (line, *_) = figure.axes[0].lines
-    assert len(line.get_xdata()) == len(result.front) + 1
-    assert len(figure.axes) == 2
-    assert len(plot_front([]).axes) == 1
 
 
 def test_the_interval_is_of_the_mean() -> None:

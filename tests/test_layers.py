@@ -8,6 +8,7 @@ import rba_compress
 # Each module imports only from those above it.
 LAYERS = [
     "errors",
+    "markup",
     "ranks",
     "offload",
     "moments",
@@ -35,7 +36,10 @@ LAYERS = [
     "fitter",
     "planner",
     "healing",
+    "changed",
+    "details",
     "report",
+    "plots",
     "weights",
     "architecture",
     "catalogue",
@@ -52,6 +56,7 @@ LAYERS = [
     "images",
     "digits",
     "demo",
+    "commands",
     "cli",
 ]
 

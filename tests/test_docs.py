@@ -1,0 +1,84 @@
+"""Every block of code in the guide and in the README's ten lines, run as a user would, on small networks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import rba_compress
+from rba_compress.cli import main
+from tests.networks import seeded
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SMALLER = {"vit_small_patch16_224": "test_vit"}
+SLOW = {"ecosystem": ("torchao", "lightning")}
+"""Pages that need packages which are large, or take long."""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with images and the weights of a fine-tuned model, and the user in it."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(24):
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pages() -> list[object]:
+    found = sorted(path.stem for path in DOCS.glob("*.md"))
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in found]
+
+
+@pytest.mark.parametrize("name", pages())
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+def test_every_block_of_a_page_runs(name: str, work: Path) -> None:
+    for package in SLOW.get(name, ()):
+        pytest.importorskip(package)
+    text = (DOCS / f"{name}.md").read_text()
+    for long, short in SMALLER.items():
+        text = text.replace(long, short)
+    known: dict[str, object] = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for kind, code in BLOCK.findall(text):
+            assert kind in ("python", "sh", "text"), f"{name}: a block of {kind}"
+            if kind == "python":
+                exec(compile(code, f"{name}.md", "exec"), known)
+            if kind == "sh":
+                for line in code.replace("\\\n", " ").splitlines():
+                    program, *arguments = shlex.split(line)
+                    assert program == "rba-compress"
+                    assert main(arguments) == 0, line
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (
+        *DOCS.glob("*.md"),
+        DOCS.parent / "README.md",
+        DOCS.parent / "benchmarks" / "README.md",
+    ):
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in rba_compress.__all__:
+        value = getattr(rba_compress, name)
+        assert (value.__doc__ or "").strip(), f"{name} has no docstring"
