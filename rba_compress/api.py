@@ -118,9 +118,10 @@ def compress(
     report = (
         front[-1].report if front else compare(dense, slim, confirm, seen, found.plan, samples=HELD_OUT)
     )
-    drawn = [point.report.summary for point in front]
+    # Where the exact read-out alone met the budget, there was no step.
+    drawn = [point.report.summary for point in front] or [report.summary]
     rival = papers_span(seen, report.slim.macs)
-    if front and rival is not None:
+    if rival is not None:
         network = splice_shared(dense, rival.plan, rival.tensors)
         measured = compare(dense, network, confirm, seen, rival.plan, samples=HELD_OUT, seconds=0)
         drawn.append(measured.summary.model_copy(update={"method": "paper"}))
