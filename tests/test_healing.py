@@ -229,10 +229,10 @@ torch.set_num_threads(1)
 from tests.networks import BRIEF, to_heal
 from rba_compress import heal
 step = healing._Run.step
-def deadly(self, number):
+def deadly(self, number, rate):
     if number == 23:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, number)
+    return step(self, number, rate)
 healing._Run.step = deadly
 dense, data, slim = to_heal()
 heal(slim, data, original=dense, healing=BRIEF, checkpoint=Path(sys.argv[1]))
