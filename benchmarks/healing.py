@@ -90,7 +90,7 @@ def resnet_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result
     model, (calibration, test) = resnet20(), loaders(100)
 
     def plans() -> Iterator[tuple[str, Result]]:
-        for macs in (0.7, 0.8, 0.9):
+        for macs in (0.9, 0.8, 0.7):
             found = compress(model, calibration, budget=Budget(macs=macs))
             kept = found.report.slim.macs / found.report.dense.macs
             yield f"{1 - kept:.1%} of MACs gone", found

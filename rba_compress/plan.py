@@ -46,7 +46,7 @@ RATES: dict[Trained, tuple[float, ...]] = {
     "maps": (5e-5, 1.5e-4, 5e-4),
     "norms": (5e-5, 1.5e-4, 5e-4),
     "adapters": (5e-5, 1.5e-4, 5e-4),
-    "all": (1e-5, 3e-5, 1e-4),
+    "all": (1e-5, 3e-5, 1e-4, 3e-4),
 }
 """Learning rates to choose from, by what is trained: which one suits depends on the samples, too."""
 
@@ -571,8 +571,8 @@ class Healing(Frozen):
     """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear
     layer and convolution, merged at the end; or everything."""
     rate: float | None = Field(None, gt=0)
-    """The peak of the learning rate; None is the best of `RATES` on held-out samples, after one round
-    with each."""
+    """The peak of the learning rate; None is the best of `RATES` on held-out samples, after a short
+    training with each."""
     epochs: int = Field(10, gt=0)
     """Rounds through the samples to train on, at the most."""
     batch: int = Field(16, gt=0)
