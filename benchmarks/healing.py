@@ -78,7 +78,7 @@ def digits_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result
 
     def plans() -> Iterator[tuple[str, Result]]:
         config = Config(units=("span",))
-        found = compress(model, calibration, budget=Budget(macs=0.52), config=config)
+        found = compress(model, calibration, budget=Budget(macs=0.46), config=config)
         (chain,) = (p.chain for p in found.profile.chains)
         gone = len(replaced_blocks(found.plan, chain, thinned=False))
         yield f"{gone} of 12 blocks gone", found

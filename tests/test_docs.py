@@ -82,3 +82,28 @@ def test_every_public_name_is_documented() -> None:
     for name in rba_compress.__all__:
         value = getattr(rba_compress, name)
         assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+NOTEBOOK = (
+    "from rba_compress import *\nfrom tests.networks import Chain, loader, seeded",
+    "result = compress(seeded(Chain, 6), loader(200, 50), budget=Budget(macs=0.8))\nresult",
+    "result.report",
+    "result.plan",
+    "result.profile",
+    "%matplotlib inline\nplot_pareto(result.report.details.front)",
+)
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_tables_and_figures() -> None:
+    client = pytest.importorskip("nbclient").NotebookClient
+    nbformat = pytest.importorskip("nbformat")
+    cells = [nbformat.v4.new_code_cell(code) for code in NOTEBOOK]
+    ran = client(nbformat.v4.new_notebook(cells=cells), timeout=120, kernel_name="python3").execute()
+
+    def shown(index: int, kind: str) -> str:
+        outputs = ran.cells[index].outputs
+        return next(o.data[kind] for o in reversed(outputs) if kind in o.get("data", {}))
+
+    assert all("<table" in shown(index, "text/html") for index in (1, 2, 3, 4))
+    assert shown(5, "image/png")
