@@ -1,14 +1,20 @@
 """Claim: minutes of label-free distillation bring a slim network back to its original.
 
-Three networks: the embedded digits ViT with half its MACs gone in blocks; the CIFAR ResNet-20 without
-three, two and one of the seven blocks that can go; the real DeiT-tiny with 33 and 25 % of its MACs
+Three networks: the embedded digits ViT without six of its twelve blocks; the CIFAR ResNet-20 without
+one, two and three of the seven blocks that can go; the real DeiT-tiny with 33 and 25 % of its MACs
 gone, calibrated on 500 images. Each is measured on images that nothing was fitted, trained or chosen
 on: as the search left it, healed with three seeds, and with the output layers of its kept blocks
 re-solved by ridge towards the original streams instead, all of them. `--sweep` compares the ways to
 heal the first of these by held-out divergence, `--counts` the given way on fewer images.
 
-`python -m benchmarks.healing --case digits` appends a JSON line a row to
-`benchmarks/results/healing.jsonl`. The plans of a DeiT-tiny take half an hour to search: they are kept
+Each of these appends a JSON line a row to `benchmarks/results/healing.jsonl`:
+
+    python -m benchmarks.healing --case digits --augment
+    python -m benchmarks.healing --case resnet --augment flip crop mix --epochs 40 --patience 40
+    python -m benchmarks.healing --case deit --augment flip
+    python -m benchmarks.healing --case deit --augment flip --counts 125 250 --seeds 0
+
+The plans of a DeiT-tiny take half an hour to search: they are kept
 as deltas in `--plans`, and read from there.
 """
 

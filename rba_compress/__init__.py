@@ -22,6 +22,7 @@ from rba_compress.errors import (
     PlanError,
     RankError,
     RBAError,
+    SpaceError,
     WeightsError,
 )
 from rba_compress.measure import benchmark
@@ -55,6 +56,7 @@ __all__ = [
     "RankError",
     "Report",
     "Result",
+    "SpaceError",
     "Support",
     "WeightsError",
     "benchmark",

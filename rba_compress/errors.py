@@ -45,3 +45,7 @@ class ExportError(RBAError):
 
 class RankError(RBAError):
     """One of several processes ended, does not answer, or works on something else."""
+
+
+class SpaceError(RBAError):
+    """Latent spaces, or their anchors, cannot be used, or not together."""

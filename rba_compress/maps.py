@@ -183,7 +183,7 @@ def _low_rank(pair: PairMoments, spec: MapSpec) -> _Solution:
 
 
 def _orthogonal(pair: PairMoments, spec: MapSpec) -> _Solution:
-    u, _, vt = torch.linalg.svd(pair.xy)
+    u, _, vt = torch.linalg.svd(pair.xy, full_matrices=False)
     return _with_bias(pair, u @ vt)
 
 

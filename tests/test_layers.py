@@ -71,3 +71,26 @@ def test_each_module_imports_only_from_those_above_it() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rba_compress"):
                 _, _, name = (node.module or "").partition(".")
                 assert name in above, f"{path.stem} imports {name}"
+
+
+LATENT = [
+    "errors",
+    "moments",
+    "maps",
+    "similarity",
+    "latent.anchors",
+    "latent.relative",
+    "latent.stitching",
+]
+"""What spaces of several networks need; the rest of the package does not know of them."""
+
+
+def test_the_latent_subpackage_stands_on_moments_and_maps_alone() -> None:
+    root = Path(rba_compress.__file__).parent / "latent"
+    modules = {f"latent.{p.stem}" for p in root.glob("*.py")} - {"latent.__init__"}
+    assert modules == {name for name in LATENT if name.startswith("latent.")}
+    for module in modules:
+        for node in ast.walk(ast.parse((root / f"{module.split('.')[1]}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rba_compress"):
+                _, _, name = (node.module or "").partition(".")
+                assert name in LATENT[: LATENT.index(module)], f"{module} imports {name}"

@@ -1,0 +1,21 @@
+"""Similarity between networks, where the rest of this package uses similarity within one.
+
+Two networks that were trained apart rarely agree on coordinates, and often on distances: a space that
+is described by each sample's similarity to the same anchors can be read by a head of another network.
+"""
+
+from rba_compress.latent.anchors import Anchors, farthest_points, k_means, random_points
+from rba_compress.latent.relative import InvarianceProduct, Invariant, RelativeProjection
+from rba_compress.latent.stitching import Stitched, stitch
+
+__all__ = [
+    "Anchors",
+    "InvarianceProduct",
+    "Invariant",
+    "RelativeProjection",
+    "Stitched",
+    "farthest_points",
+    "k_means",
+    "random_points",
+    "stitch",
+]

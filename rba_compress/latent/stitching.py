@@ -1,0 +1,100 @@
+"""Zero-shot stitching: an encoder of one network before the head of another, with nothing trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rba_compress.errors import SpaceError
+from rba_compress.latent.anchors import Anchors
+from rba_compress.latent.relative import InvarianceProduct, Invariant, RelativeProjection
+from rba_compress.maps import MapSpec, fit_map
+from rba_compress.moments import PairMoments
+
+BETWEEN = ("linear", "affine", "orthogonal")
+"""Maps between spaces of any widths. An orthogonal one is as orthogonal as two widths allow."""
+
+
+class Stitched(nn.Module):
+    """`encoder`, then the bridge between the spaces, then `head`: a network like any other."""
+
+    def __init__(self, encoder: nn.Module, bridge: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.bridge, self.head = encoder, bridge, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        read: Tensor = self.head(self.bridge(self.encoder(x)))
+        return read
+
+
+def stitch(
+    encoder: nn.Module,
+    head: nn.Module,
+    encoder_anchors: Anchors,
+    head_anchors: Anchors,
+    bridge: Invariant | InvarianceProduct | MapSpec = "cosine",
+    *,
+    classes: int | None = None,
+) -> Stitched:
+    """Put an encoder before a head that was trained on another space.
+
+    Args:
+        encoder: gives (N, d) of its inputs.
+        head: reads what `bridge` makes of its own space: K similarities, what the product gives, or
+            for a map the space as it is.
+        encoder_anchors, head_anchors: the same samples in both spaces, (K, d) and (K, d').
+        bridge: an invariance that the head was trained on; or the product, with the weights that were
+            trained with the head (they are copied to no one: the two share them); or a map, fitted in
+            closed form from the anchors of the one space to those of the other.
+        classes: how many the head tells apart: fewer anchors cannot, and are refused.
+
+    Returns:
+        The network, in eval mode where both were; the parts are the caller's own.
+
+    Raises:
+        SpaceError: the anchors are not parallel, or on two devices; too few; the map is of a kind that
+            does not lead from one space to another; the head does not take what comes of the bridge.
+    """
+    encoder_anchors.require_parallel(head_anchors)
+    source, target = encoder_anchors.vectors, head_anchors.vectors
+    if source.device != target.device:
+        raise SpaceError(
+            f"anchors on {source.device} and on {target.device}: move both spaces to one device"
+        )
+    if classes is not None and len(source) < classes:
+        raise SpaceError(
+            f"{len(source)} anchors for {classes} classes: take one of each class at least"
+        )
+    joint = bridge_between(encoder_anchors, head_anchors, bridge)
+    stitched = Stitched(encoder, joint, head)
+    stitched.training = joint.training = encoder.training or head.training
+    try:
+        with torch.no_grad():
+            head(joint(source[:2]))
+    except RuntimeError as error:
+        raise SpaceError(
+            f"the head does not take the {len(source)} anchors' space: {error}. Pass the bridge that "
+            "it was trained on"
+        ) from error
+    return stitched
+
+
+def bridge_between(
+    source: Anchors, target: Anchors, bridge: Invariant | InvarianceProduct | MapSpec
+) -> nn.Module:
+    """What leads from the space of `source` to what a head on the space of `target` reads."""
+    if isinstance(bridge, InvarianceProduct):
+        return bridge.bind(source)
+    if isinstance(bridge, str):
+        return RelativeProjection(source, bridge)
+    if bridge.kind not in BETWEEN:
+        raise SpaceError(
+            f"a map of kind {bridge.kind!r} does not lead from one space to another: choose one of "
+            f"{', '.join(BETWEEN)}"
+        )
+    fit = fit_map(bridge, PairMoments.from_rows(source.vectors, target.vectors))
+    layer = nn.Linear(source.vectors.shape[1], target.vectors.shape[1], bias="bias" in fit.tensors).to(
+        source.vectors
+    )
+    layer.load_state_dict(fit.tensors)
+    return layer.requires_grad_(False)
