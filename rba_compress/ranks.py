@@ -36,7 +36,6 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    group: Any = None
 
     @property
     def leads(self) -> bool:
@@ -49,7 +48,7 @@ class Ranks:
             return tensor
         summed = tensor.detach().to("cpu", copy=True)
         with self.answered():
-            dist.all_reduce(summed, group=self.group)
+            dist.all_reduce(summed, group=_group(dist.group.WORLD))
         return summed.to(tensor.device)
 
     def sum(self, number: float) -> float:
@@ -67,7 +66,7 @@ class Ranks:
         padded[: len(rows)] = rows.detach().cpu()
         found = [torch.empty_like(padded) for _ in lengths]
         with self.answered():
-            dist.all_gather(found, padded, group=self.group)
+            dist.all_gather(found, padded, group=_group(dist.group.WORLD))
         return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
 
     def told(self, make: Callable[[], Any]) -> Any:
@@ -121,15 +120,16 @@ def current() -> Ranks:
     """The ranks of `torch.distributed` where it runs; its first call is made by all of them."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    return _ranks(dist.group.WORLD)
+    world = dist.group.WORLD
+    if dist.get_world_size(world) == 1:
+        return ALONE
+    _group(world)
+    return Ranks(dist.get_rank(world), dist.get_world_size(world))
 
 
 @functools.lru_cache(maxsize=1)
-def _ranks(world: Any) -> Ranks:
-    if dist.get_world_size(world) == 1:
-        return ALONE
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return Ranks(dist.get_rank(world), dist.get_world_size(world), group)
+def _group(world: Any) -> Any:
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def own_device(name: str) -> str:
@@ -153,4 +153,6 @@ def launched() -> Iterator[Ranks]:
     try:
         yield current()
     finally:
+        # Its threads end with the last reference: one that runs on into the interpreter's end aborts it.
+        _group.cache_clear()
         state.destroy_process_group()

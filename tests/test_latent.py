@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from rba_compress import SpaceError, export_onnx
+from rba_compress.digits import digits_data
 from rba_compress.latent import (
     Anchors,
     InvarianceProduct,
@@ -25,6 +26,7 @@ from rba_compress.latent import (
     stitch,
 )
 from rba_compress.latent.relative import INVARIANTS
+from rba_compress.latent.trials import METHODS, Data, Trial, stitching
 from rba_compress.maps import MapSpec
 from tests.networks import seeded
 
@@ -276,3 +278,19 @@ def stitched_with(source: Anchors, target: Anchors, bridge: Any = "cosine", **mo
 def test_what_does_not_fit_is_refused(what: Any, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         what(space(4, 6).float())
+
+
+@pytest.mark.parametrize("task", ["classification", "reconstruction"])
+def test_networks_that_were_trained_apart_are_stitched(task: Any) -> None:
+    trial = Trial(task=task, seeds=(0,), anchors=48, encoder_steps=150, head_steps=120)
+    state = torch.random.get_rng_state()
+    rows = {row.method: row for row in stitching(Data(*digits_data()), trial)}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert set(rows) == set(METHODS)
+    assert {(row.pairs, row.count) for row in rows.values()} == {("two architectures", 2)}
+    assert rows["absolute"].own > 0.5
+    assert rows["absolute"].mean < 0.3
+    for method in ("cosine", "euclidean", "product, sum", "orthogonal map"):
+        assert rows[method].mean > rows["absolute"].mean + 0.3
+    again = stitching(Data(*digits_data()), trial)
+    assert {row.method: row for row in again} == rows

@@ -81,6 +81,7 @@ LATENT = [
     "latent.anchors",
     "latent.relative",
     "latent.stitching",
+    "latent.trials",
 ]
 """What spaces of several networks need; the rest of the package does not know of them."""
 

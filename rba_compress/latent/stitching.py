@@ -93,7 +93,9 @@ def bridge_between(
             f"{', '.join(BETWEEN)}"
         )
     fit = fit_map(bridge, PairMoments.from_rows(source.vectors, target.vectors))
-    layer = nn.Linear(source.vectors.shape[1], target.vectors.shape[1], bias="bias" in fit.tensors).to(
+    widths = source.vectors.shape[1], target.vectors.shape[1]
+    # Its first weights would be drawn from the global random state.
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, *widths, bias="bias" in fit.tensors).to(
         source.vectors
     )
     layer.load_state_dict(fit.tensors)

@@ -1,0 +1,81 @@
+"""Claim: a head reads an encoder that it was not trained with, in a space that both describe by the
+same anchors, and no single invariance is the best everywhere (Cannistraci et al., arXiv 2310.01211).
+
+Ten networks a task and data set (five seeds of a perceptron and of a convolutional network), digits and
+the CIFAR-10 images of `RBA_DATA` (the first 2,000 train, the others test), to tell classes and to give
+the image back. All ordered pairs are stitched: without any alignment, in the space of one invariance,
+in the product of all four under each aggregation, and through a map fitted to the pair's anchors.
+
+`python -m benchmarks.stitching` writes `benchmarks/results/stitching.jsonl` and a table of it,
+`stitching.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.real_data import cifar10
+from rba_compress.digits import digits_data
+from rba_compress.latent.trials import METHODS, Data, Trial, stitching
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Run:
+    """What to measure."""
+
+    data: tuple[Literal["digits", "cifar10"], ...] = ("digits", "cifar10")
+    tasks: tuple[Literal["classification", "reconstruction"], ...] = (
+        "classification",
+        "reconstruction",
+    )
+    trial: tyro.conf.OmitArgPrefixes[Trial] = Trial()  # noqa: RUF009
+    out: Path = RESULTS / "stitching.jsonl"
+
+
+def read(name: str) -> Data:
+    """The images of a data set, divided."""
+    if name == "digits":
+        return Data(*digits_data())
+    images, labels = cifar10()
+    return Data((images[:2000], labels[:2000]), (images[2000:], labels[2000:]))
+
+
+def main(how: Run) -> None:
+    """Print and write a row for each data set, task, method and kind of pair."""
+    rows = []
+    for name in how.data:
+        for task in how.tasks:
+            trial = replace(how.trial, task=task)
+            for row in stitching(read(name), trial):
+                rows.append({"data": name, "seeds": len(trial.seeds), **asdict(row)})
+                print(json.dumps(rows[-1]), flush=True)
+    how.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how.out.with_suffix(".md").write_text(markdown(rows))
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """A line a method; a column a data set, task and kind of pair; bold is the best without a fit."""
+    columns = list(dict.fromkeys((r["data"], r["task"], r["pairs"]) for r in rows))
+    lines = ["| " + " | ".join(["bridge", *(", ".join(map(str, c)) for c in columns)]) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    value = {(r["data"], r["task"], r["pairs"], r["method"]): r for r in rows}
+    for method in METHODS:
+        cells = []
+        for column in columns:
+            r = value[(*column, method)]
+            best = max(float(value[(*column, m)]["mean"]) for m in METHODS if " map" not in m)  # type: ignore[arg-type]
+            text = f"{r['mean']:.3f} ± {r['spread']:.3f}"
+            cells.append(f"**{text}**" if r["mean"] == best else text)
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))

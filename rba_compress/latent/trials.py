@@ -1,0 +1,231 @@
+"""Does a head read an encoder that it was not trained with? Networks trained apart, each pair stitched.
+
+Each network is an encoder trained with a head of its own, to tell classes or to give its input back.
+The encoder is then kept as it is, and for every bridge a head is trained on its space alone: no network
+sees another one before the pair is stitched. All random state is passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rba_compress.latent.anchors import Anchors, random_points
+from rba_compress.latent.relative import INVARIANTS, Aggregation, InvarianceProduct
+from rba_compress.latent.stitching import bridge_between
+from rba_compress.maps import MapSpec
+
+Task = Literal["classification", "reconstruction"]
+Kind = Literal["mlp", "conv"]
+MAPS = {
+    "affine map": MapSpec(kind="affine", damping=1e-2),
+    "orthogonal map": MapSpec(kind="orthogonal"),
+}
+"""Fitted to the anchors of both spaces: the strong rivals, which must be fitted for every pair."""
+PRODUCTS: dict[str, Aggregation] = {f"product, {name}": name for name in get_args(Aggregation)}
+METHODS = ("absolute", *INVARIANTS, *PRODUCTS, *MAPS)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images (N, C, S, S) in about -1..1, and labels (N,), to train on and to test on."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @property
+    def classes(self) -> int:
+        return int(self.train[1].max()) + 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How to train and stitch.
+
+    Args:
+        seeds: of initial weights and the order of samples, one network of each kind a seed.
+        kinds: of encoders.
+        anchors: how many.
+        width: channels of every space.
+        encoder_steps, head_steps: of Adam, at `batch` samples.
+    """
+
+    task: Task = "classification"
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    kinds: tuple[Kind, ...] = ("mlp", "conv")
+    anchors: int = 128
+    width: int = 64
+    encoder_steps: int = 600
+    head_steps: int = 400
+    batch: int = 64
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over all ordered pairs of networks: accuracy, or R² of the pixels.
+
+    `own` is the mean over networks of the head on the encoder that it was trained with.
+    """
+
+    task: Task
+    method: str
+    pairs: str
+    count: int
+    mean: float
+    spread: float
+    """The standard deviation over pairs."""
+    own: float
+
+
+def encoder(kind: Kind, image: Tensor, width: int) -> nn.Sequential:
+    """Images (N, C, S, S) -> (N, width)."""
+    channels, size = image.shape[0], image.shape[1]
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(image.numel(), 256), nn.GELU(), nn.Linear(256, width)
+        )
+    side = -(-size // 4)
+    return nn.Sequential(
+        nn.Conv2d(channels, 24, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(24, 48, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(48 * side**2, width),
+    )
+
+
+def head(inputs: int, outputs: int) -> nn.Sequential:
+    """(N, inputs) -> (N, outputs)."""
+    return nn.Sequential(
+        nn.LayerNorm(inputs), nn.Linear(inputs, 128), nn.GELU(), nn.Linear(128, outputs)
+    )
+
+
+def fit(
+    network: nn.Module,
+    pairs: tuple[Tensor, Tensor],
+    steps: int,
+    how: Trial,
+    seed: int,
+) -> None:
+    """Train on inputs and targets by Adam: cross entropy of classes, squared error of others."""
+    x, target = pairs
+    loss = nn.functional.mse_loss if target.is_floating_point() else nn.functional.cross_entropy
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=how.rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    network.train()
+    for _ in range(steps):
+        rows = torch.randint(len(x), (min(how.batch, len(x)),), generator=generator)
+        optimizer.zero_grad()
+        loss(network(x[rows]), target[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+
+
+def score(output: Tensor, target: Tensor) -> float:
+    """Accuracy, or R² over all pixels of all samples."""
+    if not target.is_floating_point():
+        return float((output.argmax(1) == target).double().mean())
+    left = (output - target).double().square().sum()
+    return float(1 - left / (target - target.mean(0)).double().square().sum())
+
+
+@dataclass
+class _Network:
+    """One encoder's space of the training and test images, and the heads that were trained on it."""
+
+    kind: Kind
+    train: Tensor
+    test: Tensor
+    anchors: Anchors
+    heads: dict[str, tuple[nn.Module, InvarianceProduct | None]]
+
+    def reads(self, other: _Network, method: str) -> Tensor:
+        """What this network's head gives on the test images as `other` encodes them."""
+        own, product = self.heads["absolute" if method in MAPS else method]
+        if method == "absolute":
+            return own(other.test)  # type: ignore[no-any-return]
+        bridge = product if product is not None else MAPS.get(method, method)
+        return own(bridge_between(other.anchors, self.anchors, bridge)(other.test))  # type: ignore[arg-type, no-any-return]
+
+
+def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterator[_Network]:
+    """Each network of each seed, trained, with its heads."""
+    x, labels = data.train
+    target = labels if how.task == "classification" else x.flatten(1)
+    outputs = data.classes if how.task == "classification" else x[0].numel()
+    rows = random_points(x.flatten(1), how.anchors)
+    for kind, seed in itertools.product(how.kinds, how.seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            body = encoder(kind, x[0], how.width)
+            fit(
+                nn.Sequential(body, head(how.width, outputs)), (x, target), how.encoder_steps, how, seed
+            )
+            progress("encoder")
+            with torch.no_grad():
+                train, test = body(x), body(data.test[0])
+            anchors = Anchors.of(train, rows)
+            heads: dict[str, tuple[nn.Module, InvarianceProduct | None]] = {}
+            for method in METHODS:
+                if method in MAPS:
+                    continue  # they read the space as it is
+                product = None
+                bridge: nn.Module = nn.Identity()
+                width = how.width
+                if method in PRODUCTS:
+                    product = InvarianceProduct(
+                        INVARIANTS, PRODUCTS[method], anchors=how.anchors, width=how.anchors
+                    )
+                    bridge, width = product.bind(anchors), product.width
+                elif method != "absolute":
+                    bridge, width = bridge_between(anchors, anchors, method), how.anchors  # type: ignore[arg-type]
+                top = head(width, outputs)
+                fit(nn.Sequential(bridge, top), (train, target), how.head_steps, how, seed)
+                heads[method] = top, product
+                progress("heads")
+        yield _Network(kind, train, test, anchors, heads)
+
+
+@torch.no_grad()
+def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
+    """Every method over the ordered pairs of one kind, and of two."""
+    images, labels = data.test
+    target = labels if how.task == "classification" else images.flatten(1)
+    rows = []
+    for method in METHODS:
+        own = statistics.fmean(score(n.reads(n, method), target) for n in made)
+        for pairs, alike in (("one architecture", True), ("two architectures", False)):
+            found = [
+                score(one.reads(other, method), target)
+                for one, other in itertools.permutations(made, 2)
+                if (one.kind == other.kind) == alike
+            ]
+            if found:
+                spread = statistics.stdev(found) if len(found) > 1 else 0.0
+                mean = statistics.fmean(found)
+                rows.append(Row(how.task, method, pairs, len(found), mean, spread, own))
+    return rows
+
+
+def stitching(data: Data, how: Trial) -> list[Row]:
+    """Train the networks of a trial and stitch every pair of them."""
+    each = 1 + len(METHODS) - len(MAPS)
+    with tqdm(total=each * len(how.seeds) * len(how.kinds), desc=how.task, disable=None) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update()
+
+        return table([*networks(data, how, progress)], data, how)
