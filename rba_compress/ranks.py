@@ -153,6 +153,6 @@ def launched() -> Iterator[Ranks]:
     try:
         yield current()
     finally:
-        # Its threads end with the last reference: one that runs on into the interpreter's end aborts it.
+        # Its threads end with the last reference; one that outlives the interpreter aborts it.
         _group.cache_clear()
         state.destroy_process_group()
