@@ -1,4 +1,6 @@
-"""Breadth: one network of each family from end to end; 25 of them by default, all with -m slow."""
+"""Breadth: one network of each family from end to end; 25 of them by default, a third of the others with
+-m slow, all of these with -m catalogue.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,14 @@ def test_a_network_from_end_to_end(name: str, chains: int, blocks: int) -> None:
         assert row.onnx < 1e-4
 
 
-@pytest.mark.slow
+def others() -> list[object]:
+    rest = [name for name in names() if name not in {row[0] for row in QUICK}]
+    both, alone = [pytest.mark.slow, pytest.mark.catalogue], pytest.mark.catalogue
+    return [pytest.param(n, marks=alone if k % 3 else both) for k, n in enumerate(rest)]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [n for n in names() if n not in {row[0] for row in QUICK}])
+@pytest.mark.parametrize("name", others())
 def test_every_other_network(name: str) -> None:
     known = read(RESULTS / "coverage.jsonl")[name]
     support, row = tried(network(name), onnx=False)
