@@ -10,9 +10,9 @@ matters, and a peer that has died is noticed at once, by its connection.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Ranks:
             return tensor
         summed = tensor.detach().to("cpu", copy=True)
         with self.answered():
-            dist.all_reduce(summed, group=_group(dist.group.WORLD))
+            dist.all_reduce(summed, group=_group())
         return summed.to(tensor.device)
 
     def sum(self, number: float) -> float:
@@ -66,7 +66,7 @@ class Ranks:
         padded[: len(rows)] = rows.detach().cpu()
         found = [torch.empty_like(padded) for _ in lengths]
         with self.answered():
-            dist.all_gather(found, padded, group=_group(dist.group.WORLD))
+            dist.all_gather(found, padded, group=_group())
         return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
 
     def told(self, make: Callable[[], Any]) -> Any:
@@ -120,16 +120,22 @@ def current() -> Ranks:
     """The ranks of `torch.distributed` where it runs; its first call is made by all of them."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    world = dist.group.WORLD
-    if dist.get_world_size(world) == 1:
+    if dist.get_world_size() == 1:
         return ALONE
-    _group(world)
-    return Ranks(dist.get_rank(world), dist.get_world_size(world))
+    _group()
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-@functools.lru_cache(maxsize=1)
-def _group(world: Any) -> Any:
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Of a world its gloo group, no longer than the world itself: its threads end with the last reference,
+and one that outlives the interpreter aborts the process."""
+
+
+def _group() -> Any:
+    world = dist.group.WORLD
+    if world not in _GROUPS:
+        _GROUPS[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _GROUPS[world]
 
 
 def own_device(name: str) -> str:
@@ -153,6 +159,4 @@ def launched() -> Iterator[Ranks]:
     try:
         yield current()
     finally:
-        # Its threads end with the last reference; one that outlives the interpreter aborts it.
-        _group.cache_clear()
         state.destroy_process_group()
