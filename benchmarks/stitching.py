@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from benchmarks.real_data import cifar10
+from benchmarks.resnet import loaders
 from rba_compress.digits import digits_data
-from rba_compress.latent.trials import METHODS, Data, Trial, stitching
+from rba_compress.latent.trials import MAPS, METHODS, Data, Trial, stitching
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,8 +43,8 @@ def read(name: str) -> Data:
     """The images of a data set, divided."""
     if name == "digits":
         return Data(*digits_data())
-    images, labels = cifar10()
-    return Data((images[:2000], labels[:2000]), (images[2000:], labels[2000:]))
+    (train,), (test,) = loaders(2000)
+    return Data(train, test)
 
 
 def main(how: Run) -> None:
@@ -57,23 +57,23 @@ def main(how: Run) -> None:
                 rows.append({"data": name, "seeds": len(trial.seeds), **asdict(row)})
                 print(json.dumps(rows[-1]), flush=True)
     how.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how.out.with_suffix(".md").write_text(markdown(rows))
+    how.out.with_suffix(".md").write_text(table(rows))
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """A line a method; a column a data set, task and kind of pair; bold is the best without a fit."""
     columns = list(dict.fromkeys((r["data"], r["task"], r["pairs"]) for r in rows))
-    lines = ["| " + " | ".join(["bridge", *(", ".join(map(str, c)) for c in columns)]) + " |"]
+    of = {(r["data"], r["task"], r["pairs"], r["method"]): r for r in rows}
+    best = {c: max(of[*c, m]["mean"] for m in METHODS if m not in MAPS) for c in columns}
+    lines = ["| " + " | ".join(["bridge", *map(", ".join, columns)]) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
-    value = {(r["data"], r["task"], r["pairs"], r["method"]): r for r in rows}
     for method in METHODS:
-        cells = []
+        cells = [method]
         for column in columns:
-            r = value[(*column, method)]
-            best = max(float(value[(*column, m)]["mean"]) for m in METHODS if " map" not in m)  # type: ignore[arg-type]
-            text = f"{r['mean']:.3f} ± {r['spread']:.3f}"
-            cells.append(f"**{text}**" if r["mean"] == best else text)
-        lines.append("| " + " | ".join([method, *cells]) + " |")
+            row = of[*column, method]
+            text = f"{row['mean']:.3f} ± {row['spread']:.3f}"
+            cells.append(f"**{text}**" if row["mean"] == best[column] else text)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

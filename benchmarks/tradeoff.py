@@ -37,12 +37,7 @@ RIVALS = {
     "skip, greedy": "blocks skipped, greedily",
 }
 OURS, HEALED = "rba_compress", "rba_compress, healed"
-STYLES = {
-    OURS: "o-",
-    HEALED: "*",
-    "the paper's map, block by block": "s--",
-    "blocks skipped, greedily": "^:",
-}
+STYLES = dict(zip((OURS, HEALED, *RIVALS.values()), ("o-", "*", "s--", "^:"), strict=True))
 MEASURES = ("macs_kept", "top1", "agreement", "kl")
 
 

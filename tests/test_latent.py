@@ -62,7 +62,7 @@ def test_a_projection_is_what_scipy_says(metric: Any) -> None:
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 9), scale=st.floats(1e-3, 1e3))
-def test_each_invariance_holds_and_the_others_do_not(seed: int, width: int, scale: float) -> None:
+def test_each_invariance_holds(seed: int, width: int, scale: float) -> None:
     x, anchors, shift = space(20, width, seed), space(5, width, seed + 1), space(1, width, seed + 2)
     turn, swap = rotation(width, seed + 3), signed_permutation(width, seed + 4)
 
@@ -198,6 +198,16 @@ def test_widths_may_differ_and_the_network_is_exported(tmp_path: Path) -> None:
     relative = stitch(wide, seeded(nn.Linear, 40, 3), source, target, "cosine").eval()
     certificate = export_onnx(relative, tmp_path / "stitched.onnx", x, seconds=0.1)
     assert max(parity.max_rel for parity in certificate.parity) <= 1e-4
+
+
+def test_the_parts_are_left_as_they_were() -> None:
+    x = space(8, 4).float()
+    head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)).train()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    stitched = stitch(nn.Identity(), head, Anchors(x), Anchors(x))
+    assert head.training
+    assert stitched.training
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def broken(x: Tensor, row: int) -> Tensor:

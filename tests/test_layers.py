@@ -61,16 +61,21 @@ LAYERS = [
 ]
 
 
+def imported(path: Path) -> list[str]:
+    """The modules of this package that a file imports from."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    modules = [node.module or "" for node in nodes]
+    return [name.partition(".")[2] for name in modules if name.startswith("rba_compress")]
+
+
 def test_each_module_imports_only_from_those_above_it() -> None:
     root = Path(rba_compress.__file__).parent
     modules = {p.stem for p in root.glob("*.py")} - {"__init__", "__main__"}
     assert modules == set(LAYERS)
     for path in (root / f"{name}.py" for name in LAYERS):
         above = LAYERS[: LAYERS.index(path.stem)]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rba_compress"):
-                _, _, name = (node.module or "").partition(".")
-                assert name in above, f"{path.stem} imports {name}"
+        for name in imported(path):
+            assert name in above, f"{path.stem} imports {name}"
 
 
 LATENT = [
@@ -78,6 +83,7 @@ LATENT = [
     "moments",
     "maps",
     "similarity",
+    "recorder",
     "latent.anchors",
     "latent.relative",
     "latent.stitching",
@@ -91,7 +97,5 @@ def test_the_latent_subpackage_stands_on_moments_and_maps_alone() -> None:
     modules = {f"latent.{p.stem}" for p in root.glob("*.py")} - {"latent.__init__"}
     assert modules == {name for name in LATENT if name.startswith("latent.")}
     for module in modules:
-        for node in ast.walk(ast.parse((root / f"{module.split('.')[1]}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rba_compress"):
-                _, _, name = (node.module or "").partition(".")
-                assert name in LATENT[: LATENT.index(module)], f"{module} imports {name}"
+        for name in imported(root / f"{module.split('.')[1]}.py"):
+            assert name in LATENT[: LATENT.index(module)], f"{module} imports {name}"

@@ -55,8 +55,6 @@ def relative(x: Tensor, anchors: Tensor, metric: Invariant) -> Tensor:
 
 def _vectors(anchors: Anchors | Tensor, metrics: Sequence[Invariant]) -> Tensor:
     """Of anchors that every one of these metrics takes."""
-    for metric in metrics:
-        require(metric, INVARIANTS, "the metric")
     vectors = (anchors if isinstance(anchors, Anchors) else Anchors(anchors)).vectors.detach().clone()
     none = (vectors.norm(dim=1) == 0).nonzero().flatten()
     if "cosine" in metrics and len(none):
@@ -86,6 +84,7 @@ class RelativeProjection(nn.Module):
 
     def __init__(self, anchors: Anchors | Tensor, metric: Invariant = "cosine") -> None:
         super().__init__()
+        require(metric, INVARIANTS, "the metric")
         self.register_buffer("anchors", _vectors(anchors, [metric]))
         self.metric: Invariant = metric
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rba_compress.errors import SpaceError
@@ -10,6 +9,7 @@ from rba_compress.latent.anchors import Anchors
 from rba_compress.latent.relative import InvarianceProduct, Invariant, RelativeProjection
 from rba_compress.maps import MapSpec, fit_map
 from rba_compress.moments import PairMoments
+from rba_compress.recorder import evaluating
 
 BETWEEN = ("linear", "affine", "orthogonal")
 """Maps between spaces of any widths. An orthogonal one is as orthogonal as two widths allow."""
@@ -69,7 +69,7 @@ def stitch(
     stitched = Stitched(encoder, joint, head)
     stitched.training = joint.training = encoder.training or head.training
     try:
-        with torch.no_grad():
+        with evaluating(stitched):
             head(joint(source[:2]))
     except RuntimeError as error:
         raise SpaceError(

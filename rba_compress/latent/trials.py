@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress.latent.anchors import Anchors, random_points
-from rba_compress.latent.relative import INVARIANTS, Aggregation, InvarianceProduct
+from rba_compress.latent.relative import INVARIANTS, Aggregation, InvarianceProduct, Invariant
 from rba_compress.latent.stitching import bridge_between
 from rba_compress.maps import MapSpec
 
@@ -30,7 +30,10 @@ MAPS = {
 }
 """Fitted to the anchors of both spaces: the strong rivals, which must be fitted for every pair."""
 PRODUCTS: dict[str, Aggregation] = {f"product, {name}": name for name in get_args(Aggregation)}
-METHODS = ("absolute", *INVARIANTS, *PRODUCTS, *MAPS)
+TRAINED = ("absolute", *INVARIANTS, *PRODUCTS)
+"""Methods with a head of their own; a map leads to the space that the absolute one reads."""
+METHODS = (*TRAINED, *MAPS)
+Bridge = Invariant | InvarianceProduct | MapSpec | None
 
 
 @dataclass(frozen=True)
@@ -141,23 +144,34 @@ def score(output: Tensor, target: Tensor) -> float:
     return float(1 - left / (target - target.mean(0)).double().square().sum())
 
 
+def bridge_of(method: str, how: Trial) -> Bridge:
+    """What a method puts between two spaces, its weights not trained yet; None is nothing."""
+    if method in PRODUCTS:
+        return InvarianceProduct(INVARIANTS, PRODUCTS[method], anchors=how.anchors)
+    known: dict[str, Bridge] = {"absolute": None, **{m: m for m in INVARIANTS}, **MAPS}
+    return known[method]
+
+
+def crossed(source: Anchors, target: Anchors, bridge: Bridge) -> nn.Module:
+    """The module of a bridge from one space to another."""
+    return nn.Identity() if bridge is None else bridge_between(source, target, bridge)
+
+
 @dataclass
 class _Network:
-    """One encoder's space of the training and test images, and the heads that were trained on it."""
+    """One encoder's space of the test images, and what was trained on its space."""
 
     kind: Kind
-    train: Tensor
     test: Tensor
     anchors: Anchors
-    heads: dict[str, tuple[nn.Module, InvarianceProduct | None]]
+    bridges: dict[str, Bridge]
+    heads: dict[str, nn.Module]
 
     def reads(self, other: _Network, method: str) -> Tensor:
         """What this network's head gives on the test images as `other` encodes them."""
-        own, product = self.heads["absolute" if method in MAPS else method]
-        if method == "absolute":
-            return own(other.test)  # type: ignore[no-any-return]
-        bridge = product if product is not None else MAPS.get(method, method)
-        return own(bridge_between(other.anchors, self.anchors, bridge)(other.test))  # type: ignore[arg-type, no-any-return]
+        bridge = crossed(other.anchors, self.anchors, self.bridges[method])
+        output: Tensor = self.heads["absolute" if method in MAPS else method](bridge(other.test))
+        return output
 
 
 def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterator[_Network]:
@@ -170,32 +184,21 @@ def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterato
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             body = encoder(kind, x[0], how.width)
-            fit(
-                nn.Sequential(body, head(how.width, outputs)), (x, target), how.encoder_steps, how, seed
-            )
+            whole = nn.Sequential(body, head(how.width, outputs))
+            fit(whole, (x, target), how.encoder_steps, how, seed)
             progress("encoder")
             with torch.no_grad():
                 train, test = body(x), body(data.test[0])
             anchors = Anchors.of(train, rows)
-            heads: dict[str, tuple[nn.Module, InvarianceProduct | None]] = {}
-            for method in METHODS:
-                if method in MAPS:
-                    continue  # they read the space as it is
-                product = None
-                bridge: nn.Module = nn.Identity()
-                width = how.width
-                if method in PRODUCTS:
-                    product = InvarianceProduct(
-                        INVARIANTS, PRODUCTS[method], anchors=how.anchors, width=how.anchors
-                    )
-                    bridge, width = product.bind(anchors), product.width
-                elif method != "absolute":
-                    bridge, width = bridge_between(anchors, anchors, method), how.anchors  # type: ignore[arg-type]
-                top = head(width, outputs)
-                fit(nn.Sequential(bridge, top), (train, target), how.head_steps, how, seed)
-                heads[method] = top, product
+            bridges = {method: bridge_of(method, how) for method in MAPS}
+            heads: dict[str, nn.Module] = {}
+            for method in TRAINED:
+                bridges[method] = bridge_of(method, how)
+                bridge = crossed(anchors, anchors, bridges[method])
+                heads[method] = head(bridge(train[:1]).shape[1], outputs)
+                fit(nn.Sequential(bridge, heads[method]), (train, target), how.head_steps, how, seed)
                 progress("heads")
-        yield _Network(kind, train, test, anchors, heads)
+        yield _Network(kind, test, anchors, bridges, heads)
 
 
 @torch.no_grad()
@@ -221,7 +224,7 @@ def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
 
 def stitching(data: Data, how: Trial) -> list[Row]:
     """Train the networks of a trial and stitch every pair of them."""
-    each = 1 + len(METHODS) - len(MAPS)
+    each = 1 + len(TRAINED)
     with tqdm(total=each * len(how.seeds) * len(how.kinds), desc=how.task, disable=None) as bar:
 
         def progress(what: str) -> None:
