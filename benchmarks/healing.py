@@ -14,8 +14,8 @@ Each of these appends a JSON line a row to `benchmarks/results/healing.jsonl`:
     python -m benchmarks.healing --case deit --augment flip
     python -m benchmarks.healing --case deit --augment flip --counts 125 250 --seeds 0
 
-The plans of a DeiT-tiny take half an hour to search: they are kept as deltas in `--plans`, and read from
-there.
+The plans of a DeiT-tiny take half an hour to search: they are kept as deltas in `--plans`, and read
+from there.
 """
 
 from __future__ import annotations
