@@ -7,7 +7,7 @@ the image back. All ordered pairs are stitched: without any alignment, in the sp
 in the product of all four under each aggregation, and through a map fitted to the pair's anchors.
 
 `python -m benchmarks.stitching` writes `benchmarks/results/stitching.jsonl` and a table of it,
-`stitching.md`.
+`stitching.md`; with `--data` or `--tasks`, the rows of these alone.
 """
 
 from __future__ import annotations
@@ -49,15 +49,22 @@ def read(name: str) -> Data:
 
 def main(how: Run) -> None:
     """Print and write a row for each data set, task, method and kind of pair."""
-    rows = []
+    before = how.out.read_text().splitlines() if how.out.exists() else []
+    rows = [row for row in map(json.loads, before) if not _again(row, how)]
     for name in how.data:
         for task in how.tasks:
             trial = replace(how.trial, task=task)
             for row in stitching(read(name), trial):
                 rows.append({"data": name, "seeds": len(trial.seeds), **asdict(row)})
                 print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: (row["data"] != "digits", row["task"]))
     how.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     how.out.with_suffix(".md").write_text(table(rows))
+
+
+def _again(row: dict[str, Any], how: Run) -> bool:
+    """Whether a row of an earlier run is measured in this one."""
+    return row["data"] in how.data and row["task"] in how.tasks
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -35,7 +35,7 @@ EVERY = 30.0
 class SavedProfile(Frozen):
     """The JSON header of a saved profile."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     weights: str
     chains: tuple[Chain, ...]
@@ -54,7 +54,7 @@ class SavedProfile(Frozen):
 class Checkpoint(Frozen):
     """The JSON header of a profile in work."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     weights: str
     loader: int
     config: Config

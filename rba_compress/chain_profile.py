@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from rba_compress.moments import Moments, Total
 from rba_compress.plan import Chain
 from rba_compress.similarity import Metric, RowSimilarity, matrix
 from rba_compress.streams import as_rows
+
+Connection = Literal["identity", "signed permutation", "orthogonal map", "affine map", "none of these"]
 
 DENSE = 16
 """So many rows a channel are profiled before positions are left out."""
@@ -29,6 +32,28 @@ class ChainProfile:
     def similarity(self, metric: Metric) -> Tensor:
         """How alike its boundaries are: (blocks + 1, blocks + 1), float64."""
         return matrix(metric, self.moments, self.rows)
+
+    def connection(self, start: int, stop: int, *, at_least: float = 0.95) -> Connection:
+        """The narrowest class of maps that leads from one boundary to another.
+
+        Each is measured by what it leaves alike: coordinates by their cosines, a signed permutation by
+        both relative spaces that do not see one, an orthogonal map by the better of its two, an affine
+        map by its R².
+
+        Args:
+            at_least: how alike, of 1, is called the same.
+        """
+
+        def alike(metric: Metric) -> float:
+            return float(self.similarity(metric)[start, stop])
+
+        found: dict[Connection, float] = {
+            "identity": alike("cosine"),
+            "signed permutation": min(alike("relative_l1"), alike("relative_linf")),
+            "orthogonal map": max(alike("relative_cosine"), alike("relative_euclidean")),
+            "affine map": alike("r2"),
+        }
+        return next((name for name, value in found.items() if value >= at_least), "none of these")
 
     @property
     def block_redundancy(self) -> list[float]:
@@ -59,7 +84,8 @@ class ChainProfile:
             weights = weights[kept.flatten().cpu()]
         rows = [as_rows(h, axis, kept, taken) for h in streams]
         self.moments.update(rows, weights)
-        self.rows.update(rows, [_read_rows(h, self.chain, mask) for h in streams], weights)
+        read = [_read_rows(h, self.chain, mask) for h in streams]
+        self.rows.update(rows, read, weights, first=first * max(1, len(self.chain.class_tokens)))
 
     def _taken(self, positions: int, first: int, stride: int) -> tuple[Tensor, Tensor]:
         """The positions that are taken, and how often each counts."""
@@ -96,7 +122,7 @@ def started(
         ChainProfile(
             chain,
             Moments(len(chain) + 1, chain.width, window=window, device=device),
-            RowSimilarity(len(chain) + 1, device),
+            RowSimilarity(len(chain) + 1, chain.width, device),
         )
         for chain in chains
     )

@@ -25,9 +25,9 @@ from rba_compress.latent import (
     random_points,
     stitch,
 )
-from rba_compress.latent.relative import INVARIANTS
 from rba_compress.latent.trials import METHODS, Data, Trial, stitching
 from rba_compress.maps import MapSpec
+from rba_compress.similarity import INVARIANTS
 from tests.networks import seeded
 
 SCIPY = {"euclidean": "euclidean", "l1": "cityblock", "linf": "chebyshev"}

@@ -5,8 +5,9 @@ is described by each sample's similarity to the same anchors can be read by a he
 """
 
 from rba_compress.latent.anchors import Anchors, farthest_points, k_means, random_points
-from rba_compress.latent.relative import InvarianceProduct, Invariant, RelativeProjection
+from rba_compress.latent.relative import InvarianceProduct, RelativeProjection
 from rba_compress.latent.stitching import Stitched, stitch
+from rba_compress.similarity import Invariant, relative_similarity
 
 __all__ = [
     "Anchors",
@@ -17,5 +18,6 @@ __all__ = [
     "farthest_points",
     "k_means",
     "random_points",
+    "relative_similarity",
     "stitch",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rba_compress.errors import SpaceError
+from rba_compress.similarity import check_space
 
 ROUNDS = 100
 """Of k-means, at the most."""
@@ -75,25 +76,6 @@ class Anchors:
         raise SpaceError(
             f"{len(alone) // 2} anchors are other samples in the other space (such as {alone[0]!r}): "
             "take the same samples"
-        )
-
-
-def check_space(space: Tensor, name: str) -> None:
-    """That a space is a matrix of finite floats, with something in it.
-
-    Raises:
-        SpaceError: what is wrong with it.
-    """
-    if space.ndim != 2 or not space.numel() or not space.is_floating_point():
-        raise SpaceError(
-            f"{name}: {tuple(space.shape)} of {space.dtype}, where (samples, channels) of floats "
-            "are needed: pool or flatten each sample first"
-        )
-    broken = (~space.isfinite()).any(dim=1).nonzero().flatten()
-    if len(broken):
-        raise SpaceError(
-            f"{name}: {len(broken)} of {len(space)} rows hold NaN or infinity, the first is row "
-            f"{int(broken[0])}: leave them out, in every space"
         )
 
 

@@ -15,42 +15,9 @@ from torch import Tensor, nn
 
 from rba_compress.errors import SpaceError
 from rba_compress.latent.anchors import Anchors
-
-Invariant = Literal["cosine", "euclidean", "l1", "linf"]
-INVARIANTS: tuple[Invariant, ...] = get_args(Invariant)
-NORMS: dict[Invariant, float] = {"euclidean": 2.0, "l1": 1.0, "linf": float("inf")}
+from rba_compress.similarity import INVARIANTS, Invariant, relative, require
 
 Aggregation = Literal["concatenation", "sum", "attention"]
-
-
-def require(value: str, known: Sequence[str], what: str) -> None:
-    """That a name is one of those that are known.
-
-    Raises:
-        SpaceError: it is not.
-    """
-    if value not in known:
-        raise SpaceError(f"{what} {value!r} is not known: choose one of {', '.join(known)}")
-
-
-def relative(x: Tensor, anchors: Tensor, metric: Invariant) -> Tensor:
-    """Vectors (..., d) by their similarity to anchors (K, d): (..., K). See `RelativeProjection`.
-
-    Raises:
-        SpaceError: the vectors have another width, or are on another device, than the anchors.
-    """
-    if x.shape[-1] != anchors.shape[1] or x.device != anchors.device:
-        raise SpaceError(
-            f"vectors of {x.shape[-1]} channels on {x.device}, anchors of {anchors.shape[1]} on "
-            f"{anchors.device}: take both from one space, on one device"
-        )
-    if metric == "cosine":
-        return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(anchors, dim=-1).mT
-    flat = x.reshape(-1, x.shape[-1])
-    # By products, sums of squares that cancel would lose the small distances.
-    how = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(flat, anchors.to(flat), p=NORMS[metric], compute_mode=how)
-    return distance.reshape(*x.shape[:-1], len(anchors))
 
 
 def _vectors(anchors: Anchors | Tensor, metrics: Sequence[Invariant]) -> Tensor:

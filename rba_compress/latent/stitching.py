@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from rba_compress.errors import SpaceError
 from rba_compress.latent.anchors import Anchors
-from rba_compress.latent.relative import InvarianceProduct, Invariant, RelativeProjection
+from rba_compress.latent.relative import InvarianceProduct, RelativeProjection
 from rba_compress.maps import MapSpec, fit_map
 from rba_compress.moments import PairMoments
 from rba_compress.recorder import evaluating
+from rba_compress.similarity import Invariant
 
 BETWEEN = ("linear", "affine", "orthogonal")
 """Maps between spaces of any widths. An orthogonal one is as orthogonal as two widths allow."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress.latent.anchors import Anchors, random_points
-from rba_compress.latent.relative import INVARIANTS, Aggregation, InvarianceProduct, Invariant
+from rba_compress.latent.relative import Aggregation, InvarianceProduct
 from rba_compress.latent.stitching import bridge_between
 from rba_compress.maps import MapSpec
+from rba_compress.similarity import INVARIANTS, Invariant
 
 Task = Literal["classification", "reconstruction"]
 Kind = Literal["mlp", "conv"]
