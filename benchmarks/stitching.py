@@ -21,7 +21,8 @@ import tyro
 
 from benchmarks.resnet import loaders
 from rba_compress.digits import digits_data
-from rba_compress.latent.trials import MAPS, METHODS, Data, Trial, stitching
+from rba_compress.latent.networks import Data
+from rba_compress.latent.stitching_trial import MAPS, METHODS, Trial, stitching
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,7 +55,7 @@ def main(how: Run) -> None:
     for name in how.data:
         for task in how.tasks:
             trial = replace(how.trial, task=task)
-            for row in stitching(read(name), trial):
+            for row in stitching(read(name), trial).rows:
                 rows.append({"data": name, "seeds": len(trial.seeds), **asdict(row)})
                 print(json.dumps(rows[-1]), flush=True)
     rows.sort(key=lambda row: (row["data"] != "digits", row["task"]))

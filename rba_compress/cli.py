@@ -34,7 +34,14 @@ from rba_compress.commands import (
     Verify,
 )
 from rba_compress.errors import ArtifactError, BudgetError, ExportError, RBAError
+from rba_compress.latent_commands import LatentAggregate, LatentAnchors, LatentStitch
 from rba_compress.ranks import launched
+
+Latent = (
+    Annotated[LatentStitch, tyro.conf.subcommand("stitch")]
+    | Annotated[LatentAnchors, tyro.conf.subcommand("anchors")]
+    | Annotated[LatentAggregate, tyro.conf.subcommand("aggregate")]
+)
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -47,6 +54,12 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[
+        Latent,
+        tyro.conf.subcommand(
+            "latent", description="What networks trained apart have in common, on digits."
+        ),
+    ]
 )
 CODES = {BudgetError: 3, ArtifactError: 4, ExportError: 4}
 

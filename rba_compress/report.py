@@ -15,7 +15,7 @@ from pydantic import Field
 from rba_compress.changed import Changed
 from rba_compress.details import Details, Summary
 from rba_compress.files import write_text
-from rba_compress.markup import html_table
+from rba_compress.markup import html_table, text_table
 from rba_compress.measure import DIVERGENCES, Cost, Fidelity, Latency
 from rba_compress.plan import Frozen
 from rba_compress.similarity import TITLES
@@ -102,16 +102,7 @@ class Report(Frozen):
     def table(self) -> str:
         """One table for a terminal."""
         f, t = self.fidelity, self.latency
-        rows = [("", "before", "after", "after/before"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = text_table(("", "before", "after", "after/before"), self.rows())
         lines += [
             f"{self.model}: {self.plan}",
             f"on {f.samples} samples ({self.samples}); latency on {t.device}, median of {t.pairs} "

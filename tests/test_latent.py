@@ -25,7 +25,8 @@ from rba_compress.latent import (
     random_points,
     stitch,
 )
-from rba_compress.latent.trials import METHODS, Data, Trial, stitching
+from rba_compress.latent.networks import Data
+from rba_compress.latent.stitching_trial import METHODS, Trial, stitching
 from rba_compress.maps import MapSpec
 from rba_compress.similarity import INVARIANTS
 from tests.networks import seeded
@@ -294,7 +295,7 @@ def test_what_does_not_fit_is_refused(what: Any, message: str) -> None:
 def test_networks_that_were_trained_apart_are_stitched(task: Any) -> None:
     trial = Trial(task=task, seeds=(0,), anchors=48, encoder_steps=150, head_steps=120)
     state = torch.random.get_rng_state()
-    rows = {row.method: row for row in stitching(Data(*digits_data()), trial)}
+    rows = {row.method: row for row in stitching(Data(*digits_data()), trial).rows}
     assert torch.equal(torch.random.get_rng_state(), state)
     assert set(rows) == set(METHODS)
     assert {(row.pairs, row.count) for row in rows.values()} == {("two architectures", 2)}
@@ -302,5 +303,5 @@ def test_networks_that_were_trained_apart_are_stitched(task: Any) -> None:
     assert rows["absolute"].mean < 0.3
     for method in ("cosine", "euclidean", "product, sum", "orthogonal map"):
         assert rows[method].mean > rows["absolute"].mean + 0.3
-    again = stitching(Data(*digits_data()), trial)
+    again = stitching(Data(*digits_data()), trial).rows
     assert {row.method: row for row in again} == rows

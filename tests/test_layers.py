@@ -87,7 +87,13 @@ LATENT = [
     "latent.anchors",
     "latent.relative",
     "latent.stitching",
-    "latent.trials",
+    "latent.bootstrapping",
+    "latent.aggregation",
+    "latent.networks",
+    "latent.stitching_trial",
+    "latent.anchor_trial",
+    "latent.aggregation_trial",
+    "latent.pictures",
 ]
 """What spaces of several networks need; the rest of the package does not know of them."""
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress.latent.anchors import Anchors, random_points
+from rba_compress.latent.networks import Data, Kind, encoder, fit, head, score
 from rba_compress.latent.relative import Aggregation, InvarianceProduct
 from rba_compress.latent.stitching import bridge_between
 from rba_compress.maps import MapSpec
 from rba_compress.similarity import INVARIANTS, Invariant
 
 Task = Literal["classification", "reconstruction"]
-Kind = Literal["mlp", "conv"]
 MAPS = {
     "affine map": MapSpec(kind="affine", damping=1e-2),
     "orthogonal map": MapSpec(kind="orthogonal"),
@@ -35,18 +35,6 @@ TRAINED = ("absolute", *INVARIANTS, *PRODUCTS)
 """Methods with a head of their own; a map leads to the space that the absolute one reads."""
 METHODS = (*TRAINED, *MAPS)
 Bridge = Invariant | InvarianceProduct | MapSpec | None
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images (N, C, S, S) in about -1..1, and labels (N,), to train on and to test on."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-    @property
-    def classes(self) -> int:
-        return int(self.train[1].max()) + 1
 
 
 @dataclass(frozen=True)
@@ -87,62 +75,6 @@ class Row:
     spread: float
     """The standard deviation over pairs."""
     own: float
-
-
-def encoder(kind: Kind, image: Tensor, width: int) -> nn.Sequential:
-    """Images (N, C, S, S) -> (N, width)."""
-    channels, size = image.shape[0], image.shape[1]
-    if kind == "mlp":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(image.numel(), 256), nn.GELU(), nn.Linear(256, width)
-        )
-    side = -(-size // 4)
-    return nn.Sequential(
-        nn.Conv2d(channels, 24, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Conv2d(24, 48, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(48 * side**2, width),
-    )
-
-
-def head(inputs: int, outputs: int) -> nn.Sequential:
-    """(N, inputs) -> (N, outputs)."""
-    return nn.Sequential(
-        nn.LayerNorm(inputs), nn.Linear(inputs, 128), nn.GELU(), nn.Linear(128, outputs)
-    )
-
-
-def fit(
-    network: nn.Module,
-    pairs: tuple[Tensor, Tensor],
-    steps: int,
-    how: Trial,
-    seed: int,
-) -> None:
-    """Train on inputs and targets by Adam: cross entropy of classes, squared error of others."""
-    x, target = pairs
-    loss = nn.functional.mse_loss if target.is_floating_point() else nn.functional.cross_entropy
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=how.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    network.train()
-    for _ in range(steps):
-        rows = torch.randint(len(x), (min(how.batch, len(x)),), generator=generator)
-        optimizer.zero_grad()
-        loss(network(x[rows]), target[rows]).backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-
-
-def score(output: Tensor, target: Tensor) -> float:
-    """Accuracy, or R² over all pixels of all samples."""
-    if not target.is_floating_point():
-        return float((output.argmax(1) == target).double().mean())
-    left = (output - target).double().square().sum()
-    return float(1 - left / (target - target.mean(0)).double().square().sum())
 
 
 def bridge_of(method: str, how: Trial) -> Bridge:
@@ -186,7 +118,7 @@ def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterato
             torch.manual_seed(seed)
             body = encoder(kind, x[0], how.width)
             whole = nn.Sequential(body, head(how.width, outputs))
-            fit(whole, (x, target), how.encoder_steps, how, seed)
+            fit(whole, (x, target), how.encoder_steps, seed=seed, batch=how.batch, rate=how.rate)
             progress("encoder")
             with torch.no_grad():
                 train, test = body(x), body(data.test[0])
@@ -197,7 +129,14 @@ def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterato
                 bridges[method] = bridge_of(method, how)
                 bridge = crossed(anchors, anchors, bridges[method])
                 heads[method] = head(bridge(train[:1]).shape[1], outputs)
-                fit(nn.Sequential(bridge, heads[method]), (train, target), how.head_steps, how, seed)
+                fit(
+                    nn.Sequential(bridge, heads[method]),
+                    (train, target),
+                    how.head_steps,
+                    seed=seed,
+                    batch=how.batch,
+                    rate=how.rate,
+                )
                 progress("heads")
         yield _Network(kind, test, anchors, bridges, heads)
 
@@ -223,7 +162,15 @@ def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
     return rows
 
 
-def stitching(data: Data, how: Trial) -> list[Row]:
+@dataclass(frozen=True)
+class Stitching:
+    """What came of every pair, and the spaces of the test images, by network."""
+
+    rows: tuple[Row, ...]
+    spaces: dict[str, Tensor]
+
+
+def stitching(data: Data, how: Trial) -> Stitching:
     """Train the networks of a trial and stitch every pair of them."""
     each = 1 + len(TRAINED)
     with tqdm(total=each * len(how.seeds) * len(how.kinds), desc=how.task, disable=None) as bar:
@@ -232,4 +179,7 @@ def stitching(data: Data, how: Trial) -> list[Row]:
             bar.set_postfix_str(what, refresh=False)
             bar.update()
 
-        return table([*networks(data, how, progress)], data, how)
+        made = [*networks(data, how, progress)]
+    names = [f"{kind} {seed}" for kind, seed in itertools.product(how.kinds, how.seeds)]
+    spaces = {name: network.test for name, network in zip(names, made, strict=True)}
+    return Stitching(tuple(table(made, data, how)), spaces)

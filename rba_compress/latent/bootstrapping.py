@@ -1,0 +1,258 @@
+"""Parallel anchors from a few pairs: which sample of one space is which of another.
+
+Cannistraci et al. 2023 (arXiv 2303.00721): the anchors of one space are samples of it, those of the
+other are free vectors on the sphere, moved until both relative spaces are the same cloud of points, as
+optimal transport matches them. A few pairs that are known, the seeds, are where that starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import mse_loss, normalize
+from tqdm import tqdm
+
+from rba_compress.errors import SpaceError
+from rba_compress.latent.anchors import Anchors, random_points
+from rba_compress.similarity import check_space, check_spaces, require
+
+Solver = Literal["adam", "least_squares"]
+STEPS: dict[Solver, int] = {"adam": 250, "least_squares": 40}
+EPSILON: dict[Solver, float] = {"adam": 1e-4, "least_squares": 1e-3}
+"""What the entropy of the transport falls to. A jump to the best vectors takes a softer match."""
+
+START = 1e-2
+"""What it falls from."""
+
+SWEEPS = 5
+"""Of Sinkhorn in a step, from the potentials of the one before; ten times as many in the first."""
+
+DAMPING = 0.1
+"""Of the least squares, as a share of the mean power of a channel."""
+
+
+@dataclass(frozen=True)
+class Bootstrapped:
+    """Anchors of two spaces that are taken to be parallel.
+
+    `x_vectors` and `y_vectors` are unit vectors about the centres: the relative spaces
+    `cos(x - x_centre, x_vectors)` and `cos(y - y_centre, y_vectors)` are what was made alike. `x_rows`
+    are samples of x, `y_rows` the samples nearest to `y_vectors`, each taken once; `x` and `y` are
+    these as anchors, for `stitch` and `aggregate`, their ids the rows of x.
+    """
+
+    x: Anchors
+    y: Anchors
+    x_rows: tuple[int, ...]
+    y_rows: tuple[int, ...]
+    x_vectors: Tensor  # (K, d_x)
+    y_vectors: Tensor  # (K, d_y)
+    x_centre: Tensor  # (d_x,)
+    y_centre: Tensor  # (d_y,)
+    losses: tuple[float, ...] = field(repr=False)
+    """Mean squared difference of y's relative space to what it was matched with, of every step."""
+
+
+def sinkhorn(
+    cost: Tensor, epsilon: float, *, sweeps: int, potential: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The transport of uniform masses over a cost (N, M) with entropy epsilon (Cuturi 2013), (N, M).
+
+    In the log domain: u_i = -log N - logsumexp_j(v_j - c_ij / epsilon), v_j likewise.
+
+    Args:
+        sweeps: updates of both potentials; rows that add up to 1 / N are met in the limit, columns that
+            add up to 1 / M always.
+        potential: v (M,) to start from, zero by default.
+
+    Returns:
+        The transport, and v.
+    """
+    rows, columns = cost.shape
+    scaled = -cost / epsilon
+    v = cost.new_zeros(columns) if potential is None else potential
+    for _ in range(sweeps):
+        u = -math.log(rows) - torch.logsumexp(scaled + v, dim=1)
+        v = -math.log(columns) - torch.logsumexp(scaled + u[:, None], dim=0)
+    return (scaled + u[:, None] + v).exp(), v
+
+
+@torch.no_grad()
+def bootstrap_anchors(
+    x_space: Tensor,
+    y_space: Tensor,
+    seeds: Sequence[tuple[int, int]],
+    n_anchors: int = 300,
+    *,
+    solver: Solver = "adam",
+    steps: int | None = None,
+    lr: float = 0.02,
+    epsilon: float | None = None,
+    start: float = START,
+    seed: int = 0,
+) -> Bootstrapped:
+    """Find anchors of y that are parallel to samples of x, from a few pairs that are known.
+
+    Both spaces are centred and put on the unit sphere. Of x, the seeds and other random samples are
+    the anchors A_x; of y, the seeds and free unit vectors. Each step matches the relative spaces,
+    X A_x^T and Y A_y^T, by optimal transport (`sinkhorn`, the first time by the seeds' columns alone),
+    and brings Y A_y^T nearer to what it was matched with:
+
+        adam            a step of Adam on A_y, then back onto the sphere: the paper's
+        least_squares   the A_y that is the best for this match, put onto the sphere
+
+    The paper keeps epsilon as it is (`start=epsilon`); here it falls from `start`, without which spaces
+    that are not close to each other are matched wrongly from the first step on. The paper reports that
+    15 seeds take the place of 300 pairs, on word vectors and on images; `benchmarks/results/anchors.md`
+    says what they recover here.
+
+    Args:
+        x_space, y_space: (N, d_x) and (M, d_y): samples of the same kind in no common order. A step
+            takes N M numbers: pass some thousand of each.
+        seeds: pairs (row of x, row of y), two or more; the paper takes 15.
+        n_anchors: how many to end with, seeds included.
+        solver: see above; `least_squares` takes an eighth of the time.
+        steps: 250 of Adam and 40 of least squares by default.
+        lr: of Adam.
+        epsilon: what the entropy ends at, 1e-4 and 1e-3 by default, in squared cosines.
+        seed: draws the other anchors and where the free vectors start.
+
+    Raises:
+        SpaceError: a space that is no matrix of numbers; the two on two devices; fewer than two seeds,
+            one that is no row, or a row twice; fewer anchors than seeds, or more than samples.
+    """
+    require(solver, get_args(Solver), "the solver")
+    x_rows, y_rows = _checked(x_space, y_space, seeds, n_anchors)
+    known, steps = len(x_rows), STEPS[solver] if steps is None else steps
+    x_centre, y_centre = x_space.mean(0), y_space.mean(0)
+    x, y = normalize(x_space - x_centre, dim=1), normalize(y_space - y_centre, dim=1)
+    drawn = [row for row in random_points(x, len(x), seed=seed) if row not in set(x_rows)]
+    x_rows += drawn[: n_anchors - known]
+    target = x @ x[x_rows].T  # (N, K)
+    fixed = y[y_rows]
+    free = y[[*random_points(y, n_anchors - known, seed=seed + 1)]] if n_anchors > known else y[:0]
+    moved = _least_squares(y) if solver == "least_squares" else _adam(y, free, lr)
+    potential, losses = None, []
+    end = EPSILON[solver] if epsilon is None else epsilon
+    bar = tqdm(range(steps if len(free) else 0), desc="anchors", unit="step", disable=None, leave=False)
+    for step in bar:
+        seen = y @ torch.cat([fixed, free]).T  # (M, K)
+        by = known if step == 0 else n_anchors
+        cost = torch.cdist(seen[:, :by], target[:, :by]).square() / by
+        eased = start * (end / start) ** (step / max(steps - 1, 1))
+        sweeps = 10 * SWEEPS if step == 0 else SWEEPS
+        transport, potential = sinkhorn(cost, eased, sweeps=sweeps, potential=potential)
+        matched = transport / transport.sum(1, keepdim=True) @ target
+        losses.append(float((seen - matched).square().mean()))
+        free = moved(matched[:, known:])
+    vectors = torch.cat([fixed, free])
+    y_rows += _nearest(free, y, y_rows)
+    return Bootstrapped(
+        x=Anchors(x_space[x_rows], tuple(x_rows)),
+        y=Anchors(y_space[y_rows], tuple(x_rows)),
+        x_rows=tuple(x_rows),
+        y_rows=tuple(y_rows),
+        x_vectors=x[x_rows],
+        y_vectors=vectors,
+        x_centre=x_centre,
+        y_centre=y_centre,
+        losses=tuple(losses),
+    )
+
+
+def _checked(
+    x_space: Tensor, y_space: Tensor, seeds: Sequence[tuple[int, int]], n_anchors: int
+) -> tuple[list[int], list[int]]:
+    """The seeds' rows of x, and of y."""
+    if x_space.device != y_space.device:
+        raise SpaceError(
+            f"x is on {x_space.device} and y on {y_space.device}: move both spaces to one device"
+        )
+    check_space(x_space, "x")
+    check_space(y_space, "y")
+    if len(seeds) < 2:
+        raise SpaceError(f"{len(seeds)} seeds: pass two or more pairs that are known, better 15")
+    rows = [int(pair[0]) for pair in seeds], [int(pair[1]) for pair in seeds]
+    for name, space, own in (("x", x_space, rows[0]), ("y", y_space, rows[1])):
+        outside = [row for row in own if not 0 <= row < len(space)]
+        if outside:
+            raise SpaceError(f"the seed {outside[0]} is no row of {name}, which has {len(space)}")
+        if len(set(own)) < len(own):
+            raise SpaceError(f"a row of {name} is in two seeds: pass each pair once")
+    if not len(seeds) <= n_anchors <= min(len(x_space), len(y_space)):
+        raise SpaceError(
+            f"{n_anchors} anchors from {len(seeds)} seeds, of {len(x_space)} and {len(y_space)} "
+            "samples: ask for as many as there are seeds at least, and no more than there are samples"
+        )
+    return rows
+
+
+def _adam(y: Tensor, free: Tensor, lr: float) -> Callable[[Tensor], Tensor]:
+    """Steps from `free` by the gradient of the mean squared error, each back onto the sphere."""
+    vectors = free.clone().requires_grad_()
+    optimizer = torch.optim.Adam([vectors], lr=lr)
+
+    def step(matched: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            mse_loss(y @ vectors.T, matched).backward()
+        optimizer.step()
+        with torch.no_grad():
+            vectors.copy_(normalize(vectors, dim=1))
+        return vectors.detach()
+
+    return step
+
+
+def _least_squares(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The best vectors of a match, damped, onto the sphere."""
+    power = y.T @ y
+    power.diagonal().add_(DAMPING * power.trace() / len(power))
+    inverse = torch.linalg.solve(power, y.T)
+    return lambda matched: normalize((inverse @ matched).T, dim=1)
+
+
+def _nearest(vectors: Tensor, space: Tensor, taken: Sequence[int]) -> list[int]:
+    """The row of a space nearest to each vector, each once, with the largest sum of cosines."""
+    cosines = (vectors @ space.T).cpu()
+    cosines[:, [*taken]] = -torch.inf
+    left = [row for row in range(len(space)) if row not in set(taken)]
+    _, found = linear_sum_assignment(cosines[:, left].numpy(), maximize=True)
+    return [left[k] for k in found]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well y's relative space finds x's, each sample its own counterpart, means over samples.
+
+    `jaccard` compares the ten nearest neighbours of y's sample in x's space with those of its
+    counterpart there; `mrr` is the mean reciprocal rank of the counterpart by cosine; `cosine` is the
+    cosine to it.
+    """
+
+    jaccard: float
+    mrr: float
+    cosine: float
+
+
+def retrieval(x_relative: Tensor, y_relative: Tensor, *, neighbours: int = 10) -> Retrieval:
+    """Of relative spaces (N, K) of the same samples in the same order, about parallel anchors.
+
+    Raises:
+        SpaceError: they are not of the same samples.
+    """
+    check_spaces([x_relative, y_relative])
+    x, y = normalize(x_relative, dim=1), normalize(y_relative, dim=1)
+    found, own = y @ x.T, x @ x.T
+    same = found.diagonal()
+    rank = (found > same[:, None]).sum(1) + 1
+    near, true = (sims.topk(min(neighbours, len(x))).indices for sims in (found, own))
+    shared = (near[:, :, None] == true[:, None]).sum((1, 2)).double()
+    jaccard = shared / (2 * near.shape[1] - shared)
+    return Retrieval(float(jaccard.mean()), float((1 / rank.double()).mean()), float(same.mean()))
