@@ -2,7 +2,7 @@
 
     rba-compress demo
     rba-compress supports deit_tiny_patch16_224
-    rba-compress compress --model deit_tiny_patch16_224 --weights deit.safetensors --images imagenet/ \
+    rba-compress compress --model deit_tiny_patch16_224 --weights deit.safetensors --images imagenet/ \\
         --macs 0.8 --html --out slim/
     rba-compress verify slim/
 

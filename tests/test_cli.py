@@ -344,7 +344,7 @@ def test_the_help_fits_a_screen_and_names_every_command(capsys: pytest.CaptureFi
             main(["--tyro-print-completion", shell])
         assert not stopped.value.code
         script = capsys.readouterr().out
-        assert all(name in script for name in ("demo", "compress", "verify", "bench"))
+        assert all(name in script for name in ("demo", "compress", "verify", "bench", "latent"))
 
 
 def test_what_is_written_is_timed_exported_and_told_as_json(
@@ -374,3 +374,28 @@ def test_what_is_written_is_timed_exported_and_told_as_json(
     assert "x.npy is not a readable .npy file" in capsys.readouterr().err
     assert main(["bench", slim, "--batch-sizes", "0"]) == 2
     assert "a batch of 0 samples" in capsys.readouterr().err
+
+
+QUICK = {
+    "stitch": ("--seeds", "0", "--anchors", "32", "--encoder-steps", "60", "--head-steps", "20"),
+    "anchors": ("--repetitions", "1", "--anchors", "60", "--samples", "200", "--runs", "least squares"),
+    "aggregate": ("--settings", "neither", "--steps", "40", "--anchors", "32"),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_spaces_of_several_networks_are_tabled_and_drawn(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    asked = ["latent", name, *QUICK[name], "--out", str(tmp_path / "mine")]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"saved to {tmp_path / 'mine-2' / 'picture.png'}"
+    assert imread(tmp_path / "mine-2" / "picture.png").std() > 0.05  # not blank
+    assert main([*asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == str(tmp_path / "mine-3")
+    assert len(told["rows"]) == len(lines) - 3  # without its head, a rule, and where it was saved
+    assert main(["latent", "anchors", "--repetitions", "1", "--seeds", "1"]) == 2
+    assert "1 seeds: pass two or more pairs that are known" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Row:
     """
 
     pair: str
+    samples: int
+    """That anchors were looked for in."""
     anchors: str
     jaccard: float
     mrr: float
@@ -95,7 +98,7 @@ def recovering(pair: Pair, how: AnchorTrial) -> Recovery:
         for repetition in range(how.repetitions):
             ways, found = _ways(pair, how, repetition, bar.update)
             measured.append(_measured(pair, how, ways, found, repetition))
-    rows = tuple(_row(pair.name, name, measured) for name in measured[0])
+    rows = tuple(_row(pair.name, name, how.samples, measured) for name in measured[0])
     return Recovery(rows, found, pair.train[1][: how.samples])
 
 
@@ -155,11 +158,17 @@ def _measured(
     return measured
 
 
-def _row(pair: str, name: str, measured: list[dict[str, dict[str, float]]]) -> Row:
+def _share(value: float, low: float, high: float) -> float:
+    """Of the way from low to high; NaN where there is none to go."""
+    return math.nan if low == high else (value - low) / (high - low)
+
+
+def _row(pair: str, name: str, samples: int, measured: list[dict[str, dict[str, float]]]) -> Row:
     each = [repetition[name] for repetition in measured]
-    shares = [(r[name]["mrr"] - r[SEEDS]["mrr"]) / (r[TRUE]["mrr"] - r[SEEDS]["mrr"]) for r in measured]
+    shares = [_share(*(r[way]["mrr"] for way in (name, SEEDS, TRUE))) for r in measured]
     return Row(
         pair=pair,
+        samples=samples,
         anchors=name,
         mrr_spread=statistics.pstdev(one["mrr"] for one in each),
         recovered=statistics.fmean(shares),

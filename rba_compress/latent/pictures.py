@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MARKERS = "os^Dvp*X"
 """Of tasks, in turn."""
 
+WRITTEN = 10
+"""Up to so many spaces, the numbers are written into a heatmap."""
+
 
 def plot_spaces(spaces: Mapping[str, Tensor], metrics: Sequence[Invariant] = INVARIANTS) -> Figure:
     """Relative similarity of every two spaces of the same samples, a heatmap for each invariance.
@@ -37,6 +40,10 @@ def plot_spaces(spaces: Mapping[str, Tensor], metrics: Sequence[Invariant] = INV
         axis.set_title(titles[metric].replace(": ", ":\n"), fontsize=10)
         axis.set_xticks(range(len(spaces)), [*spaces], rotation=60, ha="right", fontsize=8)
         axis.set_yticks(range(len(spaces)), [*spaces], fontsize=8)
+        for i, row in enumerate(values if len(spaces) <= WRITTEN else ()):
+            for j, value in enumerate(row):
+                ink = "black" if value > 0.6 else "white"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, shrink=0.8, label="correlation of relative spaces")
     return figure
 
@@ -59,7 +66,10 @@ def plot_anchors(found: Bootstrapped, y_space: Tensor, truth: Sequence[int]) -> 
     for axis, ends, title in zip(
         figure.subplots(1, 2, sharex=True, sharey=True),
         (vectors, nearest),
-        ("the vectors that were found", "the samples nearest to them"),
+        (
+            "the vectors that were found",
+            f"the samples nearest to them: {sum(right)} of {len(right)} are the true ones",
+        ),
         strict=True,
     ):
         axis.scatter(*flat.T, s=5, c="0.8", label="samples")
@@ -67,7 +77,7 @@ def plot_anchors(found: Bootstrapped, y_space: Tensor, truth: Sequence[int]) -> 
             axis.plot([a[0], b[0]], [a[1], b[1]], c="0.6", lw=0.6, zorder=1)
         axis.scatter(*real.T, s=16, facecolors="none", edgecolors="C0", label="true anchors")
         axis.scatter(*ends.T, s=12, marker="x", c="C3", lw=0.9, label="found")
-        axis.set_title(f"{title}: {sum(right)} of {len(right)} samples are the true ones", fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
     axis.legend(frameon=False, fontsize=8, loc="upper right")
@@ -85,6 +95,7 @@ def plot_aggregated(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(names), 3.6 * len(merged.spaces)), layout="constrained")
+    figure.suptitle("colour: class; marker: task, dots where several hold a sample", fontsize=11)
     grid = figure.subplots(len(merged.spaces), len(names), squeeze=False)
     for row, (setting, spaces) in zip(grid, merged.spaces.items(), strict=True):
         owners = merged.owners[setting]
