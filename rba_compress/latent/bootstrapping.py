@@ -147,8 +147,9 @@ def bootstrap_anchors(
         cost = torch.cdist(seen[:, :by], target[:, :by]).square() / by
         eased = start * (end / start) ** (step / max(steps - 1, 1))
         sweeps = 10 * SWEEPS if step == 0 else SWEEPS
-        transport, potential = sinkhorn(cost, eased, sweeps=sweeps, potential=potential)
-        matched = transport / transport.sum(1, keepdim=True) @ target
+        _, potential = sinkhorn(cost, eased, sweeps=sweeps, potential=potential)
+        # Each row of the transport over its sum, which may be too small a number to divide by.
+        matched = torch.softmax(potential - cost / eased, dim=1) @ target
         losses.append(float((seen - matched).square().mean()))
         free = moved(matched[:, known:])
     vectors = torch.cat([fixed, free])
