@@ -1,0 +1,59 @@
+"""Intervals: of a share by Wilson, of anything else by resampling patients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest
+
+SMALLEST = 11
+"""Cells of fewer people are not shown (the rule of the US Centers for Medicare & Medicaid Services)."""
+
+
+class Interval(BaseModel):
+    """A value and its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    @property
+    def is_none(self) -> bool:
+        """Whether zero lies in it."""
+        return self.low <= 0 <= self.high
+
+
+def share(events: int, count: int) -> Interval:
+    """Of events among a count, Wilson's."""
+    test = binomtest(events, count)
+    found = test.proportion_ci(method="wilson")
+    return Interval(value=events / count, low=found.low, high=found.high)
+
+
+def by_patient(
+    measure: Callable[[np.ndarray], float], patients: np.ndarray, *, times: int = 500, seed: int = 0
+) -> Interval:
+    """A measure of rows, with the percentiles of it over patients drawn with replacement.
+
+    Args:
+        measure: of row numbers, which may repeat; NaN where it cannot be taken.
+        patients: whose each row is, numbered from 0 without gaps.
+        times: how often patients are drawn.
+    """
+    order = np.argsort(patients, kind="stable")
+    starts = np.searchsorted(patients[order], np.arange(patients.max() + 2))
+    groups = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    generator = np.random.default_rng(seed)
+    drawn = [
+        measure(np.concatenate([groups[k] for k in generator.integers(0, len(groups), len(groups))]))
+        for _ in range(times)
+    ]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return Interval(value=float(measure(np.arange(len(patients)))), low=float(low), high=float(high))
