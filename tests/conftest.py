@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import threadpoolctl
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from rba_compress.digits import Split, batches, digits_data, digits_model
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; so do the processes that they start.
     torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
 

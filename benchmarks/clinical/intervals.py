@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -49,7 +50,7 @@ def by_patient(
     """
     order = np.argsort(patients, kind="stable")
     starts = np.searchsorted(patients[order], np.arange(patients.max() + 2))
-    groups = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    groups = [order[a:b] for a, b in itertools.pairwise(starts)]
     generator = np.random.default_rng(seed)
     drawn = [
         measure(np.concatenate([groups[k] for k in generator.integers(0, len(groups), len(groups))]))

@@ -75,7 +75,7 @@ def _count(name: str, meaning: str, low: int, high: int, unit: str = "") -> Colu
     return Column(name=name, meaning=meaning, low=low, high=high, unit=unit)
 
 
-DRUGS = [
+DRUGS = (
     "metformin",
     "repaglinide",
     "nateglinide",
@@ -99,7 +99,7 @@ DRUGS = [
     "glimepiride-pioglitazone",
     "metformin-rosiglitazone",
     "metformin-pioglitazone",
-]
+)
 DIAGNOSES = ("diag_1", "diag_2", "diag_3")
 ICD9 = r"\d{1,3}(\.\d{1,2})?|V\d{2}(\.\d{1,2})?|E\d{3}(\.\d)?"
 AGES = _ages(10, 100)
@@ -221,10 +221,8 @@ def validated(table: pd.DataFrame) -> pd.DataFrame:
     own = failures[failures["column"] == name].sort_values("index")
     rule = "each once" if first["check"] == "field_uniqueness" else BY_NAME[name].rule
     rows = own["index"].drop_duplicates()
-    shown = ", ".join(
-        f"row {int(i)}: {v!r}"
-        for i, v in zip(own["index"][:SHOWN], own["failure_case"][:SHOWN], strict=True)
-    )
+    first_few = own[["index", "failure_case"]].head(SHOWN).itertuples(index=False)
+    shown = ", ".join(f"row {int(index)}: {value!r}" for index, value in first_few)
     raise ClinicalError(f"column {name!r} must hold {rule}; {len(rows)} rows do not ({shown})")
 
 

@@ -1,0 +1,107 @@
+"""The transformer made smaller without training: what it saves, and what it costs whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.clinical.intervals import SMALLEST, Interval
+from benchmarks.clinical.prediction import OUTCOME, FTTransformer, Parts, groups_of, interval, scored
+from rba_compress import Budget, Config, Result, compress, export_onnx, load
+
+SAMPLES = 6000
+"""Stays of the choosing part that are calibrated on."""
+
+
+class Difference(BaseModel):
+    """Slim less dense in one group of the test part, paired: each resampling scores both."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: str
+    group: str
+    count: int
+    auroc: Interval
+    brier: Interval
+
+
+class Compression(BaseModel):
+    """Before and after."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: str
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    latency_ratio: float
+    agreement: float
+    divergence: float
+    auroc: tuple[float, float]
+    brier: tuple[float, float]
+    auroc_difference: Interval
+    brier_difference: Interval
+    subgroups: tuple[Difference, ...]
+    onnx_bytes: tuple[int, int]
+    onnx_latency_ratio: float | None
+    onnx_difference: float
+    """Of the slim file from PyTorch at the most, relative."""
+
+
+def shrink(
+    model: FTTransformer, x: np.ndarray, y: np.ndarray, found: Parts, *, kept: float, seed: int = 0
+) -> Result:
+    """Compress to a share of the multiply-accumulates, on stays that it was not trained on."""
+    rows = np.random.default_rng(seed).permutation(found.choose)[:SAMPLES]
+    pairs = (torch.from_numpy(v[rows]).split(250) for v in (x, y))
+    loader = list(zip(*pairs, strict=True))
+    return compress(model, loader, budget=Budget(macs=kept), config=Config(seed=seed))
+
+
+def measured(
+    result: Result, model: FTTransformer, x: np.ndarray, table: pd.DataFrame, directory: Path
+) -> tuple[Compression, np.ndarray]:
+    """Save it, read it back, export it, and compare both on the test part; and the slim one's scores.
+
+    Args:
+        x: the encoded test part.
+        table: the rows behind it.
+        directory: where the slim model goes; `load(directory, base=model)` reads it.
+    """
+    result.save(directory)
+    slim = load(directory, base=model)
+    example = torch.from_numpy(x[:256])
+    certificate = export_onnx(slim, directory / "model.onnx", example, dense=model)
+    y, patients = table[OUTCOME].to_numpy(), table["patient"].to_numpy()
+    dense, after = scored(model, x), scored(slim, x)
+    groups = []
+    for by, values in groups_of(table).items():
+        for name in sorted(values.unique()):
+            own = (values == name).to_numpy()
+            if min(y[own].sum(), (1 - y[own]).sum()) < SMALLEST:
+                continue
+            both = {
+                m: interval(m, y[own], after[own], patients[own], minus=dense[own])
+                for m in ("auroc", "brier")
+            }
+            groups.append(Difference(by=by, group=name, count=int(own.sum()), **both))
+    report = result.report
+    return Compression(
+        plan=str(result.plan),
+        params=(report.dense.params, report.slim.params),
+        macs=(report.dense.macs, report.slim.macs),
+        latency_ratio=report.latency.ratio,
+        agreement=report.fidelity.agreement or 0.0,
+        divergence=report.fidelity.divergence,
+        auroc=tuple(interval("auroc", y, s, patients).value for s in (dense, after)),
+        brier=tuple(interval("brier", y, s, patients).value for s in (dense, after)),
+        auroc_difference=interval("auroc", y, after, patients, minus=dense),
+        brier_difference=interval("brier", y, after, patients, minus=dense),
+        subgroups=tuple(groups),
+        onnx_bytes=(certificate.dense.bytes if certificate.dense else 0, certificate.slim.bytes),
+        onnx_latency_ratio=certificate.latency.ratio if certificate.latency else None,
+        onnx_difference=max(parity.max_rel for parity in certificate.parity),
+    ), after
