@@ -1,0 +1,3 @@
+from benchmarks.clinical.pipeline import main
+
+main()
