@@ -37,7 +37,7 @@ def test_the_command_line_compresses_the_real_deit_tiny(
         "images": images,
         "split": images / "calibration.txt",
         "test-split": images / "test.txt",
-        "macs": 0.85,
+        "macs": 0.9,
         "out": tmp_path / "slim",
         "device": "cpu",
     }
@@ -45,8 +45,8 @@ def test_the_command_line_compresses_the_real_deit_tiny(
     assert "on 500 samples (test split test.txt)" in capsys.readouterr().out
     report = Report.model_validate_json((tmp_path / "slim" / "report.json").read_text())
     assert report.fidelity.accuracy_dense == 0.792
-    assert report.slim.macs <= 0.85 * report.dense.macs
-    assert report.latency.ratio < 0.95
+    assert report.slim.macs <= 0.9 * report.dense.macs
+    assert report.latency.ratio < 0.98
     assert report.fidelity.accuracy_slim is not None
     assert report.fidelity.accuracy_slim > 0.772  # 97.5 % of dense
     assert report.fidelity.agreement is not None

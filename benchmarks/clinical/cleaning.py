@@ -94,19 +94,20 @@ def clean(raw: pd.DataFrame, codes: Mapping[str, Mapping[str, str]]) -> Cleaned:
     def remove(rule: str, which: pd.Series, reason: str) -> None:
         nonlocal table
         audit.append(Entry(rule=rule, action="rows removed", count=int(which.sum()), reason=reason))
-        table = table[~which]
+        table = table[~which].copy()
 
     def repair(rule: str, column: str, which: pd.Series, value: str, reason: str) -> None:
         audit.append(Entry(rule=rule, action="cells repaired", count=int(which.sum()), reason=reason))
         table.loc[which, column] = value
 
     def drop(rule: str, column: str, reason: str) -> None:
+        nonlocal table
         audit.append(Entry(rule=rule, action="column dropped", count=len(table), reason=reason))
-        table.drop(columns=column, inplace=True)
+        table = table.drop(columns=column)
 
     others = [name for name in table if name != "encounter_id"]
     remove("repeated rows", table.duplicated(others), "the same stay under two numbers")
-    remove("sex not recorded", table["gender"] == "Unknown/Invalid", "three stays: no subgroup")
+    remove("sex not recorded", table["gender"] == "Unknown/Invalid", "no subgroup to be told apart in")
     gone = table["discharge_disposition_id"].isin(ENDED)
     remove("death or hospice", gone, "these patients cannot be readmitted")
 

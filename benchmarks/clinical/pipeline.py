@@ -39,6 +39,7 @@ from benchmarks.clinical.analysis import (
 )
 from benchmarks.clinical.cleaning import NUMBERS, Cleaned, Entry, clean, first_stays
 from benchmarks.clinical.compression import Compression, measured, shrink
+from benchmarks.clinical.intervals import SMALLEST
 from benchmarks.clinical.prediction import (
     OUTCOME,
     Encoding,
@@ -251,6 +252,7 @@ class Pipeline:
     def run(self) -> Path:
         """Every stage, then the report; returns its path."""
         values = {
+            "audit": shown(self.cleaning.audit),
             "cleaning": self.cleaning,
             "analysis": self.analysis,
             "prediction": self.prediction,
@@ -278,6 +280,23 @@ class Pipeline:
         dictionary = pages.get_template("dictionary.html").render(columns=COLUMNS, version=VERSION)
         _write(self.how.out / "dictionary.html", dictionary)
         return path
+
+
+def shown(audit: Sequence[Entry]) -> list[Entry]:
+    """The log without what met nothing; small counts are in those of the next rule of their kind."""
+    found: list[Entry] = []
+    for entry in audit:
+        last = found[-1] if found else None
+        if last and last.count < SMALLEST and last.action == entry.action:
+            found[-1] = Entry(
+                rule=f"{last.rule}; {entry.rule}",
+                action=entry.action,
+                count=last.count + entry.count,
+                reason=f"{last.reason}; {entry.reason}",
+            )
+        elif entry.count:
+            found.append(entry)
+    return [entry for entry in found if entry.count >= SMALLEST]
 
 
 def _embedded(figure: Figure) -> str:

@@ -108,6 +108,8 @@ class FTTransformer(nn.Module):
     Gorishniy et al. 2021, arXiv 2106.11959. Takes what `Encoding` gives, (N, columns); gives (N, 2).
     """
 
+    starts: Tensor
+
     def __init__(
         self, numbers: int, sizes: tuple[int, ...], *, width: int = 32, depth: int = 6, heads: int = 4
     ) -> None:
@@ -208,7 +210,11 @@ def baselines(x: np.ndarray, y: np.ndarray, found: Parts, *, seed: int = 0) -> S
     models = {"logistic regression": linear, "boosted trees": trees}
     for model in models.values():
         model.fit(x[found.train], y[found.train])
-    return {name: model.predict_proba(x[found.test])[:, 1] for name, model in models.items()}
+    # Columns of a matrix are no rows in memory, which is how a file would read them.
+    return {
+        name: np.ascontiguousarray(model.predict_proba(x[found.test])[:, 1])
+        for name, model in models.items()
+    }
 
 
 class Quality(BaseModel):
