@@ -456,22 +456,22 @@ def benchmark(
 def block_times(
     model: nn.Module, chains: Sequence[Chain], batch: Batch, *, passes: int = 7
 ) -> list[list[float]]:
-    """Of each chain, the shares of its blocks in the network's time.
+    """Of each chain, the shares of its blocks in the network's time, the median over passes.
 
-    Both are the least over passes: what else the machine does adds to a time, and takes from none.
+    A block is compared with the pass that it is part of: a pass that something else slowed down is
+    slow as a whole.
     """
     moved, clock = batch.to(model), _clock(model)
-    runs: list[list[list[float]]] = []
-    wholes: list[float] = []
+    shares: list[list[list[float]]] = []
     with evaluating(model):
         for _ in range(passes + 1):
             start = clock()
             reached = observe(model, chains, moved, clock=clock).times
-            wholes.append(clock() - start)
-            runs.append([[at[b + 1] - at[b] for b in range(len(at) - 1)] for at in reached])
-    warm, least = runs[1:], min(wholes[1:])
+            whole = clock() - start
+            shares.append([[(at[b + 1] - at[b]) / whole for b in range(len(at) - 1)] for at in reached])
+    # The first pass is a warm-up.
     return [
-        [min(run[c][b] for run in warm) / least for b in range(len(chain))]
+        [statistics.median(seen[c][b] for seen in shares[1:]) for b in range(len(chain))]
         for c, chain in enumerate(chains)
     ]
 
