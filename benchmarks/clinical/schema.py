@@ -45,6 +45,11 @@ class Column(BaseModel):
     missing: tuple[str, ...] = ()
 
     @property
+    def type(self) -> str:
+        """What kind of value it is."""
+        return "whole number" if self.low is not None else "code" if self.pattern else "category"
+
+    @property
     def rule(self) -> str:
         """What may stand in it, in words."""
         also = f", or {' or '.join(self.missing)} where missing" if self.missing else ""
