@@ -9,24 +9,21 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.clinical.intervals import SMALLEST, Interval
-from benchmarks.clinical.prediction import OUTCOME, FTTransformer, Parts, groups_of, interval, scored
+from benchmarks.clinical.intervals import Interval
+from benchmarks.clinical.prediction import (
+    MEASURES,
+    OUTCOME,
+    FTTransformer,
+    Parts,
+    Subgroup,
+    interval,
+    scored,
+    subgroups,
+)
 from rba_compress import Budget, Config, Result, compress, export_onnx, load
 
 SAMPLES = 6000
 """Stays of the choosing part that are calibrated on."""
-
-
-class Difference(BaseModel):
-    """Slim less dense in one group of the test part, paired: each resampling scores both."""
-
-    model_config = ConfigDict(frozen=True)
-
-    by: str
-    group: str
-    count: int
-    auroc: Interval
-    brier: Interval
 
 
 class Compression(BaseModel):
@@ -44,7 +41,8 @@ class Compression(BaseModel):
     brier: tuple[float, float]
     auroc_difference: Interval
     brier_difference: Interval
-    subgroups: tuple[Difference, ...]
+    subgroups: tuple[Subgroup, ...]
+    """Slim less dense."""
     onnx_bytes: tuple[int, int]
     onnx_latency_ratio: float | None
     onnx_difference: float
@@ -77,17 +75,6 @@ def measured(
     certificate = export_onnx(slim, directory / "model.onnx", example, dense=model)
     y, patients = table[OUTCOME].to_numpy(), table["patient"].to_numpy()
     dense, after = scored(model, x), scored(slim, x)
-    groups = []
-    for by, values in groups_of(table).items():
-        for name in sorted(values.unique()):
-            own = (values == name).to_numpy()
-            if min(y[own].sum(), (1 - y[own]).sum()) < SMALLEST:
-                continue
-            both = {
-                m: interval(m, y[own], after[own], patients[own], minus=dense[own])
-                for m in ("auroc", "brier")
-            }
-            groups.append(Difference(by=by, group=name, count=int(own.sum()), **both))
     report = result.report
     return Compression(
         plan=str(result.plan),
@@ -96,11 +83,11 @@ def measured(
         latency_ratio=report.latency.ratio,
         agreement=report.fidelity.agreement or 0.0,
         divergence=report.fidelity.divergence,
-        auroc=tuple(interval("auroc", y, s, patients).value for s in (dense, after)),
-        brier=tuple(interval("brier", y, s, patients).value for s in (dense, after)),
+        auroc=tuple(float(MEASURES["auroc"](y, s)) for s in (dense, after)),
+        brier=tuple(float(MEASURES["brier"](y, s)) for s in (dense, after)),
         auroc_difference=interval("auroc", y, after, patients, minus=dense),
         brier_difference=interval("brier", y, after, patients, minus=dense),
-        subgroups=tuple(groups),
+        subgroups=tuple(subgroups(table, after, minus=dense)),
         onnx_bytes=(certificate.dense.bytes if certificate.dense else 0, certificate.slim.bytes),
         onnx_latency_ratio=certificate.latency.ratio if certificate.latency else None,
         onnx_difference=max(parity.max_rel for parity in certificate.parity),

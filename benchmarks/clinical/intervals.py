@@ -22,9 +22,6 @@ class Interval(BaseModel):
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
     @property
     def is_none(self) -> bool:
         """Whether zero lies in it."""

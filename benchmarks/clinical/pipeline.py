@@ -117,7 +117,7 @@ class Pipeline:
 
     def stage(self, name: str, make: Callable[[Path], BaseModel], kind: type[BaseModel]) -> Any:
         """A finished stage's record, or that of `make`, which fills a folder that appears whole."""
-        folder, key = self.how.out / name, self._key()
+        folder, key = self.how.out / name, self._key
         record = folder / RECORD
         if record.exists():
             known = json.loads(record.read_text())
@@ -138,6 +138,7 @@ class Pipeline:
         self.seconds[name] = time.perf_counter() - began
         return value
 
+    @cached_property
     def _key(self) -> str:
         """Of the records, the settings and this code."""
         hashed = hashlib.sha256()

@@ -229,7 +229,7 @@ class Quality(BaseModel):
 
 
 class Subgroup(BaseModel):
-    """Of one model in one group of the test part; groups with too few are left out."""
+    """Of one model, or of two one less the other, in one group of the test part."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -277,8 +277,14 @@ def groups_of(table: pd.DataFrame) -> dict[str, pd.Series]:
     return {"sex": table["gender"], "age": age_group(table["age"]), "race": table["race"]}
 
 
-def subgroups(table: pd.DataFrame, scores: np.ndarray) -> list[Subgroup]:
-    """By sex, age and race, of the rows that were scored."""
+def subgroups(
+    table: pd.DataFrame, scores: np.ndarray, *, minus: np.ndarray | None = None
+) -> list[Subgroup]:
+    """By sex, age and race, of the rows that were scored; groups with too few are left out.
+
+    Args:
+        minus: other scores of the same rows, of which the difference is taken, in pairs.
+    """
     found = []
     y, patients = table[OUTCOME].to_numpy(), table["patient"].to_numpy()
     for by, values in groups_of(table).items():
@@ -287,7 +293,11 @@ def subgroups(table: pd.DataFrame, scores: np.ndarray) -> list[Subgroup]:
             events = int(y[own].sum())
             if min(events, int(own.sum()) - events) < SMALLEST:
                 continue
-            measured = {m: interval(m, y[own], scores[own], patients[own]) for m in ("auroc", "brier")}
+            less = None if minus is None else minus[own]
+            measured = {
+                m: interval(m, y[own], scores[own], patients[own], minus=less)
+                for m in ("auroc", "brier")
+            }
             found.append(Subgroup(by=by, group=name, count=int(own.sum()), events=events, **measured))
     return found
 

@@ -74,13 +74,18 @@ def sinkhorn(
     Returns:
         The transport, and v.
     """
-    rows, columns = cost.shape
     scaled = -cost / epsilon
-    v = cost.new_zeros(columns) if potential is None else potential
+    u, v = _swept(scaled, cost.new_zeros(cost.shape[1]) if potential is None else potential, sweeps)
+    return (scaled + u[:, None] + v).exp(), v
+
+
+def _swept(scaled: Tensor, v: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+    """The potentials u and v after so many updates, of -c / epsilon."""
+    rows, columns = scaled.shape
     for _ in range(sweeps):
         u = -math.log(rows) - torch.logsumexp(scaled + v, dim=1)
         v = -math.log(columns) - torch.logsumexp(scaled + u[:, None], dim=0)
-    return (scaled + u[:, None] + v).exp(), v
+    return u, v
 
 
 @torch.no_grad()
@@ -138,7 +143,7 @@ def bootstrap_anchors(
     fixed = y[y_rows]
     free = y[[*random_points(y, n_anchors - known, seed=seed + 1)]] if n_anchors > known else y[:0]
     moved = _least_squares(y) if solver == "least_squares" else _adam(y, free, lr)
-    potential, losses = None, []
+    potential, losses = x.new_zeros(len(x)), []
     end = EPSILON[solver] if epsilon is None else epsilon
     bar = tqdm(range(steps if len(free) else 0), desc="anchors", unit="step", disable=None, leave=False)
     for step in bar:
@@ -147,9 +152,10 @@ def bootstrap_anchors(
         cost = torch.cdist(seen[:, :by], target[:, :by]).square() / by
         eased = start * (end / start) ** (step / max(steps - 1, 1))
         sweeps = 10 * SWEEPS if step == 0 else SWEEPS
-        _, potential = sinkhorn(cost, eased, sweeps=sweeps, potential=potential)
+        scaled = -cost / eased
+        _, potential = _swept(scaled, potential, sweeps)
         # Each row of the transport over its sum, which may be too small a number to divide by.
-        matched = torch.softmax(potential - cost / eased, dim=1) @ target
+        matched = torch.softmax(scaled + potential, dim=1) @ target
         losses.append(float((seen - matched).square().mean()))
         free = moved(matched[:, known:])
     vectors = torch.cat([fixed, free])

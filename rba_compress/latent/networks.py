@@ -89,13 +89,11 @@ def trained(
     width: int,
     steps: int,
     seed: int,
-    batch: int = 64,
-    rate: float = 1e-3,
 ) -> nn.Sequential:
     """An encoder and a head, trained together on inputs (N, C, S, S) and targets."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = encoder(kind, pairs[0][0], width)
         whole = nn.Sequential(body, head(width, outputs))
-    fit(whole, pairs, steps, seed=seed, batch=batch, rate=rate)
+    fit(whole, pairs, steps, seed=seed)
     return whole
