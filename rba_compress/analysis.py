@@ -42,7 +42,7 @@ class _Candidate:
     call: Call
     leaks: dict[fx.Node, list[fx.Node]]  # values read outside of it, and their outside readers
     reads: dict[fx.Node, None]  # values from outside that it reads, in order
-    keeps_shape: bool  # some float output has the shape of an input
+    keeps_shape: bool  # some output has the shape of an input
     stream: fx.Node | None = None  # the one value that leaves it
     entry: fx.Node | None = None  # the stream that it reads
     reason: str = ""
@@ -129,17 +129,23 @@ def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Ca
         module = modules.get(call.path)
         if module is None or call.path in found or not any(True for _ in module.children()):
             continue
-        if not any(True for _ in module.parameters()):
+        quantized = any("quantized" in type(m).__module__ for m in module.modules())
+        if not quantized and not any(True for _ in module.parameters()):
             continue
         leaks, reads = flow.leaks.get(call, {}), flow.reads.get(call, {})
         outputs = leaks if isinstance(model, fx.GraphModule) else call.outputs.values()
         inputs = {n.meta["shape"] for n in reads if n.op != "get_attr"}
-        keeps_shape = any(_is_float(n) and n.meta["shape"] in inputs for n in outputs)
-        candidate = found[call.path] = _Candidate(call, leaks, reads, keeps_shape)
+        alike = [n for n in outputs if n.meta["shape"] is not None and n.meta["shape"] in inputs]
+        candidate = found[call.path] = _Candidate(call, leaks, reads, bool(alike))
         repeated = [p for p in _ancestors(call.path) if times[p] > 1]
-        if repeated:
+        if alike and not any(map(_is_float, alike)):
+            dtype = str(alike[0].meta["dtype"]).removeprefix("torch.")
+            candidate.reason = f"its stream is of {dtype}, and maps are of floating-point numbers"
+        elif repeated:
             outer = "" if repeated[-1] == call.path else f"it is inside {repeated[-1]}, which "
             candidate.reason = f"{outer or 'it '}is called {times[repeated[-1]]} times"
+        elif quantized:
+            candidate.reason = "its weights are quantised: compress the network before it is quantised"
         elif call.path in sharing:
             candidate.reason = "it shares {} with {}".format(*sharing[call.path])
         elif len(candidate.leaks) != 1:

@@ -207,6 +207,7 @@ def compared_outputs(output: Any) -> tuple[Tensor, ...]:
     for top in tops if isinstance(tops, Iterable) and not isinstance(output, Tensor) else [output]:
         leaves = top if isinstance(top, (tuple, list)) else [top]
         found += [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1]
+    found = [t for t in found if len(t) == len(main)] if main.ndim else []
     return tuple(found) or (main,)
 
 

@@ -20,7 +20,7 @@ from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.files import below, read_tensors, tensor_digest, write_tensors
 from rba_compress.markup import html_table
-from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind
+from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind, require_samples
 from rba_compress.moments import device_bytes, moment_bytes
 from rba_compress.offload import device_of, loaded, undispatched
 from rba_compress.plan import Chain, Config, Frozen, Refusal
@@ -218,6 +218,7 @@ def profile(
     split = Split(loader, config.seed)
     example = split.first()
     support, recording = discover(model, example)
+    require_samples(recording, model)
     require_chains(support, model)
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:

@@ -70,6 +70,7 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
 
     A second recording of other samples drops what depends on the input's values.
     """
+    _require_weights(model)
     size = len(batch)
     batch = batch.to(model)
     first = batch.select(list(range(min(2, size))))
@@ -96,6 +97,18 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     told = [path for refusal in refusals for path in refusal.paths]
     refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
     return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+
+
+def _require_weights(model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: a weight has no value yet.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(f"{name} is a lazy parameter without a size: run the model on a batch first")
+        if tensor.is_meta:
+            raise ModelError(f"{name} lies on the meta device, without a value: load the weights first")
 
 
 def _others(batch: Batch) -> list[Batch]:

@@ -27,6 +27,18 @@ class BudgetError(RBAError):
     """The budget is contradictory, or below what any allowed plan reaches."""
 
 
+class ConfigError(RBAError):
+    """A setting does not exist, or its value means nothing."""
+
+
+class FidelityError(RBAError):
+    """The network that was found is further from the original than anyone asked for."""
+
+
+class MemoryLimitError(RBAError):
+    """Memory ran out; the message says how much was wanted, and for what."""
+
+
 class PlanError(RBAError):
     """A plan does not fit the model, or the tensors beside it do not fit the plan."""
 

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
-from rba_compress.errors import ActivationError
+from rba_compress.errors import ActivationError, ModelError
 from rba_compress.moments import Total
 from rba_compress.offload import device_of, undispatched
 from rba_compress.plan import Chain, Frozen
 from rba_compress.ranks import current
-from rba_compress.recorder import Recording, evaluating, record
+from rba_compress.recorder import Recording, evaluating, record, running
 from rba_compress.streams import observe
 
 Divergence = Literal["kl", "nse", "cosine", "given"]
@@ -113,12 +113,36 @@ class Fidelity(Frozen):
         return self.accuracy_dense - self.accuracy_slim
 
 
+def kept(part: float, whole: float) -> float:
+    """What is left of a cost, as a share; all of it, where there was none."""
+    return part / whole if whole else 1.0
+
+
 def cost(model: nn.Module, batch: Batch) -> Cost:
     """MACs of one sample and the number of parameters (shared ones once)."""
     model = undispatched(model)
     parameters = sum(p.numel() for p in model.parameters())
     sample = batch.to(model).select(list(range(min(2, len(batch)))))
     return Cost(macs=record(model, sample).macs, params=parameters)
+
+
+def require_samples(recording: Recording, model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: the output holds no floating-point tensor, or does not count samples first.
+    """
+    kind, named = type(model).__name__, recording.outputs.items()
+    floats = {path[-1:]: n for path, n in reversed(named) if n.meta["dtype"].is_floating_point}
+    if not floats:
+        found = ", ".join(str(node.meta["dtype"]) for _, node in named) or "no tensor"
+        raise ModelError(f"the output of {kind} holds no floating-point tensor ({found}): there is "
+                         "nothing to measure a slim network by")
+    shape = floats.get(("logits",), [*floats.values()][-1]).meta["shape"]
+    if shape[:1] != (recording.samples,):
+        raise ModelError(
+            f"{kind} gives an output of shape {tuple(shape)} for {recording.samples} samples: what is "
+            "lost is measured sample by sample. Let its output have one row a sample"
+        )
 
 
 def output_kind(recording: Recording) -> Divergence:
@@ -402,10 +426,14 @@ def fidelity(
         watch: is told of each batch.
     """
 
+    def ran(model: nn.Module, batch: Batch) -> Any:
+        with running(model, batch):
+            return batch.run(model)
+
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:
             moved = batch.to(dense)
-            yield moved.run(dense), batch.to(slim).run(slim), moved
+            yield ran(dense, moved), ran(slim, batch.to(slim)), moved
 
     with evaluating(dense), evaluating(slim):
         return compare_outputs(criterion, outputs(), watch)

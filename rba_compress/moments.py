@@ -174,6 +174,12 @@ def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
     return 8 * pairs * width**2 + 2 * held + 4 * (window + 1) * width**2
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def device_bytes(device: torch.device) -> int:
     """Memory of a device."""
     if device.type == "cuda":

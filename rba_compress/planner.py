@@ -36,7 +36,7 @@ from rba_compress.drafts import (
 from rba_compress.errors import ActivationError, BudgetError, PlanError
 from rba_compress.fitter import Fitter
 from rba_compress.judge import Judge
-from rba_compress.measure import benchmark, block_times
+from rba_compress.measure import benchmark, block_times, kept
 from rba_compress.offload import undispatched
 from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step, Unit
 from rba_compress.recorder import unwrap
@@ -190,8 +190,8 @@ class Search:
             wanted = ", ".join(f"{name} <= {self.limits[name]:,.0f}" for name in missed)
             raise BudgetError(
                 f"no plan reaches {wanted} (of {dense.macs:,} macs, {dense.params:,} params): the "
-                f"cheapest reachable is {floor.macs:,} macs ({floor.macs / dense.macs:.3f}) and "
-                f"{floor.params:,} params ({floor.params / dense.params:.3f})"
+                f"cheapest reachable is {floor.macs:,} macs ({kept(floor.macs, dense.macs):.3f}) and "
+                f"{floor.params:,} params ({kept(floor.params, dense.params):.3f})"
                 + (". An int is absolute: 1.0 keeps all" if 1 in self.limits.values() else "")
             )
 
@@ -218,8 +218,8 @@ class Search:
             for name in self.lacking(best.load)
         )
         reached = (
-            f"{best.load.macs:,} macs ({best.load.macs / dense.macs:.3f}), {best.load.params:,} params "
-            f"({best.load.params / dense.params:.3f})"
+            f"{best.load.macs:,} macs ({kept(best.load.macs, dense.macs):.3f}), {best.load.params:,} params "
+            f"({kept(best.load.params, dense.params):.3f})"
             + (f", {best.load.latency:.3f} of the latency" if "latency" in self.limits else "")
             + f" at divergence {best.mean:.4g}"
         )
@@ -498,12 +498,12 @@ class Search:
                 r for r in draft.solution.plan.replacements if (self.order[r.chain], r.start) == place
             )
             base = self.without(draft, old)
-            kept = [
+            cheap = [
                 m
                 for m in self.fitter.moves(base, [(place[0], old.start, old.stop, old.unit)])
                 if not self.lacking(base.load - m.saving, draft.load)
             ]
-            found = self.judge_moves(base, kept, lambda _, judged: float(judged.mean()))
+            found = self.judge_moves(base, cheap, lambda _, judged: float(judged.mean()))
             if found and self.wins(found[0][3], draft.judged.divergence):
                 move, before = found[0][2], draft.mean
                 draft = self.draft(with_move(base, move), base.load - move.saving)

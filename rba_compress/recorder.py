@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from rba_compress.batches import Batch
-from rba_compress.errors import ModelError
+from rba_compress.errors import ModelError, RBAError
+from rba_compress.moments import out_of_memory
 from rba_compress.plan import Path
 
 _aten = torch.ops.aten
@@ -133,6 +134,10 @@ class _Recorder(TorchDispatchMode):
         self._on_storage: dict[int, list[int]] = {}
         named = (*model.named_parameters(), *model.named_buffers())
         self._names = {id(tensor): name for name, tensor in named}
+        self._owned = {_storage(t): (n, t) for n, t in model.state_dict(keep_vars=True).items()
+                       if isinstance(t, Tensor)}
+        self.written: dict[str, tuple[Tensor, Tensor]] = {}
+        """Tensors of the state dict that the pass writes into, and what they held before."""
 
     def place(self, tensor: Tensor, node: fx.Node) -> None:
         """`node` now produces the value of `tensor`."""
@@ -174,7 +179,15 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            # There whole layers come here, which are taken apart elsewhere.
+            with self:
+                return func.decompose(*args, **kwargs)
         node_args, node_kwargs = self._as_fx(args), self._as_fx(kwargs)
+        for written in _written(func, args, kwargs):
+            name, own = self._owned.get(_storage(written), ("", written))
+            if name and name not in self.written:
+                self.written[name] = own, own.detach().clone()
         out = func(*args, **kwargs)
         node = self._add(self.graph.call_function(func, node_args, node_kwargs), out)
         node.meta["macs"] = op_macs(func, args, kwargs, out)
@@ -279,11 +292,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def running(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """An error of a forward pass in it is a `ModelError`, unless it has a name or is of memory.
+
+    Raises:
+        ModelError: the forward pass fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RBAError) or out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.tensors.items())
+        raise ModelError(
+            f"the forward pass of {type(model).__name__} fails on a batch of {len(batch)} samples "
+            f"({shapes}): {type(error).__name__}: {error}. Pass batches that the model accepts, of any "
+            "number of samples"
+        ) from error
+
+
 def record(model: nn.Module, batch: Batch) -> Recording:
     """Record one forward pass of `model` (any mode; it runs in eval mode) on a batch on its device.
 
     Raises:
-        ModelError: the forward pass fails.
+        ModelError: the forward pass fails, or writes into what the state dict holds, which is put back.
     """
     recorder = _Recorder(model)
     for name, tensor in batch.tensors.items():
@@ -292,17 +325,21 @@ def record(model: nn.Module, batch: Batch) -> Recording:
     constants: dict[str, Any] = {}
     with evaluating(model):
         try:
-            if isinstance(model, fx.GraphModule):
-                output = _run_graph(recorder, model, batch, values, constants)
-            else:
-                output = _run_module(recorder, model, batch)
-        except Exception as error:
-            raise ModelError(
-                f"the forward pass of {type(model).__name__} fails on a batch of {len(batch)} samples "
-                f"({', '.join(f'{k} {tuple(t.shape)}' for k, t in batch.tensors.items())}): "
-                f"{type(error).__name__}: {error}. Pass batches that the model accepts, of any number "
-                "of samples"
-            ) from error
+            with running(model, batch):
+                if isinstance(model, fx.GraphModule):
+                    output = _run_graph(recorder, model, batch, values, constants)
+                else:
+                    output = _run_module(recorder, model, batch)
+        finally:
+            for own, before in recorder.written.values():
+                own.copy_(before)
+    if recorder.written:
+        names = ", ".join(map(repr, list(recorder.written)[:3]))
+        raise ModelError(
+            f"the forward pass of {type(model).__name__} writes into its state dict in eval mode ({names}"
+            "): it would not be left as it is. Let it write in training alone, or register the buffer "
+            "with persistent=False"
+        )
     outputs = recorder.leaves(output)
     node = recorder.graph.output(tuple(outputs.values()))
     node.meta |= {"calls": (), "macs": 0, "index": recorder.count}

@@ -16,7 +16,7 @@ from rba_compress.changed import Changed
 from rba_compress.details import Details, Summary
 from rba_compress.files import write_text
 from rba_compress.markup import html_table, text_table
-from rba_compress.measure import DIVERGENCES, Cost, Fidelity, Latency
+from rba_compress.measure import DIVERGENCES, Cost, Fidelity, Latency, kept
 from rba_compress.plan import Frozen
 from rba_compress.similarity import TITLES
 
@@ -49,9 +49,9 @@ class Report(Frozen):
         f, t = self.fidelity, self.latency
         return Summary(
             macs=self.slim.macs,
-            macs_kept=round(self.slim.macs / self.dense.macs, 5),
+            macs_kept=round(kept(self.slim.macs, self.dense.macs), 5),
             params=self.slim.params,
-            params_kept=round(self.slim.params / self.dense.params, 5),
+            params_kept=round(kept(self.slim.params, self.dense.params), 5),
             latency_ratio=round(t.ratio, 4),
             latency_low=round(t.ratio_low, 4),
             latency_high=round(t.ratio_high, 4),
@@ -88,9 +88,9 @@ class Report(Frozen):
             _row(divergence_name(f), "0", f"{f.divergence:.4f}"),
             _row("output cosine", "1", f"{f.cosine:.4f}"),
             _row("parameters", f"{self.dense.params:,}", f"{self.slim.params:,}",
-                 self.slim.params / self.dense.params),
+                 kept(self.slim.params, self.dense.params)),
             _row("MACs", f"{self.dense.macs:,}", f"{self.slim.macs:,}",
-                 self.slim.macs / self.dense.macs),
+                 kept(self.slim.macs, self.dense.macs)),
             _row(f"latency, batch {t.batch}", f"{t.dense_ms:.2f} ms", f"{t.slim_ms:.2f} ms", t.ratio),
         ]  # fmt: skip
         return rows

@@ -12,11 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from rba_compress.batches import Batch
 from rba_compress.errors import ModelError
 from rba_compress.plan import Chain
-from rba_compress.recorder import graph_arguments
+from rba_compress.recorder import graph_arguments, running
 
 
-class _Reached(Exception):  # noqa: N818  not an error: it ends a pass that has seen enough
-    pass
+class _Reached(BaseException):
+    """Ends a pass that has seen enough: no error, so nothing on the way out takes it for one."""
 
 
 @dataclass
@@ -50,17 +50,20 @@ def observe(
         clock: read at every boundary.
 
     Raises:
-        ModelError: a block writes into its input, so that a boundary is gone when it is read.
+        ModelError: the forward pass fails; a block runs twice, or writes into its input, so that a
+            boundary is gone when it is read.
     """
     seen = Observed(streams=[{} for _ in chains], times=[{} for _ in chains])
     versions: list[tuple[Tensor, int, str]] = []
 
     def keep(chain: int, boundary: int, tensor: Tensor) -> None:
         blocks = chains[chain].blocks
+        if boundary in seen.streams[chain]:
+            raise ModelError(_other_ways(blocks[max(boundary - 1, 0)].path, "ran twice", batch))
         seen.streams[chain][boundary] = tensor
         if clock is not None:
             seen.times[chain][boundary] = clock()
-        if boundary < len(blocks):
+        if boundary < len(blocks) and not tensor.is_inference():  # which have no versions
             versions.append((tensor, tensor._version, blocks[boundary].path))
         if stop == (chain, boundary):
             raise _Reached
@@ -73,11 +76,12 @@ def observe(
 
     handles = [model.get_submodule(p).register_forward_hook(keep_layer(p)) for p in layers]
     try:
-        if isinstance(model, fx.GraphModule):
-            seen.output = _run_graph(model, chains, batch, keep)
-        else:
-            handles += _hook_blocks(model, chains, keep)
-            seen.output = batch.run(model)
+        with running(model, batch):
+            if isinstance(model, fx.GraphModule):
+                seen.output = _run_graph(model, chains, batch, keep)
+            else:
+                handles += _hook_blocks(model, chains, keep)
+                seen.output = batch.run(model)
     except _Reached:
         pass
     finally:
@@ -95,10 +99,21 @@ def run_with_streams(
     """The output of a model that is not rewritten, and each chain's streams h_0 .. h_L.
 
     Raises:
-        ModelError: as `observe`.
+        ModelError: as `observe`; a block did not run.
     """
     seen = observe(model, chains, batch)
+    for chain, found in zip(chains, seen.streams, strict=True):
+        missing = next((b for b, block in enumerate(chain.blocks) if b + 1 not in found), None)
+        if missing is not None:
+            raise ModelError(_other_ways(chain.blocks[missing].path, "did not run", batch))
     return seen.output, [[found[j] for j in range(len(found))] for found in seen.streams]
+
+
+def _other_ways(path: str, what: str, batch: Batch) -> str:
+    return (
+        f"the block {path} {what} on a batch of {len(batch)} samples: the forward pass takes other ways "
+        "for other data. Pass data that takes one way, or a network without such branches"
+    )
 
 
 def _hook_blocks(
