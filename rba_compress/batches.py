@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,14 +23,18 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from rba_compress.errors import LoaderError, ModelError
+from rba_compress.errors import LoaderError, ModelError, RBAError
 from rba_compress.files import below
+from rba_compress.moments import out_of_memory
 from rba_compress.offload import execution_device
 from rba_compress.ranks import ALONE, Ranks, current
 
 Part = Literal["fit", "choose", "confirm"]
+
+ENDLESS = 100_000
+"""Batches after which a loader that tells no length is taken for one without an end."""
 
 _PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("choose",) * 4 + ("confirm",)
 
@@ -58,6 +63,19 @@ class Batch:
             rows = tensor[:1] if tensor.ndim and not whole else tensor
             hashed.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return int.from_bytes(hashed.digest(), "big", signed=True)
+
+    def digests(self) -> list[int]:
+        """Of each sample, to tell copies."""
+        n = len(self)
+        rows = [t for t in self.tensors.values() if t.ndim and len(t) == n]
+        parts = [t.detach().cpu().contiguous().reshape(n, -1).view(torch.uint8).numpy() for t in rows]
+        found = []
+        for each in zip(*parts, strict=True):
+            hashed = hashlib.blake2b(digest_size=8)
+            for part in each:
+                hashed.update(part.data)
+            found.append(int.from_bytes(hashed.digest(), "big", signed=True))
+        return found
 
     def state(self) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
         """Its keywords that are no tensors, and its tensors, by a name that says where they belong.
@@ -215,7 +233,7 @@ def as_batch(item: Any) -> Batch:
     """Read one item of a loader.
 
     Raises:
-        LoaderError: the item is none of the known forms, or holds no sample.
+        LoaderError: the item is none of the known forms, or holds no sample, or no values.
     """
     labels = None
     first = item
@@ -240,6 +258,12 @@ def as_batch(item: Any) -> Batch:
     sized = [t for t in batch.tensors.values() if t.ndim]
     if not sized or len(batch) == 0:
         raise LoaderError("a batch holds no sample: yield tensors whose first dimension counts samples")
+    for name, tensor in batch.tensors.items():
+        if tensor.is_meta:
+            raise LoaderError(f"a batch holds {name} on the meta device, without values: yield real data")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise LoaderError(f"a batch holds {name} as a {kind} tensor: yield dense ones")
     if labels is not None and len(labels) != len(batch):
         raise LoaderError(f"a batch has {len(batch)} samples and {len(labels)} labels")
     return batch
@@ -253,6 +277,8 @@ def _labels(value: Any) -> Tensor | None:
         except (TypeError, ValueError, RuntimeError):
             return None
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return None
+    if value.is_meta:
         return None
     if value.ndim == 2 and value.shape[1] == 1:
         value = value[:, 0]
@@ -320,26 +346,73 @@ def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]
             even_batches=False,
             dispatch_batches=False,
         )
-        for (index, start), item in zip(shared, own, strict=True):
+        for (index, start), item in zip(shared, _items(own), strict=True):
             yield index, start, item
         return
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        raise LoaderError(
-            f"the loader is a {type(loader).__name__}, which cannot be iterated: pass an iterable of "
-            "batches, such as a DataLoader"
-        ) from None
-    if iterator is loader:
-        raise LoaderError(
-            f"the loader is a one-shot {type(loader).__name__} and is read more than once: pass a "
-            "DataLoader, or list(loader)"
-        )
     start = 0
-    for index, item in enumerate(iterator):
+    for index, item in enumerate(_items(loader)):
         if index % ranks.count == ranks.rank:
             yield index, start, item
         start += len(as_batch(item))
+
+
+def _items(loader: Iterable[Any]) -> Iterator[Any]:
+    """What a loader yields.
+
+    Raises:
+        LoaderError: it cannot be iterated, or only once; it raises; it does not end.
+    """
+    kind = type(loader).__name__
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise LoaderError(
+            f"the loader is a {kind}, which cannot be iterated: pass an iterable of batches, such as a "
+            "DataLoader"
+        )
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise LoaderError(f"the loader is a dataset, a {kind}: pass DataLoader(dataset, batch_size=32)")
+    with _named(0):
+        iterator = iter(loader)
+    if iterator is loader:
+        raise LoaderError(
+            f"the loader is a one-shot {kind} and is read more than once: pass a DataLoader, or "
+            "list(loader)"
+        )
+    for index in itertools.count():
+        with _named(index):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        if index >= ENDLESS and _length(loader) is None:
+            raise LoaderError(
+                f"the loader, a {kind}, gave more than {ENDLESS} batches and has no length: is it without "
+                "an end? Pass [*itertools.islice(loader, 100)], or give it a __len__"
+            )
+        yield item
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """
+    Raises:
+        LoaderError: the loader's own code raises in it, or one of its workers died.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RBAError) or out_of_memory(error):
+            raise
+        raise LoaderError(
+            f"batch {index} of the loader could not be read ({type(error).__name__}: {error}): its "
+            "dataset or transform fails there, or a worker of it ended"
+        ) from error
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # one of an IterableDataset has a __len__ that raises
+        return None
 
 
 def _describe(kinds: dict[str, torch.dtype]) -> str:
@@ -378,6 +451,8 @@ class Split:
         self._starts = [0, *itertools.accumulate(lengths[:-1])]
         self.samples = 0
         """Of the loader, on all ranks, once it was dealt."""
+        self.copies = (0, 0)
+        """Held-out samples that are copies of samples to fit on, of how many; once it was dealt."""
 
     def first(self) -> Batch:
         """The first batch, whole, on every rank."""
@@ -428,14 +503,24 @@ class Split:
             LoaderError: as `part`.
         """
         samples, found = 0, dict.fromkeys(parts, 0)
+        digests: dict[bool, list[int]] = {True: [], False: []}
+        first = not self._whole
         for start, batch in self._read(self.ranks):
             samples += len(batch)
+            for row, digest in enumerate(batch.digests() if first else ()):
+                digests[self._dealt(start + row) == "fit"].append(digest)
             for part in parts:
                 rows = [r for r in range(len(batch)) if self._dealt(start + r) == part]
                 if rows:
                     found[part] += len(rows)
                     yield part, [self._place(start + r) for r in rows], batch.select(rows)
         self.samples = int(self.ranks.sum(samples))
+        if first:
+            fitted, held = (
+                torch.cat(self.ranks.gathered(torch.tensor(digests[fit], dtype=torch.long)))
+                for fit in (True, False)
+            )
+            self.copies = int(torch.isin(held, fitted).sum()), len(held)
         for part, count in found.items():
             if not self.ranks.sum(count):
                 raise LoaderError(

@@ -20,7 +20,15 @@ from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.files import below, read_tensors, tensor_digest, write_tensors
 from rba_compress.markup import html_table
-from rba_compress.measure import Cost, Criterion, Divergence, Function, output_kind, require_samples
+from rba_compress.measure import (
+    Cost,
+    Criterion,
+    Divergence,
+    Function,
+    output_kind,
+    output_shape,
+    require_labels,
+)
 from rba_compress.moments import device_bytes, moment_bytes
 from rba_compress.offload import device_of, loaded, undispatched
 from rba_compress.plan import Chain, Config, Frozen, Refusal
@@ -104,13 +112,15 @@ class Profile:
             if getattr(self, what) != getattr(other, what):
                 raise PlanError(f"the two profiles differ in their {what}: profile both alike")
         pairs = list(zip(self.chains, other.chains, strict=True))
+        of_rows = {*_warnings(self.chains), *_warnings(other.chains)}
+        others = [w for w in (*self.warnings, *other.warnings) if w not in of_rows]
         return replace(
             self,
             chains=tuple(a + b for a, b in pairs),
             samples=self.samples + other.samples,
             order=self.order + other.order,
             lengths=self.lengths + other.lengths,
-            warnings=_warnings([a + b for a, b in pairs]),
+            warnings=(*dict.fromkeys(others), *_warnings([a + b for a, b in pairs])),
         )
 
     def save(self, path: str | Path) -> None:
@@ -218,8 +228,11 @@ def profile(
     split = Split(loader, config.seed)
     example = split.first()
     support, recording = discover(model, example)
-    require_samples(recording, model)
+    output = output_shape(recording, model)
     require_chains(support, model)
+    criterion = _criterion(recording, config, divergence)
+    if criterion.kind == "kl" and len(output) == 2:
+        require_labels(example.labels, output[-1])
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:
         ranks.require_equal("model", int(weights[:15], 16))
@@ -255,14 +268,14 @@ def profile(
         chains=states,
         refusals=support.refusals,
         dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
-        criterion=_criterion(recording, config, divergence),
+        criterion=criterion,
         samples=samples,
         config=config,
         example=example,
         order=split.order(),
         lengths=(split.samples,),
         window=window,
-        warnings=(*narrowed, *_warnings(states)),
+        warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
     )
 
 
@@ -393,6 +406,15 @@ def _require_finite(states: Iterable[ChainProfile]) -> None:
                     f"{where} holds NaN or infinity: check the calibration samples; in float16, run "
                     "the model in bfloat16 or float32"
                 )
+
+
+def _copied(copies: int, held: int) -> list[str]:
+    if not copies:
+        return []
+    return [
+        f"{copies} of {held} held-out samples are copies of samples that are fitted on: what is measured "
+        "on them is too good. Remove duplicates"
+    ]
 
 
 def _warnings(states: Iterable[ChainProfile]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from rba_compress.batches import Batch, as_batch, compared_outputs
 from rba_compress.demand import packet_of
-from rba_compress.errors import ActivationError, ModelError
+from rba_compress.errors import ActivationError, LoaderError, ModelError
 from rba_compress.moments import Total
 from rba_compress.offload import device_of, undispatched
 from rba_compress.plan import Chain, Frozen
@@ -126,22 +126,41 @@ def cost(model: nn.Module, batch: Batch) -> Cost:
     return Cost(macs=record(model, sample).macs, params=parameters)
 
 
-def require_samples(recording: Recording, model: nn.Module) -> None:
-    """
+def output_shape(recording: Recording, model: nn.Module) -> tuple[int, ...]:
+    """The shape of what a slim network is measured by: `logits`, or the first floating-point output.
+
     Raises:
-        ModelError: the output holds no floating-point tensor, or does not count samples first.
+        ModelError: there is none, or its first dimension does not count samples.
     """
     kind, named = type(model).__name__, recording.outputs.items()
-    floats = {path[-1:]: n for path, n in reversed(named) if n.meta["dtype"].is_floating_point}
+    floats = [(path, n.meta["shape"]) for path, n in named if n.meta["dtype"].is_floating_point]
     if not floats:
         found = ", ".join(str(node.meta["dtype"]) for _, node in named) or "no tensor"
-        raise ModelError(f"the output of {kind} holds no floating-point tensor ({found}): there is "
-                         "nothing to measure a slim network by")
-    shape = floats.get(("logits",), [*floats.values()][-1]).meta["shape"]
+        raise ModelError(
+            f"the output of {kind} holds no floating-point tensor ({found}): there is nothing to measure "
+            "a slim network by"
+        )
+    shape: tuple[int, ...] = next((s for p, s in floats if p[-1:] == ("logits",)), floats[0][1])
     if shape[:1] != (recording.samples,):
         raise ModelError(
-            f"{kind} gives an output of shape {tuple(shape)} for {recording.samples} samples: what is "
-            "lost is measured sample by sample. Let its output have one row a sample"
+            f"{kind} gives an output of shape {shape} for {recording.samples} samples: what is lost is "
+            "measured sample by sample. Let its output have one row a sample"
+        )
+    return shape
+
+
+def require_labels(labels: Tensor | None, classes: int) -> None:
+    """
+    Raises:
+        LoaderError: a label is of none of the model's classes.
+    """
+    if labels is None or not len(labels):
+        return
+    worst = next((v for v in (int(labels.min()), int(labels.max())) if not 0 <= v < classes), None)
+    if worst is not None:
+        raise LoaderError(
+            f"a batch holds the label {worst}, the model has {classes} classes (0 to {classes - 1}): map "
+            "the labels to them, or yield the inputs alone"
         )
 
 
@@ -280,6 +299,9 @@ def scored(dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor |
     Returns:
         (N, 3) float64: whether they agree (a share where there are tokens), and whether each is right;
         NaN where that is not known.
+
+    Raises:
+        LoaderError: as `require_labels`.
     """
     first, second = dense.argmax(-1), slim.argmax(-1)
     equal = (first == second).double().reshape(len(first), -1)
@@ -288,6 +310,7 @@ def scored(dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor |
     if labels is None or labels.shape != first.shape:
         right = [torch.full_like(agreed, torch.nan)] * 2
     else:
+        require_labels(labels, dense.shape[-1])
         right = [(found == labels.to(found.device)).double() for found in (first, second)]
     return torch.stack([agreed, *right], 1)
 
@@ -424,6 +447,10 @@ def fidelity(
 
     Args:
         watch: is told of each batch.
+
+    Raises:
+        ModelError: a forward pass fails.
+        ActivationError: the output of the dense network holds NaN or infinity.
     """
 
     def ran(model: nn.Module, batch: Batch) -> Any:
@@ -433,7 +460,10 @@ def fidelity(
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:
             moved = batch.to(dense)
-            yield ran(dense, moved), ran(slim, batch.to(slim)), moved
+            wanted = ran(dense, moved)
+            if not all(bool(t.isfinite().all()) for t in compared_outputs(wanted)):
+                raise ActivationError("the model's output holds NaN or infinity on held-out samples")
+            yield wanted, ran(slim, batch.to(slim)), moved
 
     with evaluating(dense), evaluating(slim):
         return compare_outputs(criterion, outputs(), watch)

@@ -12,11 +12,13 @@ Batches are folded in as they are seen and two states merge exactly (Chan, Golub
 
 so the memory does not depend on the number of rows, and the order of batches does not matter.
 Products are taken in float32 (float64 for float64 streams) on the batch's centred rows, whatever the
-model's dtype; everything is accumulated in float64.
+model's dtype; everything is accumulated in float64. Where squares would leave the range of the dtype the
+rows of a boundary are first brought to about 1 by a power of two, which rounds nothing.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,15 +69,18 @@ class PairMoments:
         shift_x, shift_y = mean_x.to(x.dtype), mean_y.to(y.dtype)
         rest_x, rest_y = mean_x - shift_x, mean_y - shift_y
         x, y, n = x - shift_x, y - shift_y, float(len(x))
+        by_x, by_y = (_power(rows.abs().amax()) if rows.numel() else 1.0 for rows in (x, y))
+        if (by_x, by_y) != (1.0, 1.0):
+            x, y = x * by_x, y * by_y
         with full_precision(x.device):
-            xx, xy = (x.T @ x).to(_FLOAT64), (x.T @ y).to(_FLOAT64)
+            xx, xy = (x.T @ x).to(_FLOAT64) / by_x**2, (x.T @ y).to(_FLOAT64) / (by_x * by_y)
         return cls(
             n,
             mean_x,
             mean_y,
             xx - n * torch.outer(rest_x, rest_x),
             xy - n * torch.outer(rest_x, rest_y),
-            y.square().sum(0, dtype=_FLOAT64) - n * rest_y.square(),
+            y.square().sum(0, dtype=_FLOAT64) / by_y**2 - n * rest_y.square(),
         )
 
     def __add__(self, other: PairMoments) -> PairMoments:
@@ -137,6 +142,18 @@ class PairMoments:
     def raw_xy(self) -> Tensor:
         """sum x^T y, not centred: (d_x, d_y)."""
         return self.xy + self.n * torch.outer(self.mean_x, self.mean_y)
+
+
+def _power(peak: Tensor) -> float:
+    """The power of two that brings rows of a largest absolute value to about 1; 1 where their squares lie
+    well within the range of their dtype.
+    """
+    limits, value = torch.finfo(peak.dtype), float(peak)
+    if limits.tiny**0.25 < value < limits.max**0.25 or not 0 < value < math.inf:
+        return 1.0
+    # A denormal number may be further from 1 than any power that the dtype holds.
+    exponent = max(math.frexp(limits.tiny)[1], min(-math.frexp(limits.tiny)[1], math.frexp(value)[1]))
+    return 2.0**-exponent
 
 
 @contextmanager
@@ -279,6 +296,10 @@ class Moments:
         rows -= shift[:, None]
         if weights is not None:
             rows *= weights.sqrt()
+        by = [_power(peak) for peak in rows.abs().amax((1, 2)).cpu()]
+        scaled = any(power != 1 for power in by)
+        if scaled:
+            rows *= torch.tensor(by, dtype=dtype, device=rows.device)[:, None, None]
         # What rounding the mean to `dtype` left is in the products and is taken out again.
         rest, gap, total = mean - shift.to(_FLOAT64), mean - self._mean, self._n + n
         left = torch.stack([self._n * n / total * gap, -n * rest], dim=-1)  # (B, d, 2)
@@ -286,7 +307,11 @@ class Moments:
         with full_precision(rows.device):
             for j, comoment in enumerate(self._comoment):
                 before = slice(self._first(j), j + 1)
-                comoment.add_(rows[before].mT @ rows[j])
+                product = rows[before].mT @ rows[j]
+                if scaled:
+                    whole = torch.tensor(by[before], dtype=_FLOAT64, device=rows.device) * by[j]
+                    product = product.to(_FLOAT64) / whole[:, None, None]
+                comoment.add_(product)
                 comoment.baddbmm_(left[before], right[j].expand(len(comoment), -1, -1))
         self._mean += gap * (n / total)
         self._n = total
