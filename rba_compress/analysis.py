@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from torch import fx, nn
 
 from rba_compress.demand import ALL, demand, packet_of
-from rba_compress.plan import Block, Branch, Chain, Input, Path, Refusal, Signature
+from rba_compress.plan import Block, Branch, Chain, Input, Path, Refusal, Signature, nested
 from rba_compress.recorder import Call, Recording, module_stack
 
 _aten = torch.ops.aten
@@ -112,11 +112,6 @@ def analyse(model: nn.Module, recording: Recording) -> Analysis:
         for candidate in run:
             candidate.reason = chain
     return Analysis(_named(chains), tuple(candidates))
-
-
-def nested(path: str, other: str) -> bool:
-    """Whether one module path is the other, or inside of it."""
-    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
 
 
 def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Candidate]:

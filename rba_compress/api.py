@@ -109,7 +109,7 @@ def compress(
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
             `NoChainError`, `ActivationError`, `BudgetError`.
     """
-    dense = unwrap(model)
+    budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
     found = search(dense, seen, loader, budget=budget)
     confirm = list(seen.split(loader).part("confirm"))
@@ -197,7 +197,7 @@ def heal(
         ArtifactError: the checkpoint cannot be written, or is of another training.
         RankError: one of several processes ended.
     """
-    healing, dense = healing or Healing(), unwrap(original)
+    healing, dense = Healing.of(healing) or Healing(), unwrap(original)
     path = None if checkpoint is None else Path(checkpoint)
     if not isinstance(slim, Result):
         network = unwrap(slim)

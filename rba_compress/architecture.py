@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from torch import fx, nn
 
 from rba_compress.errors import WeightsError
@@ -27,6 +27,18 @@ class Architecture(Frozen):
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords of `timm.create_model`, or the fields of the config, `model_type` among them."""
 
+    @model_validator(mode="after")
+    def _fetches_nothing(self) -> Self:
+        # Names such as hf-hub:..., weights and kernels of a hub are downloaded by these libraries.
+        if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
+            raise ValueError(f"{self.name!r} is no name of an architecture of {self.library}")
+        flaw = next(_fetching(self.arguments), None)
+        if flaw is not None:
+            raise ValueError(
+                f"the argument {flaw} fetches or loads something: an architecture does not"
+            )
+        return self
+
     def build(self) -> nn.Module:
         """The network with random weights, in eval mode.
 
@@ -37,7 +49,7 @@ class Architecture(Frozen):
         try:
             with torch.random.fork_rng(devices=[]):  # random weights, but not of the user's state
                 return construct().eval()
-        except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, KeyError) as error:
+        except Exception as error:  # whatever a library raises at arguments that it does not take
             raise WeightsError(
                 f"{self.library} cannot build {self.name!r} with {self.arguments}: {error}"
             ) from error
@@ -86,6 +98,23 @@ class Architecture(Frozen):
         return self.model_copy(update={"arguments": {**self.arguments, **changes}})
 
 
+_FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+_FETCHING |= {"trust_remote_code", "auto_map", "quantization_config"}
+
+
+def _fetching(value: JsonValue) -> Iterator[str]:
+    """Keys below a value with which timm or transformers fetch or load something."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            kernel = key.endswith("implementation") and isinstance(item, str) and {*item} & {*"/:@"}
+            if key in _FETCHING or kernel:
+                yield f"{key}={str(item)[:60]!r}"
+            yield from _fetching(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _fetching(item)
+
+
 def architecture_of(model: nn.Module) -> Architecture | None:
     """What builds a network, as far as it tells; None where it is neither timm's nor transformers'."""
     if isinstance(model, fx.GraphModule):
@@ -119,10 +148,11 @@ def _transformers_architecture(model: nn.Module) -> Architecture | None:
     if not type(model).__module__.startswith("transformers.") or not hasattr(config, "to_json_string"):
         return None
     fields = json.loads(config.to_json_string(use_diff=False))
-    fields = {k: v for k, v in fields.items() if v is not None and k != "transformers_version"}
-    attention = getattr(config, "_attn_implementation", None)
-    if isinstance(attention, str):
-        fields["attn_implementation"] = attention
+    dropped = {"transformers_version", *_FETCHING}
+    fields = {k: v for k, v in fields.items() if v is not None and k not in dropped}
+    attention = {"attn_implementation": getattr(config, "_attn_implementation", None)}
+    if isinstance(attention["attn_implementation"], str) and not any(_fetching(attention)):
+        fields |= attention
     return Architecture(library="transformers", name=type(model).__name__, arguments=fields)
 
 

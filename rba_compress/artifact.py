@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import field_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
     Sealed,
+    parsed,
+    read_json,
     read_sealed,
     require_intact,
     require_vacant,
@@ -39,7 +41,7 @@ from rba_compress.files import (
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
 from rba_compress.offload import device_of, in_memory
-from rba_compress.plan import Plan
+from rba_compress.plan import Dtype, Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
@@ -65,7 +67,7 @@ class Manifest(Sealed):
     plan: Plan
     tied: dict[str, str]
     """State-dict keys that are stored under another key."""
-    buffers: dict[str, str]
+    buffers: dict[str, Dtype]
     """Dtypes of the buffers that no state dict holds."""
     sha256: dict[str, str]
     """Of the files beside this one."""
@@ -74,6 +76,16 @@ class Manifest(Sealed):
     probe: Probe | None = None
     """What the slim network gives on inputs alike, to know it again; None where none can be drawn."""
     versions: dict[str, str]
+
+    @field_validator("sha256")
+    @classmethod
+    def _of_files_beside(cls, value: dict[str, str]) -> dict[str, str]:
+        stray = next((n for n in value if n in (".", "..") or {*n} & {*"/\\\0"} or not n), None)
+        if stray is not None:
+            raise ValueError(f"{stray!r} is no file of this directory")
+        if WEIGHTS not in value:
+            raise ValueError(f"it says nothing of {WEIGHTS}")
+        return value
 
     @property
     def builder(self) -> Architecture | None:
@@ -280,10 +292,7 @@ def read_report(root: Path) -> Report | None:
     path = root / REPORT
     if not path.is_file():
         return None
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ArtifactError(f"{path} is not a report that this version reads: {error}") from error
+    return parsed(path, Report, read_json(path))
 
 
 def _restore(

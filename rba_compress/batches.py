@@ -260,7 +260,9 @@ def as_batch(item: Any) -> Batch:
         raise LoaderError("a batch holds no sample: yield tensors whose first dimension counts samples")
     for name, tensor in batch.tensors.items():
         if tensor.is_meta:
-            raise LoaderError(f"a batch holds {name} on the meta device, without values: yield real data")
+            raise LoaderError(
+                f"a batch holds {name} on the meta device, without values: yield real data"
+            )
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise LoaderError(f"a batch holds {name} as a {kind} tensor: yield dense ones")

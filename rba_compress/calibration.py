@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -153,8 +153,7 @@ class Profile:
         """
         header, tensors = read_tensors(Path(path), SavedProfile)
         chains = started(header.chains, header.window, device)
-        for k, profiled in enumerate(chains):
-            profiled.restore(str(k), tensors)
+        restore(Path(path), chains, tensors)
         example = below("example.", tensors)
         own = {n: getattr(header, n) for n in Profile.__dataclass_fields__ if hasattr(header, n)}
         return Profile(
@@ -223,7 +222,7 @@ def profile(
         ActivationError: activations hold NaN or infinity.
         ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
-    config = config or Config()
+    config = Config.of(config) or Config()
     model = undispatched(unwrap(model))
     split = Split(loader, config.seed)
     example = split.first()
@@ -353,9 +352,21 @@ def _resumed(path: Path, expected: Checkpoint, states: Sequence[ChainProfile]) -
             f"{path} is the checkpoint of another profile (of other weights, data, settings or number "
             "of processes): name another file, or remove it"
         )
-    for k, state in enumerate(states):
-        state.restore(str(k), tensors)
+    restore(path, states, tensors)
     return header.batches, header.samples
+
+
+def restore(path: Path, states: Sequence[ChainProfile], tensors: Mapping[str, Tensor]) -> None:
+    """Let states take over what a file holds.
+
+    Raises:
+        ArtifactError: it holds something else.
+    """
+    try:
+        for k, state in enumerate(states):
+            state.restore(str(k), tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{path} does not hold the moments of its chains: {error}") from error
 
 
 def _moments_size(chains: Sequence[Chain], window: int | None) -> int:

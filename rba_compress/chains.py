@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rba_compress.analysis import analyse, nested
+from rba_compress.analysis import analyse
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.errors import ModelError, NoChainError
 from rba_compress.offload import undispatched
-from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost
+from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost, nested
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
@@ -106,7 +106,9 @@ def _require_weights(model: nn.Module) -> None:
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
-            raise ModelError(f"{name} is a lazy parameter without a size: run the model on a batch first")
+            raise ModelError(
+                f"{name} is a lazy parameter without a size: run the model on a batch first"
+            )
         if tensor.is_meta:
             raise ModelError(f"{name} lies on the meta device, without a value: load the weights first")
 

@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rba_compress.errors import ArtifactError
+from rba_compress.errors import ArtifactError, RBAError
 from rba_compress.plan import Frozen
 
 BLANK = "0" * 64
+LARGEST = 1 << 28
+"""Bytes of JSON: what is larger is not read."""
 T = TypeVar("T", bound="Sealed")
 R = TypeVar("R", bound=Frozen)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
@@ -57,18 +59,13 @@ def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1
     Raises:
         ArtifactError: it is missing, of a newer schema, not of that kind, or not what was written.
     """
-    name = kind.__name__.lower()
-    try:
-        content = path.read_bytes()
-        schema = json.loads(content).get("schema_version")
-        if isinstance(schema, int) and schema > newest:
-            raise ArtifactError(
-                f"{path} has schema {schema}, this version reads up to {newest}: upgrade rba_compress"
-            )
-        value = kind.model_validate_json(content)
-    except (OSError, ValueError, AttributeError) as error:
-        what = f"not a {name}" if isinstance(error, ValidationError) else "unreadable"
-        raise ArtifactError(f"{path} is {what}: {error}") from error
+    content = read_json(path)
+    schema = _schema(content)
+    if schema > newest:
+        raise ArtifactError(
+            f"{path} has schema {schema}, this version reads up to {newest}: upgrade rba_compress"
+        )
+    value = parsed(path, kind, content)
     found = _SEAL.search(content)
     if found is None:
         intact = value.schema_version < sealed_since
@@ -78,6 +75,45 @@ def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1
     if not intact:
         raise ArtifactError(f"{path} is not what was saved (its seal does not fit): get it anew")
     return value
+
+
+def read_json(path: Path) -> bytes:
+    """The bytes of a file that is to be JSON.
+
+    Raises:
+        ArtifactError: it cannot be read, or is larger than any that this package writes.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ArtifactError(
+                f"{path} has {size:,} bytes, more than any that was saved ({LARGEST:,})"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} is unreadable: {error}") from error
+
+
+def parsed(path: Path, kind: type[R], content: bytes | str) -> R:
+    """JSON as a value.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except (ValidationError, RBAError) as error:
+        name = kind.__name__.lower()
+        raise ArtifactError(f"{path} is not a {name} that this version reads: {error}") from error
+
+
+def _schema(content: bytes) -> int:
+    """The schema that JSON says it has, whatever else it holds; 0 where it says none."""
+    try:
+        schema = json.loads(content)["schema_version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
+    return schema if isinstance(schema, int) else 0
 
 
 def sha256(path: Path) -> str:
@@ -146,9 +182,9 @@ def read_tensors(path: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        record = kind.model_validate_json(header.get("record", ""))
-    except (OSError, SafetensorError, ValidationError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} is not a {name} that this version reads: {error}") from error
+    record = parsed(path, kind, header.get("record", ""))
     if tensor_digest(sorted(tensors.items())) != header.get("sha256"):
         raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")
     return record, tensors

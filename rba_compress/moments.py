@@ -331,8 +331,18 @@ class Moments:
         return named
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what another of the same boundaries, width and window held."""
-        device = self._mean.device
+        """Take over what another of the same boundaries, width and window held.
+
+        Raises:
+            KeyError, ValueError: it is of no such one.
+        """
+        device, own = self._mean.device, {"mean": self._mean}
+        own |= {f"comoment.{j}": comoment for j, comoment in enumerate(self._comoment)}
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+                )
         self._n, self._mean = float(state["n"]), state["mean"].to(device)
         self._comoment = [state[f"comoment.{j}"].to(device) for j in range(len(self._comoment))]
         self._held = [(state["held"].to(device), state["weights"])] if "held" in state else []

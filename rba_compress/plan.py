@@ -5,25 +5,29 @@ All of them are frozen and read and write JSON (`model_dump_json`, `model_valida
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from torch import Tensor
 
-from rba_compress.errors import BudgetError
+from rba_compress.errors import BudgetError, ConfigError, RBAError
 from rba_compress.maps import Diagnostics, Kind, MapSpec
 from rba_compress.markup import html_table
 
@@ -51,13 +55,63 @@ RATES: dict[Trained, tuple[float, ...]] = {
 """Learning rates to choose from, by what is trained: which one suits depends on the samples, too."""
 
 
+def _dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of torch")
+    return name
+
+
+Dtype = Annotated[str, AfterValidator(_dtype)]
+"""As torch calls it: float32."""
+
+ModulePath = Annotated[str, Field(min_length=1)]
+"""Of a module below the model itself."""
+
+
+def nested(path: str, other: str) -> bool:
+    """Whether one module path is the other, or inside of it."""
+    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
+
+
 class Frozen(BaseModel):
     """A value that reads and writes JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
-class Budget(Frozen):
+class Asked(Frozen):
+    """What a user asks for: a setting that does not exist, or means nothing, is told by name."""
+
+    error: ClassVar[type[RBAError]] = ConfigError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_name(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            first, kind = error.errors()[0], cls.__name__
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, cls.model_fields, 1, 0) or [*cls.model_fields]
+                raise cls.error(f"a {kind} has no {name!r}: did you mean {near[0]!r}?") from None
+            what = f"{name}={first['input']!r}" if name else f"{first['input']!r}"
+            raise cls.error(f"{kind}: {what} will not do: {first['msg']}") from None
+
+    @classmethod
+    def of(cls, given: Self | None) -> Self | None:
+        """What a function was given for one, as it is.
+
+        Raises:
+            RBAError: it is something else.
+        """
+        if given is None or isinstance(given, cls):
+            return given
+        name = cls.__name__
+        raise cls.error(f"the {name.lower()} is a {type(given).__name__}: pass a rba_compress.{name}")
+
+
+class Budget(Asked):
     """What the slim network may cost, and how far it may fall; several limits hold together.
 
     Costs: a float up to 1 is the share to keep, an int is absolute. With limits of quality alone the
@@ -66,6 +120,8 @@ class Budget(Frozen):
     Raises:
         BudgetError: no limit is given, or one that means nothing.
     """
+
+    error = BudgetError
 
     macs: float | int | None = None
     """Multiply-accumulates of one sample."""
@@ -85,7 +141,8 @@ class Budget(Frozen):
     @classmethod
     def _share_or_count(cls, value: Any) -> Any:
         limit = _number(value, "a share (float up to 1) or a count (int)")
-        if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
+        top = 1 if isinstance(limit, float) else math.inf
+        if limit is not None and not 0 < limit <= top:
             raise BudgetError(f"{value!r} is neither a share in (0, 1] nor a positive count (int)")
         return limit
 
@@ -146,7 +203,7 @@ def _number(value: Any, wanted: str) -> float | int | None:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-class Config(Frozen):
+class Config(Asked):
     """How to search; every field has a measured or stated default."""
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
@@ -222,7 +279,7 @@ class Input(Frozen):
     path: Path
     shape: tuple[int, ...]
     """As it was seen, with two samples."""
-    dtype: str
+    dtype: Dtype
 
     def zeros(self, parameter: Tensor, *, like: Input) -> Tensor:
         """Such a tensor on a parameter's device; where its dtype is that of `like`, in its dtype."""
@@ -245,6 +302,26 @@ class Signature(Frozen):
     """A template of {"args": ..., "kwargs": ...}, in which ["args", i] is `inputs[i]`."""
     inputs: tuple[Input, ...] = ()
     """Every tensor of a call; empty where a call cannot be written down."""
+
+    @model_validator(mode="after")
+    def _can_be_followed(self) -> Self:
+        if len(self.stream) < 2 or self.stream[0] not in ("args", "kwargs"):
+            raise ValueError(f"the stream {self.stream} is no place among a call's arguments")
+        _require_template(self.output, ("args", "kwargs"))
+        if self.arguments is None:
+            return self
+        _require_template(self.arguments, ("args",))
+        given = self.arguments.get("dict") if isinstance(self.arguments, dict) else None
+        kinds = (
+            {name: [*v][:1] for name, v in given.items() if isinstance(v, dict)}
+            if isinstance(given, dict)
+            else {}
+        )
+        if kinds != {"args": ["tuple"], "kwargs": ["dict"]}:
+            raise ValueError("its arguments are no args and kwargs")
+        if self.inputs and self.stream not in [given.path for given in self.inputs]:
+            raise ValueError(f"the stream {self.stream} is none of its inputs")
+        return self
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stream among the inputs of a call."""
@@ -315,6 +392,34 @@ def _at(args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[Any]) -> A
     return value
 
 
+def _require_template(template: JsonValue, places: Sequence[str], depth: int = 0) -> None:
+    """
+    Raises:
+        ValueError: `_fill` could not follow it.
+    """
+    if template is None or template == "stream":
+        return
+    if isinstance(template, list) and len(template) > 1 and template[0] in places:
+        if all(type(key) in (str, int) for key in template):
+            return
+    elif isinstance(template, dict) and len(template) == 1 and depth < _DEEPEST:
+        ((kind, content),) = template.items()
+        if kind == "value":
+            return
+        if kind == "dict" and isinstance(content, dict):
+            for item in content.values():
+                _require_template(item, places, depth + 1)
+            return
+        if kind in ("tuple", "list") and isinstance(content, list):
+            for item in content:
+                _require_template(item, places, depth + 1)
+            return
+    raise ValueError(f"{str(template)[:80]} is no part of a template")
+
+
+_DEEPEST = 32
+
+
 def _stream_path(template: JsonValue) -> Path | None:
     if template == "stream":
         return ()
@@ -350,7 +455,7 @@ def _fill(template: JsonValue, stream: Any, args: tuple[Any, ...], kwargs: dict[
 class Branch(Frozen):
     """The last linear layer of a residual branch: its output, times `scale`, is added to the stream."""
 
-    path: str
+    path: ModulePath
     scale: str | None = None
     """A parameter (d,), the layer scale."""
     norm: str | None = None
@@ -370,7 +475,7 @@ class UnitCost(Frozen):
 class Block(Frozen):
     """A replaceable block: its module path, and how it is wired."""
 
-    path: str
+    path: ModulePath
     type: str
     signature: Signature = Signature()
     """How it is called; in a GraphModule, as a module that takes the stream and `sides`."""
@@ -455,6 +560,20 @@ class Replacement(Frozen):
     """Whether the others are not computed at all, for nothing reads them; the map is unused then."""
     diagnostics: Diagnostics | None = None
 
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if not 0 <= self.start < self.stop or len(self.blocks) != self.stop - self.start:
+            raise ValueError(f"{len(self.blocks)} blocks are no span {self.start}:{self.stop}")
+        if self.unit != "span" and len(self.blocks) != 1:
+            raise ValueError(f"{self.unit} is of one block, not of {len(self.blocks)}")
+        last = self.axis in (-1, self.ndim - 1)
+        known = last or (self.axis, self.ndim) in _CHANNELS_SECOND
+        if not (0 < self.width <= _WIDEST and 0 < self.ndim <= 8 and known):
+            raise ValueError(f"no map is of {self.width} channels on axis {self.axis} of {self.ndim}")
+        if self.map.rank is not None and self.map.rank > self.width:
+            raise ValueError(f"a map of rank {self.map.rank} for {self.width} channels")
+        return self
+
     @property
     def key(self) -> str:
         """Prefix of its tensors in a state dict of the slim model."""
@@ -491,6 +610,11 @@ class Replacement(Frozen):
         return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
 
 
+_WIDEST = 1 << 24
+_CHANNELS_SECOND = {(1, 3), (1, 4), (1, 5)}
+"""Axis and dimensions of the streams that 1x1 convolutions are for."""
+
+
 class Refit(Frozen):
     """A kept linear layer with a new weight and bias, solved towards the original stream; or a
     BatchNorm with running statistics of what reaches it by now."""
@@ -498,7 +622,7 @@ class Refit(Frozen):
     chain: str = ""
     """Of a linear layer, as is its block."""
     block: int = -1
-    path: str
+    path: ModulePath
     damping: float = 0.0
     step: float
     """Share of the correction that was taken; of the last, where the layer was re-solved again."""
@@ -564,7 +688,7 @@ class Step(Frozen):
     params: int
 
 
-class Healing(Frozen):
+class Healing(Asked):
     """How a slim network is trained towards its original."""
 
     train: Trained = "all"

@@ -73,7 +73,7 @@ def search(
         ActivationError: the dense output, or that of every candidate, holds NaN or infinity.
         LoaderError: as `profile`.
     """
-    model = undispatched(unwrap(model))
+    budget, model = Budget.of(budget), undispatched(unwrap(model))
     if type(model).__name__ != profile.model:
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     if fingerprint(model) != profile.weights:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rba_compress.batches import Batch, main_output
 from rba_compress.measure import gap
-from rba_compress.plan import Frozen
+from rba_compress.plan import Dtype, Frozen
 from rba_compress.recorder import evaluating
 
 _VALUES = 64
@@ -24,7 +24,7 @@ class Given(Frozen):
 
     name: str | None
     """The keyword that it is passed by; None for a positional one."""
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     """Of one sample, the batch dimension left out, where it is `batched`; else of the whole."""
     batched: bool

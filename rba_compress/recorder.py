@@ -134,8 +134,11 @@ class _Recorder(TorchDispatchMode):
         self._on_storage: dict[int, list[int]] = {}
         named = (*model.named_parameters(), *model.named_buffers())
         self._names = {id(tensor): name for name, tensor in named}
-        self._owned = {_storage(t): (n, t) for n, t in model.state_dict(keep_vars=True).items()
-                       if isinstance(t, Tensor)}
+        self._owned = {
+            _storage(t): (n, t)
+            for n, t in model.state_dict(keep_vars=True).items()
+            if isinstance(t, Tensor)
+        }
         self.written: dict[str, tuple[Tensor, Tensor]] = {}
         """Tensors of the state dict that the pass writes into, and what they held before."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
 from rba_compress.offload import copy_tree, deep_copy, execution_device, hold, take_place
-from rba_compress.plan import Block, Plan, Refit, Replacement, Signature
+from rba_compress.plan import Block, Plan, Refit, Replacement, Signature, nested
 from rba_compress.recorder import module_stack, unwrap
 from rba_compress.thinning import Thinned, Traces, thin
 
@@ -111,8 +111,9 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     wanted: set[str] = set()
     for replacement in plan.replacements:
         for block in replacement.blocks:
-            if block.path in taken:
-                raise PlanError(f"{replacement} and {taken[block.path]} share the block {block.path}")
+            other = next((path for path in taken if nested(path, block.path)), None)
+            if other is not None:
+                raise PlanError(f"{replacement} and {taken[other]} share the block {block.path}")
             taken[block.path] = replacement
             if block.path not in modules:
                 raise PlanError(
@@ -145,7 +146,10 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
 def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
     """The keys of the refitted layers' tensors."""
     modules, wanted = dict(model.named_modules()), set()
+    spans = [block.path for r in plan.replacements if r.unit == "span" for block in r.blocks]
     for refit in plan.refits:
+        if any(f"{refit.path}.".startswith(f"{path}.") for path in spans):
+            raise PlanError(f"{refit}: it is inside of a block that is replaced")
         layer = modules.get(refit.path)
         if layer is None or not _refittable(layer, refit):
             raise PlanError(f"{type(model).__name__} has no layer {refit.path!r} to refit")

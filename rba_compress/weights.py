@@ -42,7 +42,7 @@ def require_fit(
 ) -> None:
     """
     Raises:
-        WeightsError: the names or the shapes of two state dicts differ.
+        WeightsError: the names, the shapes or the kinds of numbers of two state dicts differ.
     """
     missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     shapes = [
@@ -51,9 +51,20 @@ def require_fit(
         if name in state and state[name].shape != wanted[name].shape
     ]
     found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    kinds = [
+        f"{name} {state[name].dtype} for {wanted[name].dtype}"
+        for name in wanted
+        if name in state and _kind(state[name]) != _kind(wanted[name])
+    ]
+    found["of another kind"] = kinds
     flaws = [f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in found.items() if n]
     if flaws:
         raise WeightsError(f"{source} does not fit a {target}: {'; '.join(flaws)}")
+
+
+def _kind(tensor: Tensor) -> object:
+    """Floating-point weights come in any precision, others as they are."""
+    return "floating point" if tensor.is_floating_point() else tensor.dtype
 
 
 def fill(

@@ -194,7 +194,7 @@ def test_a_newer_a_foreign_and_no_manifest_are_named(slim: Path, tmp_path: Path)
     with pytest.raises(ArtifactError, match=r"plan.json is not a manifest"):
         load(slim)
     manifest.write_text("[")
-    with pytest.raises(ArtifactError, match=r"plan.json is unreadable"):
+    with pytest.raises(ArtifactError, match=r"plan.json is not a manifest that this version reads"):
         load(slim)
     with pytest.raises(ArtifactError, match=r"plan.json is unreadable: .*No such file"):
         load(tmp_path / "nothing")

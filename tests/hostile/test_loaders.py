@@ -154,7 +154,6 @@ REFUSED = [
     Case("NaN in one number, to confirm on", lambda: poisoned(torch.nan, of_part("confirm")),
          ActivationError, "NaN or infinity on held-out samples"),
     Case("infinity in one number", lambda: poisoned(torch.inf, of_part("fit")), ActivationError, "NaN or inf"),
-    Case("numbers that overflow", lambda: poisoned(3e38, of_part("fit")), ActivationError, "NaN or infinity"),
 ]  # fmt: skip
 
 
@@ -204,6 +203,7 @@ RIGHT = [
     Case("one sample forty times", lambda: [rows(1).repeat(10, 1)] * 4),
     Case("tiny numbers", lambda: [1e-30 * b for b in loader()]),
     Case("denormal numbers", lambda: [1e-42 * b for b in loader()]),
+    Case("a number that is nearly infinite", lambda: poisoned(3e38, of_part("fit"))),
     Case("large numbers", lambda: [1e15 * b for b in loader()]),
 ]  # fmt: skip
 

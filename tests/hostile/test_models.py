@@ -15,7 +15,17 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from rba_compress import Budget, Config, ModelError, NoChainError, Plan, RBAError, compress, splice, supports
+from rba_compress import (
+    Budget,
+    Config,
+    ModelError,
+    NoChainError,
+    Plan,
+    RBAError,
+    compress,
+    splice,
+    supports,
+)
 from rba_compress.errors import ActivationError
 from rba_compress.measure import cost
 from rba_compress.batches import as_batch
@@ -298,7 +308,9 @@ def zero_weights(model: Any) -> None:
 
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    )
 
 
 def _with(model: Any, change: Callable[[Any], Any]) -> Any:
@@ -408,7 +420,10 @@ def test_a_model_is_rewritten_correctly(case: Case) -> None:
     inner = model.module if isinstance(model, nn.DataParallel) else model
     inner = getattr(inner, "_orig_mod", inner)
     with torch.no_grad():
-        wanted, found = (_leaves(_evaluated(m)(data[0].to(_dtype(inner)))) for m in (inner, splice(model, Plan(), {})))
+        wanted, found = (
+            _leaves(_evaluated(m)(data[0].to(_dtype(inner))))
+            for m in (inner, splice(model, Plan(), {}))
+        )
         slim_output = _leaves(result.model(data[0].to(_dtype(inner))))
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert [t.shape for t in slim_output] == [t.shape for t in wanted]
@@ -531,13 +546,20 @@ def test_a_model_is_refused_by_name(case: Case) -> None:
     model = case.make()
     before = {}
     if isinstance(model, nn.Module):
-        before = {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor) and not nn.parameter.is_lazy(t)}
+        before = {
+            n: t.clone()
+            for n, t in model.state_dict().items()
+            if isinstance(t, Tensor) and not nn.parameter.is_lazy(t)
+        }
     assert case.error is not None
     with pytest.raises(case.error, match=f"(?s){case.message}"):
         compress(model, loader(), budget=Budget(macs=0.8), config=LIGHT)
     if before and not isinstance(model, torch.jit.ScriptModule):
         after = model.state_dict()
-        assert all(t.is_meta or torch.equal(torch.nan_to_num(after[n]), torch.nan_to_num(t)) for n, t in before.items())
+        assert all(
+            t.is_meta or torch.equal(torch.nan_to_num(after[n]), torch.nan_to_num(t))
+            for n, t in before.items()
+        )
 
 
 def test_two_hundred_blocks() -> None:

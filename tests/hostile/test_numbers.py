@@ -56,7 +56,7 @@ STREAMS: dict[str, Callable[[], Rows]] = {
     "a constant channel": lambda: mapped(with_column(normal(200), 2, 7.0)),
     "a channel twice": lambda: mapped(with_column(normal(200), 2, normal(200)[:, 3])),
     "a channel that is nearly another": lambda: mapped(
-        with_column(normal(200), 2, normal(200)[:, 3] + 1e-4 * normal(200, seed=9)[:, 0])),
+        with_column(normal(2000), 2, normal(2000)[:, 3] + 1e-5 * normal(2000, seed=9)[:, 0])),
     "of scale 1e-30": lambda: scaled(1e-30),
     "of scale 1e-20": lambda: scaled(1e-20),
     "of scale 1e-10": lambda: scaled(1e-10),
@@ -74,10 +74,6 @@ STREAMS: dict[str, Callable[[], Rows]] = {
     "without relation": lambda: (normal(200), normal(200, seed=6)),
     "of a few values": lambda: mapped(normal(200).sign()),
 }  # fmt: skip
-
-
-LOOSE = {"a channel that is nearly another": 2e-2}
-"""Where products in float32, good to 1e-7, are of directions whose power is 1e-8 of the largest."""
 
 
 def spec(kind: Kind, width: int) -> MapSpec:
@@ -108,7 +104,9 @@ def oracle(kind: Kind, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(x @ np.linalg.lstsq(x, y, rcond=1e-7)[0])
     if kind == "affine":
         mean_x, mean_y = x.mean(0), y.mean(0)
-        return np.asarray((x - mean_x) @ np.linalg.lstsq(x - mean_x, y - mean_y, rcond=1e-7)[0] + mean_y)
+        return np.asarray(
+            (x - mean_x) @ np.linalg.lstsq(x - mean_x, y - mean_y, rcond=1e-7)[0] + mean_y
+        )
     if kind == "scale":
         power = (x * x).sum(0)
         return np.asarray(x * np.where(power > 0, (x * y).sum(0) / np.where(power > 0, power, 1), 0))
@@ -121,7 +119,7 @@ def oracle(kind: Kind, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
 @pytest.mark.parametrize("stream", STREAMS)
 def test_maps_of_hostile_streams(stream: str, kind: Kind) -> None:
     x, y = (rows.float() for rows in STREAMS[stream]())
-    width, loose = x.shape[1], LOOSE.get(stream, 1e-3)
+    width = x.shape[1]
     moments = Moments(2, width)
     for batch in range(0, len(x), 37):
         moments.update([x[batch : batch + 37], y[batch : batch + 37]])
@@ -133,10 +131,10 @@ def test_maps_of_hostile_streams(stream: str, kind: Kind) -> None:
         assert bool(found.isfinite().all())
         # What is said of the residual is so. Each is of numbers rounded to float32 and squared.
         spread = float((y.square().sum(1) + x.square().sum(1)).mean())
-        assert fit.diagnostics.residual == pytest.approx(error(y, found), rel=loose, abs=1e-6 * spread)
+        assert fit.diagnostics.residual == pytest.approx(error(y, found), rel=1e-3, abs=1e-5 * spread)
         best = error(y, torch.from_numpy(oracle(kind, x.numpy(), y.numpy()).copy()))
         if kind != "shrunk":
-            assert error(y, found) <= best * (1 + loose) + 1e-6 * spread
+            assert error(y, found) <= best * (1 + 1e-3) + 1e-6 * spread
         assert math.isfinite(fit.diagnostics.r2)
         assert 0 <= fit.diagnostics.effective_rank <= width + 1e-6
 
@@ -148,7 +146,10 @@ def test_a_network_of_another_scale_gets_the_same_plan(power: int) -> None:
     def network(scale: float) -> nn.Module:
         model: Any = seeded(Chain)
         with torch.no_grad():
-            for tensor in (*model.stem.parameters(), *(p for b in model.blocks for p in b.down.parameters())):
+            for tensor in (
+                *model.stem.parameters(),
+                *(p for b in model.blocks for p in b.down.parameters()),
+            ):
                 tensor.mul_(scale)
             for tensor in (model.head.weight, *(b.up.weight for b in model.blocks)):
                 tensor.div_(scale)
