@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.artifact import fitted_tensors, load, read_manifest, read_report, write_artifact
-from rba_compress.batches import Batch, Split
+from rba_compress.batches import Batch, Split, as_batch
 from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.chains import discover
 from rba_compress.changed import MostChanged
 from rba_compress.details import Details
 from rba_compress.drafts import Solution, papers_span
-from rba_compress.errors import ArtifactError, PlanError
+from rba_compress.errors import ArtifactError, FidelityError, PlanError
 from rba_compress.front import Point
 from rba_compress.healing import distil
 from rba_compress.measure import (
@@ -34,13 +35,17 @@ from rba_compress.measure import (
 )
 from rba_compress.offload import device_of
 from rba_compress.plan import Budget, Config, Healed, Healing, Plan
-from rba_compress.planner import search
+from rba_compress.planner import DEFAULT_BUDGET, search
 from rba_compress.ranks import current
 from rba_compress.recorder import record, unwrap
-from rba_compress.report import Report
+from rba_compress.report import Report, divergence_name
+from rba_compress.shift import Shift, Usual
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 
 HELD_OUT = "held out of the loader"
+BOUNDS = {"kl": 0.5, "nse": 0.5, "cosine": 0.25}
+"""How far from the original, by the mean divergence on held-out samples, a network may be without a budget:
+half a nat of its class probabilities, half the power of its output, or an angle of 41 degrees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,8 @@ class Result:
     profile: Profile
     front: tuple[Point, ...] = ()
     """The network of every step on the way there; `front[k].splice(model)` builds one."""
+    usual: Usual | None = None
+    """What `check` compares with; None of a result that was opened again."""
 
     def save(
         self,
@@ -67,6 +74,31 @@ class Result:
     ) -> None:
         """As `rba_compress.save(result, directory)`."""
         save(self, directory, architecture=architecture, delta=delta, fold=fold, hub=hub)
+
+    def check(self, batch: Any) -> Shift:
+        """Whether a batch is like the data that the network was calibrated on; warns where it is not.
+
+        Args:
+            batch: in any form that a loader may yield. Pass ten samples or more, mixed as they will be
+                in use: one class alone is another distribution, too.
+
+        Returns:
+            The distance, and the threshold that one in a hundred batches of held-out samples exceeds.
+
+        Raises:
+            LoaderError: it is no batch.
+            ModelError: the network does not take it.
+            ArtifactError: the result was opened from a directory, which holds no moments.
+        """
+        if self.usual is None:
+            raise ArtifactError(
+                "a result that was opened from a directory has no moments to compare with: check with "
+                "the one that `compress` returned"
+            )
+        found = self.usual.shift(self.model, as_batch(batch))
+        if found.shifted:
+            warnings.warn(f"{found}: what the report says may not hold for them", stacklevel=2)
+        return found
 
     def with_report(self, report: Report) -> Result:
         """The same result with another report, on a test set say."""
@@ -107,7 +139,8 @@ def compress(
 
     Raises:
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
-            `NoChainError`, `ActivationError`, `BudgetError`.
+            `NoChainError`, `ActivationError`, `BudgetError`, `ConfigError`, `MemoryLimitError`; and
+            `FidelityError` where no budget was given and the best network is further than `BOUNDS`.
     """
     budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
@@ -133,7 +166,35 @@ def compress(
         options=_options(architecture_of(dense)),
     )
     report = report.model_copy(update={"details": details})
-    return Result(slim, found.plan, report, found.tensors, seen, front)
+    _require_near(report, budget)
+    usual = _usual(slim, found.plan, seen, loader)
+    return Result(slim, found.plan, report, found.tensors, seen, front, usual)
+
+
+def _usual(slim: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual:
+    """What the held-out samples look like inside of the slim network."""
+    held = (batch for _, _, batch in seen.split(loader).deal("choose", "confirm"))
+    return Usual.of(slim, plan, seen.chains, held)
+
+
+def _require_near(report: Report, budget: Budget | None) -> None:
+    """
+    Raises:
+        FidelityError: nobody asked for a network that is so far from the original.
+    """
+    found, bound = report.fidelity, BOUNDS.get(report.fidelity.kind, math.inf)
+    if not math.isfinite(found.divergence):
+        raise FidelityError("the slim network's output holds NaN or infinity on held-out samples")
+    if budget is not None or found.divergence <= bound:
+        return
+    low, high = found.divergence_low, found.divergence_high
+    interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
+    raise FidelityError(
+        f"the best network found within {DEFAULT_BUDGET} has a {divergence_name(found)} of "
+        f"{found.divergence:.3g}{interval} on {found.samples} held-out samples, above {bound:g}, which is "
+        "as far as goes unasked. Pass more samples, a budget of quality such as Budget(divergence=0.1), or "
+        "the budget that you accept this for"
+    )
 
 
 def _options(architecture: Architecture | None) -> str:
@@ -239,7 +300,8 @@ def heal(
         details = details.model_copy(update={"front": (*details.front, healed_row)})
     notes = (*report.warnings, *filter(None, [course.note]))
     report = report.model_copy(update={"details": details, "warnings": notes})
-    return replace(slim, model=model, plan=plan, tensors=tensors, report=report)
+    usual = slim.usual and _usual(model, plan, seen, loader)
+    return replace(slim, model=model, plan=plan, tensors=tensors, report=report, usual=usual)
 
 
 def _after(first: Healed | None, second: Healed) -> Healed:
@@ -377,9 +439,15 @@ def compare(
         fidelity=found,
         latency=timed,
         forward_passes=plan.forward_passes,
-        warnings=(*seen.warnings, *_missed(plan.budget, found, timed)),
+        warnings=(*seen.warnings, *_unsure(found), *_missed(plan.budget, found, timed)),
         changed=watch.found(),
     )
+
+
+def _unsure(found: Fidelity) -> list[str]:
+    if found.divergence_low is not None:
+        return []
+    return [f"no interval can be given on {found.samples} held-out samples: pass 20 samples or more"]
 
 
 def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]:

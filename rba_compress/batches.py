@@ -358,7 +358,7 @@ def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]
         start += len(as_batch(item))
 
 
-def _items(loader: Iterable[Any]) -> Iterator[Any]:
+def _items(loader: Any) -> Iterator[Any]:
     """What a loader yields.
 
     Raises:

@@ -33,7 +33,7 @@ from rba_compress.commands import (
     Supports,
     Verify,
 )
-from rba_compress.errors import ArtifactError, BudgetError, ExportError, RBAError
+from rba_compress.errors import ArtifactError, BudgetError, ExportError, FidelityError, RBAError
 from rba_compress.latent_commands import LatentAggregate, LatentAnchors, LatentStitch
 from rba_compress.ranks import launched
 
@@ -61,7 +61,7 @@ Command = (
         ),
     ]
 )
-CODES = {BudgetError: 3, ArtifactError: 4, ExportError: 4}
+CODES = {BudgetError: 3, FidelityError: 3, ArtifactError: 4, ExportError: 4}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def of_part(part: str) -> int:
 
 def shuffled(_: int) -> list[Tensor]:
     order = list(range(40))
-    random.shuffle(order)  # noqa: S311  of Python's own state, which nobody seeds
+    random.shuffle(order)
     return list(rows(40)[order].split(10))
 
 

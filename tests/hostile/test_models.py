@@ -21,14 +21,13 @@ from rba_compress import (
     ModelError,
     NoChainError,
     Plan,
-    RBAError,
     compress,
     splice,
     supports,
 )
+from rba_compress.batches import as_batch
 from rba_compress.errors import ActivationError
 from rba_compress.measure import cost
-from rba_compress.batches import as_batch
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Block, Chain, loader, rows, seeded
 

@@ -1,0 +1,119 @@
+"""How often `Result.check` calls corrupted images shifted, and how often clean ones.
+
+    python -m benchmarks.shift
+
+A DeiT-tiny, compressed on the 500 calibration images, is given batches of 10 and of 50 test images, ten
+times in another order: clean, and corrupted as in Hendrycks and Dietterich 2019 (noise, blur, contrast,
+brightness, pixelation) or as a pipeline that went wrong does it. Writes results/shift.jsonl and shift.md.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.real_data import deit_tiny, imagenet
+from rba_compress import Budget, Config, compress
+from rba_compress.batches import as_batch
+from rba_compress.recorder import evaluating
+
+RESULTS = Path(__file__).with_name("results")
+ORDERS = 10
+SIZES = (10, 50)
+
+
+def corruptions(mean: Tensor, std: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Of normalised images (N, 3, H, W), by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: (change((x * std + mean).clamp(0, 1)).clamp(0, 1) - mean) / std
+
+    def noise(scale: float) -> Callable[[Tensor], Tensor]:
+        return pixels(lambda p: p + scale * torch.randn(p.shape, generator=generator))
+
+    def contrast(share: float) -> Callable[[Tensor], Tensor]:
+        return pixels(lambda p: torch.lerp(p.mean((1, 2, 3), keepdim=True), p, share))
+
+    return {
+        "clean": lambda x: x,
+        "noise of 0.04": noise(0.04),
+        "noise of 0.1": noise(0.1),
+        "noise of 0.2": noise(0.2),
+        "blurred by 3 pixels": pixels(lambda p: F.avg_pool2d(p, 3, 1, 1)),
+        "blurred by 7 pixels": pixels(lambda p: F.avg_pool2d(p, 7, 1, 3)),
+        "half the contrast": pixels(contrast(0.5)),
+        "a fifth of the contrast": pixels(contrast(0.2)),
+        "brighter by 0.3": pixels(lambda p: p + 0.3),
+        "pixelated by 4": pixels(lambda p: F.interpolate(F.avg_pool2d(p, 4), scale_factor=4.0)),
+        "grey": pixels(lambda p: p.mean(1, keepdim=True).expand_as(p)),
+        "inverted": pixels(lambda p: 1 - p),
+        "channels swapped": lambda x: x.flip(1),
+        "upside down": lambda x: x.flip(2),
+        "not normalised": lambda x: x * std + mean,
+        "from 0 to 255": lambda x: 255 * (x * std + mean),
+    }
+
+
+def main() -> None:
+    dense = deit_tiny()
+    known: Any = dense.pretrained_cfg
+    config = Config(maps=("folded",), shrinks=(0.6,), swaps=0, refit=False)
+    result = compress(
+        dense, imagenet(dense, "calibration", 50), budget=Budget(macs=0.85), config=config
+    )
+    assert result.usual is not None
+    batches = imagenet(dense, "test", 50)
+    mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
+    found = []
+    for name, corrupt in corruptions(mean, std).items():
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        images = corrupt(images)
+        with evaluating(result.model):
+            right = sum(
+                int((result.model(x).argmax(1) == y).sum())
+                for x, y in zip(images.split(50), labels.split(50), strict=True)
+            )
+        row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}
+        numbers = torch.cat([result.usual.numbers(result.model, as_batch(x)) for x in images.split(50)])
+        for size in SIZES:
+            shifts = [
+                result.usual.judged(numbers[part])
+                for seed in range(ORDERS)
+                for part in torch.randperm(
+                    len(images), generator=torch.Generator().manual_seed(seed)
+                ).split(size)
+            ]
+            row[f"called shifted of {size}"] = sum(s.shifted for s in shifts) / len(shifts)
+            row[f"distance over threshold of {size}"] = sum(
+                s.distance / s.threshold for s in shifts
+            ) / len(shifts)
+        found.append(row)
+        print(row)
+    (RESULTS / "shift.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    head = ["test images", "accuracy", *(f"{n} images" for n in SIZES), "distance / threshold, 50"]
+    lines = [
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; "
+        f"{result.report.fidelity.samples} images confirmed the compression: {result.plan}",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+    ]
+    for row in found:
+        shares = [f"{100 * row[f'called shifted of {n}']:.1f} %" for n in SIZES]
+        ratio = f"{row[f'distance over threshold of {SIZES[-1]}']:.2f}"
+        lines.append(f"| {row['images']} | {row['accuracy']:.3f} | {' | '.join(shares)} | {ratio} |")
+    (RESULTS / "shift.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main()
