@@ -29,7 +29,7 @@ from rba_compress.measure import (
     output_shape,
     require_labels,
 )
-from rba_compress.moments import device_bytes, moment_bytes
+from rba_compress.moments import device_bytes, moment_bytes, within_memory
 from rba_compress.offload import device_of, loaded, undispatched
 from rba_compress.plan import Chain, Config, Frozen, Refusal
 from rba_compress.ranks import current
@@ -219,6 +219,7 @@ def profile(
         LoaderError: the loader is empty, one-shot, too small or of changing kind.
         ModelError: the model cannot be analysed, or its moments do not fit into memory by any window;
             NoChainError: nothing in it can be replaced.
+        MemoryLimitError: memory ran out all the same.
         ActivationError: activations hold NaN or infinity.
         ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
@@ -253,14 +254,19 @@ def profile(
             samples=0,
         )
         kept = path, header
-    states, samples = calibrate(
-        model,
-        support.chains,
-        ranks.bar(dealt, f"profile, {size / 2**20:,.0f} MB of moments", unit="batch"),
-        window=window,
-        stride=config.stride,
-        checkpoint=kept,
-    )
+    streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
+    with within_memory(
+        f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, beside "
+        "the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
+    ):
+        states, samples = calibrate(
+            model,
+            support.chains,
+            ranks.bar(dealt, f"profile, {size / 2**20:,.0f} MB of moments", unit="batch"),
+            window=window,
+            stride=config.stride,
+            checkpoint=kept,
+        )
     return Profile(
         model=type(model).__name__,
         weights=weights,

@@ -25,7 +25,7 @@ from rba_compress.drafts import (
 )
 from rba_compress.fitting import Walk, batch_statistics, probed, span_rows
 from rba_compress.maps import MapSpec, correction, fit_map
-from rba_compress.moments import PairMoments, Total
+from rba_compress.moments import PairMoments, Total, out_of_memory
 from rba_compress.plan import Branch, Plan, Refit, Replacement
 from rba_compress.ranks import current
 from rba_compress.surgery import STATISTICS, splice_shared
@@ -110,14 +110,22 @@ class Fitter:
         chain, bare, found = self.chains[c], [self.skipped(site) for site in sites], []
         inner = [chain.blocks[b] for b in sorted({r.start for r in bare if r.between})]
         sources = [chain.blocks[b] for b in sorted({r.start for r in bare if r.source % 1})]
-        rows = span_rows(
-            probed(self.model, inner, self.traces),
-            probed(slim, sources, self.traces),
-            chain,
-            self.batches,
-            spans=[(r.source, r.target) for r in bare],
-            folds=folds,
-        )
+        failed: Exception | None = None
+        try:
+            rows = span_rows(
+                probed(self.model, inner, self.traces),
+                probed(slim, sources, self.traces),
+                chain,
+                self.batches,
+                spans=[(r.source, r.target) for r in bare],
+                folds=folds,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            failed = error
+        if self.ranks.sum(failed is not None):  # on any rank: all go the same way
+            return self._in_halves(slim, c, sites, folds, failed)
         rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
         last = max(r.stop for r in bare) + max(r.start for r in bare)
         self.samples += self.held * last / len(chain)
@@ -143,6 +151,24 @@ class Fitter:
                 folds.get(new.source),
             )
         return found
+
+    def _in_halves(
+        self,
+        slim: nn.Module,
+        c: int,
+        sites: Sequence[Site],
+        folds: dict[float, Branch],
+        failed: Exception | None,
+    ) -> list[Move]:
+        """As `_chain_moves`, where memory ran out: half of the sources at a time, at a pass more."""
+        sources = sorted({self.skipped(site).source for site in sites})
+        if len(sources) == 1:
+            raise failed or MemoryError("on another rank")
+        early = [s for s in sites if self.skipped(s).source in sources[: len(sources) // 2]]
+        late = [s for s in sites if s not in early]
+        found = [move for part in (early, late) for move in self._chain_moves(slim, c, part, folds)]
+        order = {site: k for k, site in enumerate(sites)}
+        return sorted(found, key=lambda move: order[move.site])
 
     def _site_moves(
         self,

@@ -37,6 +37,7 @@ from rba_compress.errors import ActivationError, BudgetError, PlanError
 from rba_compress.fitter import Fitter
 from rba_compress.judge import Judge
 from rba_compress.measure import benchmark, block_times, kept
+from rba_compress.moments import within_memory
 from rba_compress.offload import undispatched
 from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step, Unit
 from rba_compress.recorder import unwrap
@@ -71,14 +72,22 @@ def search(
         BudgetError: no plan reaches the budget; the message names the best that is reachable.
         PlanError: the profile is of another network.
         ActivationError: the dense output, or that of every candidate, holds NaN or infinity.
-        LoaderError: as `profile`.
+        LoaderError, MemoryLimitError: as `profile`.
     """
     budget, model = Budget.of(budget), undispatched(unwrap(model))
     if type(model).__name__ != profile.model:
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     if fingerprint(model) != profile.weights:
         raise PlanError(f"the profile is of a {profile.model} with other weights: profile this one")
-    return Search(model, profile, loader, budget or DEFAULT_BUDGET).run()
+    chains = [profiled.chain for profiled in profile.chains]
+    streams = sum((len(chain) + 1) * chain.positions * chain.width for chain in chains) * 4
+    widest = max(chains, key=lambda chain: chain.width * len(chain))
+    with within_memory(
+        f"the streams of a sample take {streams:,} bytes, up to {profile.config.memory or 'half of it'} are "
+        f"kept of them, and a fit of every span from one boundary takes {8 * len(widest) * widest.width**2:,}"
+        ". Pass fewer or smaller samples, or Config(memory=...), or Config(window=...)"
+    ):
+        return Search(model, profile, loader, budget or DEFAULT_BUDGET).run()
 
 
 class Search:
