@@ -1,9 +1,9 @@
 """Claim: whatever stands in an artefact, it is loaded or refused by name.
 
-A small artefact is mutated: values, keys and structure of plan.json, sealed anew as someone hostile would
-seal it; its bytes; bytes and header of model.safetensors under a hash that fits. Each input is read as
-`load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input that made
-it; the exit code says whether there was one.
+A small artefact is mutated: values, keys and structure of plan.json, sealed anew as someone hostile
+would seal it; its bytes; bytes and header of model.safetensors under a hash that fits. Each input is read
+as `load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input that
+made it; the exit code says whether there was one.
 
     python -m benchmarks.fuzz --inputs 1000000 --seed 0
 """
@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress import Budget, Config, RBAError, compress
-from rba_compress.artifact import MANIFEST, REPORT, WEIGHTS, Manifest, read_manifest, rebuilt
-from rba_compress.files import BLANK, parsed, sealed, sha256
+from rba_compress.artifact import MANIFEST, WEIGHTS, Manifest, read_manifest, rebuilt
+from rba_compress.files import BLANK, parsed, sealed
 
 NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 8, 7.5, -0.0, 1e308, 10**30, -(10**30), "", "a", "stream", "args",
-    "kwargs", "value", "tuple", "list", "dict", "..", "/etc/passwd", "blocks.0", "blocks.0.up", "head",
-    "blocks", "__class__", "training", "forward", "float32", "load", "nan", "\0", "ü" * 50, "0" * 64, [],
-    {}, [[]], [None], {"value": 1}, {"tuple": ["stream"]}, ["args", 0], ["kwargs", "x"], "identity", "affine",
-    "folded", "low_rank", "shrunk", "span", "whole", "read_out", "attention_free", "mlp_free",
+    None, True, False, 0, -1, 1, 2, 3, 8, 7.5, -0.0, 1e308, 10**30, -(10**30), "", "a", "stream",
+    "args", "kwargs", "value", "tuple", "list", "dict", "..", "/etc/passwd", "blocks.0", "blocks.0.up",
+    "head", "blocks", "__class__", "training", "forward", "float32", "load", "nan", "\0", "ü" * 50,
+    "0" * 64, [], {}, [[]], [None], {"value": 1}, {"tuple": ["stream"]}, ["args", 0], ["kwargs", "x"],
+    "identity", "affine", "folded", "low_rank", "shrunk", "span", "whole", "read_out", "mlp_free",
 ]  # fmt: skip
 
 
@@ -48,7 +48,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        change: Tensor = self.down(torch.relu(self.up(x)))
+        return x + change
 
 
 class Network(nn.Module):
@@ -62,7 +63,8 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        scores: Tensor = self.head(x)
+        return scores
 
 
 @dataclass
@@ -138,49 +140,70 @@ def reheaded(content: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", size) + header + content[8 + length :]
 
 
+class Target:
+    """An artefact in a directory, of which each input takes the place of a part."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.model = root, Network().eval()
+        config = Config(maps=("folded", "affine"), shrinks=(0.6,), refit_dampings=(1.0,), swaps=0)
+        data = [torch.randn(10, 4, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+        compress(self.model, data, budget=Budget(macs=0.8), config=config).save(root)
+        plan = json.loads((root / MANIFEST).read_text())
+        # The log of the search is decisions in words and numbers: a few of them do.
+        for log in ("candidates", "refusals", "steps"):
+            plan["plan"][log] = plan["plan"][log][:1]
+        plan["seal"] = BLANK
+        self.text, self.weights = json.dumps(plan), (root / WEIGHTS).read_bytes()
+        (root / MANIFEST).write_bytes(sealed(self.text))
+        self.intact = read_manifest(root)
+
+    def input(self, kind: str, chance: random.Random) -> bytes:
+        """One that is not what was saved."""
+        match kind:
+            case "structure":
+                return sealed(json.dumps(mutated(self.text, chance)))
+            case "text":  # under a seal that fits
+                return sealed(scrambled(self.text.encode(), chance).decode(errors="replace"))
+            case "bytes":
+                return scrambled(self.text.encode(), chance)
+            case "header":
+                return reheaded(self.weights, chance)
+        return scrambled(self.weights, chance)
+
+    def read(self, kind: str, content: bytes) -> None:
+        """As `load` does, the hash of the weights aside, which someone hostile would take anew."""
+        manifest, path = self.intact, self.root / WEIGHTS
+        try:
+            if kind in ("structure", "text"):
+                manifest = parsed(self.root / MANIFEST, Manifest, content)
+            elif kind == "bytes":
+                (self.root / MANIFEST).write_bytes(content)
+                manifest = read_manifest(self.root)
+            else:
+                path.write_bytes(content)
+            rebuilt(self.root, manifest, model=self.model)
+        finally:
+            if kind in ("weights", "header"):
+                path.write_bytes(self.weights)
+
+
+KINDS = {"structure": 60, "text": 13, "bytes": 12, "weights": 8, "header": 7}
+"""And how many in a hundred."""
+
+
 def main(job: Fuzz) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    chance, model = random.Random(job.seed), Network().eval()
-    data = [torch.randn(10, 4) for _ in range(4)]
-    config = Config(maps=("folded", "affine"), shrinks=(0.6,), refit_dampings=(1.0,), swaps=0)
-    found = compress(model, data, budget=Budget(macs=0.8), config=config)
-    outcomes: Counter[str] = Counter()
-    flaws: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        root = Path(folder) / "slim"
-        found.save(root)
-        (root / REPORT).unlink()
-        plan, weights = json.loads((root / MANIFEST).read_text()), (root / WEIGHTS).read_bytes()
-        # The log of the search is decisions in words and numbers: a few of them do.
-        for log in ("candidates", "refusals", "steps"):
-            plan["plan"][log] = plan["plan"][log][:1]
-        plan["sha256"].pop(REPORT)
-        plan["seal"] = BLANK
-        text, start = json.dumps(plan), time.monotonic()
-        (root / MANIFEST).write_bytes(sealed(text))
-        intact = read_manifest(root)
+    chance, outcomes, flaws = random.Random(job.seed), Counter[str](), dict[str, str]()
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        target, start = Target(Path(folder) / "slim"), time.monotonic()
         for _ in tqdm(range(job.inputs), mininterval=10):
-            kind = chance.choices(("structure", "bytes", "weights", "header"), (60, 25, 8, 7))[0]
-            content: bytes = b""
+            kind = chance.choices([*KINDS], [*KINDS.values()])[0]
+            content = target.input(kind, chance)
             try:
-                if kind in ("weights", "header"):
-                    content = (scrambled if kind == "weights" else reheaded)(weights, chance)
-                    (root / WEIGHTS).write_bytes(content)
-                    assert sha256(root / WEIGHTS)
-                    rebuilt(root, intact, model=model)
-                else:
-                    if kind == "structure":
-                        content = sealed(json.dumps(mutated(text, chance)))
-                        manifest = parsed(root / MANIFEST, Manifest, content)
-                    else:
-                        content = scrambled(text.encode(), chance)
-                        if chance.random() < 0.5:  # under a seal that fits
-                            content = sealed(content.decode(errors="replace"))
-                        (root / MANIFEST).write_bytes(content)
-                        manifest = read_manifest(root)
-                    rebuilt(root, manifest, model=model)
+                target.read(kind, content)
                 outcomes["loaded"] += 1
             except RBAError as error:
                 outcomes[type(error).__name__] += 1
@@ -191,9 +214,6 @@ def main(job: Fuzz) -> int:
                 if name not in flaws:
                     flaws[name] = f"{name}: {error}\n{content[:4000]!r}\n{traceback.format_exc()}"
                     print(flaws[name], flush=True)
-            finally:
-                if kind in ("weights", "header"):
-                    (root / WEIGHTS).write_bytes(weights)
             if time.monotonic() - start > job.seconds:
                 break
     print(

@@ -4,7 +4,8 @@
 
 A DeiT-tiny, compressed on the 500 calibration images, is given batches of 10 and of 50 test images, ten
 times in another order: clean, and corrupted as in Hendrycks and Dietterich 2019 (noise, blur, contrast,
-brightness, pixelation) or as a pipeline that went wrong does it. Writes results/shift.jsonl and shift.md.
+brightness, pixelation) or as a pipeline that went wrong does it. Writes results/shift.jsonl and
+results/shift.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from torch.nn import functional as F
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, compress
 from rba_compress.batches import as_batch
-from rba_compress.recorder import evaluating
 
 RESULTS = Path(__file__).with_name("results")
 ORDERS = 10
@@ -62,6 +63,10 @@ def corruptions(mean: Tensor, std: Tensor) -> dict[str, Callable[[Tensor], Tenso
     }
 
 
+def _keep(scores: list[Tensor], _: Any, __: Any, output: Tensor) -> None:
+    scores.append(output.argmax(1))
+
+
 def main() -> None:
     dense = deit_tiny()
     known: Any = dense.pretrained_cfg
@@ -76,13 +81,12 @@ def main() -> None:
     for name, corrupt in corruptions(mean, std).items():
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         images = corrupt(images)
-        with evaluating(result.model):
-            right = sum(
-                int((result.model(x).argmax(1) == y).sum())
-                for x, y in zip(images.split(50), labels.split(50), strict=True)
-            )
-        row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}
+        scores: list[Tensor] = []
+        hook = result.model.register_forward_hook(partial(_keep, scores))
         numbers = torch.cat([result.usual.numbers(result.model, as_batch(x)) for x in images.split(50)])
+        hook.remove()
+        right = int((torch.cat(scores) == labels).sum())
+        row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}
         for size in SIZES:
             shifts = [
                 result.usual.judged(numbers[part])
@@ -96,7 +100,7 @@ def main() -> None:
                 s.distance / s.threshold for s in shifts
             ) / len(shifts)
         found.append(row)
-        print(row)
+        print(row, flush=True)
     (RESULTS / "shift.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
     head = ["test images", "accuracy", *(f"{n} images" for n in SIZES), "distance / threshold, 50"]
     lines = [

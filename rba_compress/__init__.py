@@ -15,8 +15,11 @@ from rba_compress.errors import (
     ActivationError,
     ArtifactError,
     BudgetError,
+    ConfigError,
     ExportError,
+    FidelityError,
     LoaderError,
+    MemoryLimitError,
     ModelError,
     NoChainError,
     PlanError,
@@ -31,6 +34,7 @@ from rba_compress.plan import Budget, Config, Healing, Plan
 from rba_compress.planner import search
 from rba_compress.plots import plot_pareto, plot_similarity, plot_span_errors
 from rba_compress.report import Report
+from rba_compress.shift import Shift
 from rba_compress.surgery import splice
 from rba_compress.verification import verify
 
@@ -44,9 +48,12 @@ __all__ = [
     "BudgetError",
     "Certificate",
     "Config",
+    "ConfigError",
     "ExportError",
+    "FidelityError",
     "Healing",
     "LoaderError",
+    "MemoryLimitError",
     "ModelError",
     "NoChainError",
     "Plan",
@@ -56,6 +63,7 @@ __all__ = [
     "RankError",
     "Report",
     "Result",
+    "Shift",
     "SpaceError",
     "Support",
     "WeightsError",

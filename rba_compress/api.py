@@ -44,8 +44,8 @@ from rba_compress.surgery import copy_model, replace_parameters, splice, splice_
 
 HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "nse": 0.5, "cosine": 0.25}
-"""How far from the original, by the mean divergence on held-out samples, a network may be without a budget:
-half a nat of its class probabilities, half the power of its output, or an angle of 41 degrees."""
+"""How far from the original, by the mean divergence on held-out samples, a network may be where nobody
+gave a budget: half a nat of class probabilities, half the power of the output, 41 degrees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +191,9 @@ def _require_near(report: Report, budget: Budget | None) -> None:
     interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
     raise FidelityError(
         f"the best network found within {DEFAULT_BUDGET} has a {divergence_name(found)} of "
-        f"{found.divergence:.3g}{interval} on {found.samples} held-out samples, above {bound:g}, which is "
-        "as far as goes unasked. Pass more samples, a budget of quality such as Budget(divergence=0.1), or "
-        "the budget that you accept this for"
+        f"{found.divergence:.3g}{interval} on {found.samples} held-out samples, above {bound:g}, which "
+        "is as far as goes unasked. Pass more samples, a budget of quality such as "
+        "Budget(divergence=0.1), or the budget that you accept this for"
     )
 
 

@@ -28,11 +28,13 @@ from rba_compress.calibration import fingerprint
 from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
+    BLANK,
     Sealed,
     parsed,
     read_json,
     read_sealed,
     require_intact,
+    require_seal,
     require_vacant,
     sealed,
     sha256,
@@ -48,7 +50,7 @@ from rba_compress.report import Report
 from rba_compress.surgery import copy_model, splice
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
-SCHEMA = 5
+SCHEMA = 6
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
@@ -70,7 +72,9 @@ class Manifest(Sealed):
     buffers: dict[str, Dtype]
     """Dtypes of the buffers that no state dict holds."""
     sha256: dict[str, str]
-    """Of the files beside this one."""
+    """Of the files beside this one; up to schema 5 of report.json, too."""
+    report: bool = False
+    """Whether there is a report.json, which carries its own hash."""
     dense_weights: str
     """SHA-256 of the original weights, as `rba_compress.calibration.fingerprint` takes it."""
     probe: Probe | None = None
@@ -149,7 +153,8 @@ def write_artifact(
     with written_whole(target) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         if report is not None:
-            (temporary / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            told = report.model_dump_json(indent=2).removeprefix("{")
+            (temporary / REPORT).write_bytes(sealed(f'{{\n  "seal": "{BLANK}",{told}\n'))
         if hub:
             write_hub(temporary, model, report, architecture=architecture, stock=stock)
         manifest = Manifest(
@@ -160,8 +165,13 @@ def write_artifact(
             plan=plan,
             tied=tied,
             buffers=unsaved_buffers(model),
-            # A model card is there to be written on.
-            sha256={p.name: sha256(p) for p in sorted(temporary.iterdir()) if p.suffix != ".md"},
+            report=report is not None,
+            # A model card is there to be written on, and a report tells times.
+            sha256={
+                path.name: sha256(path)
+                for path in sorted(temporary.iterdir())
+                if path.suffix != ".md" and path.name != REPORT
+            },
             dense_weights=dense_weights,
             probe=probe,
             versions=versions(),
@@ -238,6 +248,7 @@ def load(
     manifest = read_manifest(root)
     for name, digest in manifest.sha256.items():
         require_intact(root, name, digest)
+    require_report(root, manifest)
     return rebuilt(root, manifest, model=model, base=base)
 
 
@@ -287,12 +298,24 @@ def read_report(root: Path) -> Report | None:
     """report.json of an artefact; None where it has none.
 
     Raises:
-        ArtifactError: it is no report.
+        ArtifactError: it is no report, or not what was written.
     """
     path = root / REPORT
     if not path.is_file():
         return None
-    return parsed(path, Report, read_json(path))
+    content = read_json(path)
+    report = parsed(path, Report, content)
+    require_seal(path, content, there=report.seal is not None)
+    return report.model_copy(update={"seal": None})
+
+
+def require_report(root: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        ArtifactError: its report is missing, or not what was written.
+    """
+    if manifest.report and read_report(root) is None:
+        raise ArtifactError(f"{root / REPORT} is missing: the artefact is incomplete")
 
 
 def _restore(

@@ -387,8 +387,8 @@ def _items(loader: Any) -> Iterator[Any]:
                 return
         if index >= ENDLESS and _length(loader) is None:
             raise LoaderError(
-                f"the loader, a {kind}, gave more than {ENDLESS} batches and has no length: is it without "
-                "an end? Pass [*itertools.islice(loader, 100)], or give it a __len__"
+                f"the loader, a {kind}, gave more than {ENDLESS} batches and has no length: does it "
+                "never end? Pass [*itertools.islice(loader, 100)], or give it a __len__"
             )
         yield item
 

@@ -256,8 +256,8 @@ def profile(
         kept = path, header
     streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
     with within_memory(
-        f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, beside "
-        "the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
+        f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, "
+        "beside the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
     ):
         states, samples = calibrate(
             model,
@@ -429,8 +429,8 @@ def _copied(copies: int, held: int) -> list[str]:
     if not copies:
         return []
     return [
-        f"{copies} of {held} held-out samples are copies of samples that are fitted on: what is measured "
-        "on them is too good. Remove duplicates"
+        f"{copies} of {held} held-out samples are copies of samples that are fitted on: what is "
+        "measured on them is too good. Remove duplicates"
     ]
 
 

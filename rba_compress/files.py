@@ -66,15 +66,25 @@ def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1
             f"{path} has schema {schema}, this version reads up to {newest}: upgrade rba_compress"
         )
     value = parsed(path, kind, content)
+    require_seal(path, content, there=value.schema_version >= sealed_since)
+    return value
+
+
+def require_seal(path: Path, content: bytes, *, there: bool) -> None:
+    """
+    Args:
+        there: whether it must have one.
+
+    Raises:
+        ArtifactError: it has another, or none.
+    """
     found = _SEAL.search(content)
-    if found is None:
-        intact = value.schema_version < sealed_since
-    else:
+    intact = not there
+    if found is not None:
         blank = content.replace(found[1], BLANK.encode(), 1)
         intact = hashlib.sha256(blank).hexdigest() == found[1].decode()
     if not intact:
         raise ArtifactError(f"{path} is not what was saved (its seal does not fit): get it anew")
-    return value
 
 
 def read_json(path: Path) -> bytes:

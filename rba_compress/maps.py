@@ -19,8 +19,8 @@ times the mean diagonal of the Gram matrix. The solve is a Cholesky factorisatio
 Gram matrix scaled to unit diagonal, and where that is numerically singular the minimum-norm solution
 by `eigh`. The moments carry the square of x's condition number: up to 1e5 a map of float64 rows is good
 to 1e-6, at 1e6 to 1e-5, and directions whose singular value is below about 1e-7 of the largest count as
-absent. Products of float32 rows are rounded at 1e-7: beyond a condition of 1e3 what the weakest direction
-would explain is lost (a residual 2e-4 higher), unless damping keeps it out.
+absent. Products of float32 rows are rounded at 1e-7: beyond a condition of 1e3 what the weakest
+direction would explain is lost (a residual 2e-4 higher), unless damping keeps it out.
 """
 
 from __future__ import annotations

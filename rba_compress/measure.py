@@ -137,8 +137,8 @@ def output_shape(recording: Recording, model: nn.Module) -> tuple[int, ...]:
     if not floats:
         found = ", ".join(str(node.meta["dtype"]) for _, node in named) or "no tensor"
         raise ModelError(
-            f"the output of {kind} holds no floating-point tensor ({found}): there is nothing to measure "
-            "a slim network by"
+            f"the output of {kind} holds no floating-point tensor ({found}): there is nothing to "
+            "measure a slim network by"
         )
     shape: tuple[int, ...] = next((s for p, s in floats if p[-1:] == ("logits",)), floats[0][1])
     if shape[:1] != (recording.samples,):
@@ -159,8 +159,8 @@ def require_labels(labels: Tensor | None, classes: int) -> None:
     worst = next((v for v in (int(labels.min()), int(labels.max())) if not 0 <= v < classes), None)
     if worst is not None:
         raise LoaderError(
-            f"a batch holds the label {worst}, the model has {classes} classes (0 to {classes - 1}): map "
-            "the labels to them, or yield the inputs alone"
+            f"a batch holds the label {worst}, the model has {classes} classes (0 to {classes - 1}): "
+            "map the labels to them, or yield the inputs alone"
         )
 
 

@@ -12,8 +12,8 @@ Batches are folded in as they are seen and two states merge exactly (Chan, Golub
 
 so the memory does not depend on the number of rows, and the order of batches does not matter.
 Products are taken in float32 (float64 for float64 streams) on the batch's centred rows, whatever the
-model's dtype; everything is accumulated in float64. Where squares would leave the range of the dtype the
-rows of a boundary are first brought to about 1 by a power of two, which rounds nothing.
+model's dtype; everything is accumulated in float64. Where squares would leave the range of the dtype
+the rows of a boundary are first brought to about 1 by a power of two, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class PairMoments:
 
 
 def _power(peak: Tensor) -> float:
-    """The power of two that brings rows of a largest absolute value to about 1; 1 where their squares lie
-    well within the range of their dtype.
+    """The power of two that brings rows of a largest absolute value to about 1; 1 where their squares
+    lie well within the range of their dtype.
     """
     limits, value = torch.finfo(peak.dtype), float(peak)
     if limits.tiny**0.25 < value < limits.max**0.25 or not 0 < value < math.inf:

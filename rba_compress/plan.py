@@ -683,7 +683,8 @@ class Step(Frozen):
     """Of the output behind it."""
     margin: float
     """How far the divergence would be above at the price of the next best span, or without the change;
-    where the search stopped, how far the step that was not taken raised it."""
+    where the search stopped, how far the step that was not taken raised it. Where it is nothing beside
+    the divergence, the choice was a tie: see `rba_compress.planner`."""
     macs: int
     params: int
 

@@ -6,6 +6,10 @@ least rise of the *output's* divergence for what it brings towards the budget. A
 maps behind the new one are settled (fitted again), the last linear layers of the kept blocks behind it
 are re-solved one by one, each span is undone and chosen again; each where that proves itself. Every
 step ends in a point of the front between cost and divergence.
+
+Scores that agree to six digits are a tie: another card or number of threads may turn them round. It
+goes to what saves the most multiply-accumulates, then to the first in the network's order, and of one
+span to the identity. How close the next best was is each step's `margin`.
 """
 
 from __future__ import annotations
@@ -83,9 +87,9 @@ def search(
     streams = sum((len(chain) + 1) * chain.positions * chain.width for chain in chains) * 4
     widest = max(chains, key=lambda chain: chain.width * len(chain))
     with within_memory(
-        f"the streams of a sample take {streams:,} bytes, up to {profile.config.memory or 'half of it'} are "
-        f"kept of them, and a fit of every span from one boundary takes {8 * len(widest) * widest.width**2:,}"
-        ". Pass fewer or smaller samples, or Config(memory=...), or Config(window=...)"
+        f"the streams of a sample take {streams:,} bytes, of which up to "
+        f"{profile.config.memory or 'half of it'} are kept, and a fit of every span from one boundary "
+        f"takes {8 * len(widest) * widest.width**2:,}. Pass fewer or smaller samples, or Config(memory=...), or Config(window=...)"
     ):
         return Search(model, profile, loader, budget or DEFAULT_BUDGET).run()
 
@@ -227,8 +231,8 @@ class Search:
             for name in self.lacking(best.load)
         )
         reached = (
-            f"{best.load.macs:,} macs ({kept(best.load.macs, dense.macs):.3f}), {best.load.params:,} params "
-            f"({kept(best.load.params, dense.params):.3f})"
+            f"{best.load.macs:,} macs ({kept(best.load.macs, dense.macs):.3f}), "
+            f"{best.load.params:,} params ({kept(best.load.params, dense.params):.3f})"
             + (f", {best.load.latency:.3f} of the latency" if "latency" in self.limits else "")
             + f" at divergence {best.mean:.4g}"
         )
@@ -418,7 +422,7 @@ class Search:
                 seen = [(m, self.judge_move(draft, m, screen=True)) for m in ends]
                 self.rises[site] = min(rise(judged) for _, judged in seen)
                 screened[site] = min(score(move, judged) for move, judged in seen)
-            sites = sorted(screened, key=lambda site: screened[site])[:finalists]
+            sites = sorted(screened, key=lambda site: _tied(screened[site]))[:finalists]
         results = self.judge_moves(draft, [m for m in moves if m.site in sites], score)
         _, _, move, judgement = results[0]
         mean = float(judgement.mean())
@@ -456,15 +460,17 @@ class Search:
             self.log_candidate(draft, move, judged)
             return score(move, judged), -move.saving.macs, move, judged
 
+        def order(result: tuple[float, int, Move, Tensor]) -> tuple[float, int]:
+            return _tied(result[0]), result[1]
+
         probes = self.probes(moves)
-        results = sorted(map(judge, probes), key=lambda result: result[:2])
+        results = sorted(map(judge, probes), key=order)
         for site in list(dict.fromkeys(move.site for _, _, move, _ in results))[:2]:
             of_site = (m.replacement.map for _, _, m, _ in results if m.site == site)
             kind = next((used.kind for used in of_site if used.shrink is not None), None)
             rest = [m for m in moves if m.site == site and m.replacement.map.kind == kind]
             results += [judge(m) for m in rest if m not in probes]
-        # On a tie what costs least, hence the identity, comes first.
-        return sorted(results, key=lambda result: result[:2])
+        return sorted(results, key=order)
 
     def judge_move(self, draft: Draft, move: Move, *, screen: bool = False) -> Tensor:
         at = (move.chain, move.boundary)
@@ -582,6 +588,11 @@ class Search:
             return draft
         before, draft = draft.mean, self.draft(best[1], draft.load)
         return self.note("statistics", best[1].plan.refits[-1], draft, before - draft.mean)
+
+
+def _tied(score: float) -> float:
+    """A score to six digits: what agrees in them is a tie."""
+    return float(f"{score:.6g}")
 
 
 def _length(start: int, stop: int, unit: Unit) -> int:

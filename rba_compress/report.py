@@ -40,6 +40,8 @@ class Report(Frozen):
     """Of the search, over the whole loader."""
     warnings: tuple[str, ...] = ()
     details: Details | None = None
+    seal: str | None = Field(None, exclude=True, repr=False)
+    """Of report.json, which carries its own: the times in it differ from run to run."""
     changed: tuple[Changed, ...] = Field((), exclude=True)
     """The samples that changed most. They are in no JSON and in no artefact: they are its user's."""
 

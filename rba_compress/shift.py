@@ -1,8 +1,8 @@
 """Whether later data are like what a network was calibrated on, by the streams between its blocks.
 
-At every boundary that a slim network still has, the rows x (T, d) of a sample are laid along the principal
-directions of the rows that were profiled, in units of their standard deviations, so that rows of that
-distribution have mean 0 and covariance I. Of each sample that leaves
+At every boundary that a slim network still has, the rows x (T, d) of a sample are laid along the
+principal directions of the rows that were profiled, in units of their standard deviations, so that rows
+of that distribution have mean 0 and covariance I. Of each sample that leaves
 
     spread    log of the mean square of those numbers, over rows and directions
     centre    the mean row, along the first directions
@@ -12,8 +12,8 @@ numbers of a batch of n samples in those units, its distance is
 
     sqrt(mean over numbers of n (mean_n z)^2 / (1 + n / N))          # about 1 for data alike
 
-so what a batch has in common stands out, and what its samples do each for itself does not. The threshold
-is what one in a hundred batches of n held-out samples, drawn with replacement, exceeds.
+so what a batch has in common stands out, and what its samples do each for itself does not. The
+threshold is what one in a hundred batches of n held-out samples, drawn with replacement, exceeds.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Place:
     chain: Chain
     boundary: int
     mean: Tensor
-    """(d,) float32, as is `whitening` (d, d): its columns are directions, the first one is the widest."""
+    """(d,) float32, as is `whitening` (d, d): its columns are directions, the widest one first."""
     whitening: Tensor
 
     @classmethod

@@ -111,8 +111,8 @@ def run_with_streams(
 
 def _other_ways(path: str, what: str, batch: Batch) -> str:
     return (
-        f"the block {path} {what} on a batch of {len(batch)} samples: the forward pass takes other ways "
-        "for other data. Pass data that takes one way, or a network without such branches"
+        f"the block {path} {what} on a batch of {len(batch)} samples: the forward pass takes other "
+        "ways for other data. Pass data that takes one way, or a network without such branches"
     )
 
 

@@ -13,6 +13,7 @@ from rba_compress.artifact import (
     Manifest,
     read_manifest,
     rebuilt,
+    require_report,
 )
 from rba_compress.certificate import (
     CERTIFICATES,
@@ -25,7 +26,6 @@ from rba_compress.certificate import (
 )
 from rba_compress.errors import ArtifactError, ExportError, RBAError
 from rba_compress.files import require_intact
-from rba_compress.report import Report
 
 
 def verify(
@@ -63,8 +63,9 @@ def checks(
             raise ArtifactError(f"{path} has no certificate: export it again")
     network = None
     if manifest is not None:
-        if REPORT in manifest.sha256:
-            Report.model_validate_json((root / REPORT).read_bytes())
+        require_report(root, manifest)
+        if manifest.report:
+            yield f"{REPORT}: intact"
         if (base if manifest.delta else manifest.builder or model or base) is None:
             wanted = "base" if manifest.delta else "model"
             yield f"reload: not checked, it needs the {manifest.model} ({wanted}=)"

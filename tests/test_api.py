@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rba_compress
-from rba_compress import Budget, Config, Result, compress, supports
+from rba_compress import Budget, Config, FidelityError, Result, compress, supports
 from rba_compress.digits import Split, digits_model
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 
@@ -160,3 +160,41 @@ def test_import_has_no_side_effects_and_is_lazy() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def loud() -> nn.Module:
+    """Each of its blocks turns the stream round: nothing can be left out."""
+    model: Any = seeded(Chain, depth=4)
+    generator = torch.Generator().manual_seed(3)
+    for block in model.blocks:
+        block.up.weight.data = 2 * torch.randn(16, 8, generator=generator)
+        block.down.weight.data = 2 * torch.randn(8, 16, generator=generator)
+    return model
+
+
+def test_without_a_budget_nothing_far_from_the_original_is_returned() -> None:
+    with pytest.raises(
+        FidelityError,
+        match=r"within Budget\(macs=0.75\) has a KL divergence of [\d.]+ \(95 % interval [\d.]+ to [\d.]+\)"
+        r" on 20 held-out samples, above 0.5, .* Pass more samples, a budget of quality",
+    ):
+        compress(loud(), loader(200, 20), config=LIGHT)
+    accepted = compress(loud(), loader(200, 20), budget=Budget(macs=0.75), config=LIGHT)
+    assert accepted.report.fidelity.divergence > 0.5
+    near = compress(seeded(Chain), loader(200, 20), config=LIGHT)
+    assert near.report.fidelity.divergence <= 0.5
+    own = compress(
+        loud(), loader(200, 20), config=LIGHT, divergence=lambda a, b, _: (a - b).norm(dim=-1)
+    )
+    assert own.report.fidelity.divergence > 0.5  # whose unit nobody else knows
+
+
+def test_every_result_has_its_interval_or_says_why_not() -> None:
+    few = compress(seeded(Chain), [rows(10)], budget=Budget(macs=0.8), config=LIGHT)
+    assert few.report.fidelity.divergence_low is None
+    assert (
+        "no interval can be given on 1 held-out samples: pass 20 samples or more" in few.report.warnings
+    )
+    some = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT).report.fidelity
+    assert some.divergence_low is not None
+    assert some.agreement_low is not None

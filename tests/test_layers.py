@@ -30,6 +30,7 @@ LAYERS = [
     "measure",
     "chain_profile",
     "calibration",
+    "shift",
     "fitting",
     "judge",
     "drafts",

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rba_compress import Budget, Config, Plan, Result, compress, load, save, splice, supports
+from rba_compress import Budget, Plan, Result, compress, load, save, splice, supports
 from rba_compress.batches import as_batch
 from rba_compress.drafts import replacement_of
 from rba_compress.maps import Kind, MapSpec, fit_map
-from rba_compress.measure import cost, fidelity
+from rba_compress.measure import cost
 from rba_compress.moments import Moments, PairMoments
-from tests.networks import LIGHT, Chain, loader, rows, seeded
+from tests.networks import LIGHT, Chain, loader, rows
 
 SEEDS = st.integers(0, 2**31)
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=6)

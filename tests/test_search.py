@@ -22,10 +22,11 @@ from rba_compress import (
     profile,
     search,
     splice,
+    supports,
 )
 from rba_compress.batches import Split, as_batch
 from rba_compress.digits import digits_data
-from rba_compress.drafts import Site
+from rba_compress.drafts import Load, Move, Site, skip
 from rba_compress.measure import cost, fidelity
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
@@ -332,3 +333,22 @@ def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same(
         assert found == pytest.approx(expected, rel=1e-5)
     assert passes == sorted(passes)
     assert passes[2] > passes[0]
+
+
+@pytest.mark.parametrize(("apart", "first"), [(1e-9, 1), (-1e-9, 1), (1e-3, 0), (-1e-3, 1), (0.0, 1)])
+def test_a_near_tie_goes_to_what_saves_most(
+    apart: float, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (chain,) = supports(seeded(Chain), rows(4)).chains
+    judged = [torch.full((3,), 0.7), torch.full((3,), 0.7 * (1 + apart))]
+    moves = [
+        Move(0, skip(chain, start, start + 1, "span"), {}, Load(macs, 0))
+        for start, macs in ((0, 10), (1, 20))
+    ]
+    found = Search.__new__(Search)
+    found.config = Config()
+    monkeypatch.setattr(Search, "judge_move", lambda _, __, move: judged[move.replacement.start])
+    monkeypatch.setattr(Search, "log_candidate", lambda *_: None)
+    draft: Any = None
+    ordered = found.judge_moves(draft, moves, lambda _, each: float(each.mean()))
+    assert [move.replacement.start for _, _, move, _ in ordered] == [first, 1 - first]

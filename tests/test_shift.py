@@ -36,7 +36,7 @@ def test_one_in_a_hundred_batches_of_data_alike_is_called_shifted(chain: Result)
         lambda x: x + 0.6,
         lambda x: 2 * x,
         lambda x: 0.3 * x,
-        lambda x: torch.zeros_like(x),
+        torch.zeros_like,
         lambda x: x.abs(),
         lambda x: x[:1].expand_as(x),
         lambda x: x * torch.tensor([1.0, 1.0, 1.0, 3.0]),

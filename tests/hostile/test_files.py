@@ -122,7 +122,7 @@ TENSOR = b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, %s]}}'
 NOT_READ = r"plan.json is not a manifest that this version reads"
 
 REFUSED = [
-    Case("no directory", lambda f: shutil.rmtree(f), ArtifactError, "plan.json is unreadable"),
+    Case("no directory", shutil.rmtree, ArtifactError, "plan.json is unreadable"),
     Case("no plan", removed(MANIFEST), ArtifactError, "plan.json is unreadable"),
     Case("no weights", removed(WEIGHTS), ArtifactError, "model.safetensors is missing"),
     Case("no report", removed(REPORT), ArtifactError, "report.json is missing: the artefact is incomplete"),
@@ -336,7 +336,7 @@ CONTENTS = {
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize(("name", "read", "error", "message"), OTHERS, ids=[o[0] for o in OTHERS])
 def test_other_files_are_refused(
-    name: str, read: Any, error: type[RBAError], message: str, content: str, tmp_path: Path
+    *, name: str, read: Any, error: type[RBAError], message: str, content: str, tmp_path: Path
 ) -> None:
     path = tmp_path / REPORT
     path.write_bytes(CONTENTS[content])

@@ -1,0 +1,38 @@
+"""Same inputs, seed and versions: the same bytes, in every process and on any number of threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_faults import script
+
+COMPRESSED = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from rba_compress import Architecture, Budget, Config, compress
+from rba_compress.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
+from tests.networks import Chain, loader, seeded
+config = Config(maps=("folded", "shrunk"), shrinks=(0.6,))
+if sys.argv[3] == "digits":
+    (images, labels), _ = digits_data()
+    found = compress(digits_model(), batches((images[:80], labels[:80]), 20), budget=Budget(macs=0.85), config=config)
+    found.save(sys.argv[2], architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS)))
+else:
+    compress(seeded(Chain, 6, 64), loader(400, 50), budget=Budget(macs=0.7), config=config).save(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("network", ["chain", pytest.param("digits", marks=pytest.mark.slow)])
+def test_processes_and_threads_give_the_same_bytes(network: str, tmp_path: Path) -> None:
+    runs = {"one": 1, "again": 1, "two": 2, "two again": 2}
+    for name, threads in runs.items():
+        script(COMPRESSED, threads, tmp_path / name, network)
+    files = {
+        name: {f: (tmp_path / name / f).read_bytes() for f in ("plan.json", "model.safetensors")}
+        for name in runs
+    }
+    assert files["one"] == files["again"]
+    assert files["two"] == files["two again"]
+    assert files["one"] == files["two"]
