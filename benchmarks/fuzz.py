@@ -1,8 +1,8 @@
 """Claim: whatever stands in an artefact, it is loaded or refused by name.
 
 A small artefact is mutated: values, keys and structure of plan.json, sealed anew as someone hostile
-would seal it; its bytes; bytes and header of model.safetensors under a hash that fits. Each input is read
-as `load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input that
+would seal it; its bytes; bytes and header of model.safetensors under a hash that fits. Each input is
+read as `load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input that
 made it; the exit code says whether there was one.
 
     python -m benchmarks.fuzz --inputs 1000000 --seed 0

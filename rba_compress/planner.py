@@ -89,7 +89,8 @@ def search(
     with within_memory(
         f"the streams of a sample take {streams:,} bytes, of which up to "
         f"{profile.config.memory or 'half of it'} are kept, and a fit of every span from one boundary "
-        f"takes {8 * len(widest) * widest.width**2:,}. Pass fewer or smaller samples, or Config(memory=...), or Config(window=...)"
+        f"takes {8 * len(widest) * widest.width**2:,}. Pass fewer or smaller samples, or "
+        "Config(memory=...), or Config(window=...)"
     ):
         return Search(model, profile, loader, budget or DEFAULT_BUDGET).run()
 

@@ -340,8 +340,8 @@ def record(model: nn.Module, batch: Batch) -> Recording:
         names = ", ".join(map(repr, list(recorder.written)[:3]))
         raise ModelError(
             f"the forward pass of {type(model).__name__} writes into its state dict in eval mode "
-            f"({names}): it would not be left as it is. Let it write in training alone, or register the "
-            "buffer with persistent=False"
+            f"({names}): it would not be left as it is. Let it write in training alone, or register "
+            "the buffer with persistent=False"
         )
     outputs = recorder.leaves(output)
     node = recorder.graph.output(tuple(outputs.values()))
