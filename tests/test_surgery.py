@@ -385,10 +385,10 @@ def test_what_is_refitted_or_replaced_is_not_inside_of_what_is_gone(path: str) -
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Chain(), Chain()
+        self.both = nn.ModuleList((Chain(), Chain()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) + self.second(x)
+        return self.both[0](x) + self.both[1](x)
 
 
 @pytest.mark.parametrize(
@@ -408,9 +408,9 @@ def test_a_kept_layer_takes_the_cache_of_the_first_of_its_kind(
     kinds: tuple[str, ...] | None, gone: list[tuple[int, int]], left: list[int | None]
 ) -> None:
     model = seeded(Two)
-    chain = next(c for c in supports(model, rows(4)).chains if c.name.startswith("first"))
-    for blocks in (model.first.blocks, model.second.blocks):
-        for index, block in enumerate(blocks):
+    chain = next(c for c in supports(model, rows(4)).chains if c.name == "both.0.blocks")
+    for part in model.both:
+        for index, block in enumerate(part.blocks):
             block.layer_idx = block.down.layer_idx = index
             block.up.layer_idx = None
     model.head = nn.Linear(1, 1)
@@ -419,12 +419,12 @@ def test_a_kept_layer_takes_the_cache_of_the_first_of_its_kind(
         model.config = SimpleNamespace(layer_types=kinds)
     plan = Plan(replacements=tuple(replacement(chain, *span, "identity") for span in gone))
     slim = splice(model, plan, {})
-    for part, expected in ((slim.first, left), (slim.second, [0, 1, 2, 3])):
+    for part, expected in zip(slim.both, (left, [0, 1, 2, 3]), strict=True):
         assert [getattr(b, "layer_idx", None) for b in part.blocks] == expected
         kept = [b for b in part.blocks if isinstance(b, Block)]
         assert [b.down.layer_idx for b in kept] == [index for index in expected if index is not None]
     assert slim.head.layer_idx == 0
-    assert [b.layer_idx for b in model.first.blocks] == [0, 1, 2, 3]
+    assert [b.layer_idx for b in model.both[0].blocks] == [0, 1, 2, 3]
 
 
 def test_a_spliced_module_passes_side_inputs_by() -> None:
