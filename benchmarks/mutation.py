@@ -156,7 +156,7 @@ def preload(tests: Sequence[str]) -> None:
     """Import what tests import, and forget what is ours."""
     for test in ("tests/conftest.py", *(test for test in tests if test.startswith("tests/"))):
         importlib.import_module(test.partition("::")[0].removesuffix(".py").replace("/", "."))
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("rba_compress", "tests")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("rba_compress", "tests", "benchmarks")]:
         del sys.modules[name]
     gc.collect()
     gc.freeze()

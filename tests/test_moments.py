@@ -206,9 +206,13 @@ def test_pairs_of_rows_far_from_zero_equal_numpy_in_double(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("x_by", "y_by"), [(-100, -100), (100, 100), (-100, 100), (0, 100), (60, 0)])
-def test_a_power_of_two_on_the_rows_is_its_square_on_the_moments(x_by: int, y_by: int) -> None:
-    """To the bit, where squares are far outside of what float32 holds."""
-    plain = [h.float() for h in streams(40)[:2]]
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 1), (torch.float64, 4)])
+def test_a_power_of_two_on_the_rows_is_its_square_on_the_moments(
+    x_by: int, y_by: int, dtype: torch.dtype, times: int
+) -> None:
+    """To the bit, where squares are far outside of the range in which they are taken as they are."""
+    x_by, y_by = x_by * times, y_by * times
+    plain = [h.to(dtype) for h in streams(40)[:2]]
     scaled = [plain[0] * 2.0**x_by, plain[1] * 2.0**y_by]
     for make in (lambda h: PairMoments.from_rows(*h), lambda h: folded(h).pair(0, 1)):
         before, after = make(plain), make(scaled)
@@ -293,10 +297,16 @@ def test_a_spectrum_is_that_of_the_rows_so_far() -> None:
     after = moments.pair(0, 1, spectrum=True)
     np.testing.assert_allclose(after.spectrum, np.linalg.eigvalsh(after.xx.numpy()), rtol=1e-9)
     assert moments.weighted(2).pair(0, 1).spectrum is None
-    spec = MapSpec(kind="affine", damping=1.0)
-    found, expected = (fit_map(spec, p.weighted(3)).diagnostics for p in (after, moments.pair(0, 1)))
-    assert found == expected
     assert torch.equal(moments.pair(0, 2).with_spectrum().spectrum, after.spectrum)
+
+
+def test_a_fit_of_weighted_moments_is_that_of_rows_that_come_as_often() -> None:
+    x, y = streams(20)[:2]
+    once, thrice = PairMoments.from_rows(x, y), PairMoments.from_rows(x.repeat(3, 1), y.repeat(3, 1))
+    for pair in (once, once.with_spectrum()):
+        for spec in (MapSpec(kind="linear", damping=1.0), MapSpec(kind="affine", damping=1.0)):
+            found, expected = (fit_map(spec, p).diagnostics for p in (pair.weighted(3), thrice))
+            assert found.model_dump() == pytest.approx(expected.model_dump(), rel=1e-9)
 
 
 def test_some_targets_are_columns_of_all() -> None:
@@ -318,7 +328,10 @@ def test_the_memory_is_that_of_what_is_held(boundaries: int, window: int | None)
     assert moment_bytes(boundaries, width, window) == sums + 2 * folding.nbytes + product.nbytes
 
 
-def test_the_memory_of_the_machine() -> None:
+def test_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {0: SimpleNamespace(total_memory=5e9), 1: SimpleNamespace(total_memory=7e9)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device.index])
+    assert device_bytes(torch.device("cuda", 1)) == 7_000_000_000
     said = Path("/proc/meminfo")
     if not said.exists():
         pytest.skip("not Linux")
