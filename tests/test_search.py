@@ -476,6 +476,7 @@ def test_every_step_costs_and_diverges_as_it_says(
     seen = profile(model, data, config=config)
     found = search(model, seen, data, budget=Budget(macs=0.5))
     steps, choose = found.plan.steps, list(Split(data, 0).part("choose"))
+    assert (found.plan.budget, found.plan.config) == (Budget(macs=0.5), config)
     assert {step.action for step in steps} >= {"take", refined}
     before = 0.0
     for step in steps:
