@@ -127,6 +127,17 @@ def test_latency_is_followed_by_the_clock_and_no_further(
     assert 4 <= kept <= 6  # six of eight are fast enough; a span may bring more than what was asked
 
 
+@pytest.mark.parametrize("limit", [0.75, 7.5])
+def test_the_dense_network_takes_all_of_its_time(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rba_compress.planner.benchmark", blocks_kept)
+    monkeypatch.setattr("rba_compress.planner.block_times", lambda *_: [[0.1, 0.2, 0.3, 0.2]])
+    model = seeded(Chain)
+    seen = profile(model, loader(), config=LIGHT)
+    run = Search(model, seen, loader(), Budget(latency=limit))
+    assert run.lacking(run.start.load) == {"latency": pytest.approx(0.25)}
+    assert run.fitter.saving(run.start, (0, 1, 3, "span")).latency == pytest.approx(0.5)
+
+
 def test_latency_is_measured_on_the_real_network(digits: nn.Module, digits_loader: list[Any]) -> None:
     slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=QUICK)
     timed = benchmark(digits, slim.model, digits_loader[0], seconds=3)

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rba_compress.moments import Moments, PairMoments
+from rba_compress.maps import MapSpec, fit_map
+from rba_compress.moments import (
+    Moments,
+    PairMoments,
+    device_bytes,
+    full_precision,
+    moment_bytes,
+    out_of_memory,
+)
 
 
 def streams(rows: int, boundaries: int = 3, width: int = 4, seed: int = 0) -> list[Tensor]:
@@ -131,3 +144,229 @@ def test_distance_between_boundaries() -> None:
     whole = streams(30)
     expected = (whole[0] - whole[2]).square().sum(1).mean()
     assert folded(whole).mean_square_distance(0, 2) == pytest.approx(float(expected))
+
+
+def merged(parts: list[Any]) -> list[Any]:
+    """What each of several processes, here threads, has after it merged its part with the others'."""
+    barrier, given = threading.Barrier(len(parts), timeout=5), {}
+
+    def of(k: int) -> Any:
+        def total(own: Tensor) -> Tensor:
+            given[k] = own
+            barrier.wait()
+            whole = torch.stack([given[other] for other in range(len(parts))]).sum(0)
+            barrier.wait()
+            return whole
+
+        return parts[k].merged(total)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(of, range(len(parts))))
+
+
+@pytest.mark.parametrize("ends", [(0, 30, 31, 80), (0, 1, 1, 1), (0, 5, 5, 9)])
+@pytest.mark.parametrize("window", [None, 1])
+def test_every_process_gets_the_moments_of_all_rows(ends: tuple[int, ...], window: int | None) -> None:
+    whole = streams(ends[-1], boundaries=4)
+    parts = [folded([h[a:b] for h in whole], window=window) for a, b in itertools.pairwise(ends)]
+    expected = folded(whole, window=window)
+    for found in merged(parts):
+        assert_same(found, expected)
+    assert_same((parts[0] + parts[1]) + parts[2], expected)
+    pairs = merged([part.pair(1, 2) for part in parts])
+    for name in ("n", "mean_x", "mean_y", "xx", "xy", "yy"):
+        for pair in pairs:
+            torch.testing.assert_close(getattr(pair, name), getattr(expected.pair(1, 2), name))
+
+
+def test_moments_of_no_rows_are_zero_and_add_nothing() -> None:
+    whole, none = streams(9), Moments(3, 4)
+    for found in (none + none, *merged([none, none])):
+        assert found.n == 0
+        assert not found.mean.any()
+        assert not any(c.any() for c in found.comoment)
+    some, empty = folded(whole).pair(0, 1), none.pair(0, 1)
+    for found in (some + empty, empty + some):
+        assert found.n == 9
+        assert torch.equal(found.xy, some.xy)
+        assert torch.equal(found.mean_y, some.mean_y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_pairs_of_rows_far_from_zero_equal_numpy_in_double(dtype: torch.dtype) -> None:
+    whole = streams(500)
+    x, y = (whole[0] + 300).to(dtype), (whole[2][:, :3] - 200).to(dtype)
+    found, a, b = PairMoments.from_rows(x, y), x.double().numpy(), y.double().numpy()
+    np.testing.assert_allclose(found.mean_x, a.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.mean_y, b.mean(0), rtol=1e-12)
+    a, b = a - a.mean(0), b - b.mean(0)
+    for name, exact in (("xx", a.T @ a), ("xy", a.T @ b), ("yy", np.square(b).sum(0))):
+        assert getattr(found, name).dtype == torch.float64
+        assert np.linalg.norm(getattr(found, name).numpy() - exact) < 5e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("x_by", "y_by"), [(-100, -100), (100, 100), (-100, 100), (0, 100), (60, 0)])
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 1), (torch.float64, 4)])
+def test_a_power_of_two_on_the_rows_is_its_square_on_the_moments(
+    x_by: int, y_by: int, dtype: torch.dtype, times: int
+) -> None:
+    """To the bit, where squares are far outside of the range in which they are taken as they are."""
+    x_by, y_by = x_by * times, y_by * times
+    plain = [h.to(dtype) for h in streams(40)[:2]]
+    scaled = [plain[0] * 2.0**x_by, plain[1] * 2.0**y_by]
+    for make in (lambda h: PairMoments.from_rows(*h), lambda h: folded(h).pair(0, 1)):
+        before, after = make(plain), make(scaled)
+        assert torch.equal(after.mean_y, before.mean_y * 2.0**y_by)
+        assert torch.equal(after.xx, before.xx * 2.0 ** (2 * x_by))
+        assert torch.equal(after.xy, before.xy * 2.0 ** (x_by + y_by))
+        assert torch.equal(after.yy, before.yy * 2.0 ** (2 * y_by))
+
+
+def test_denormal_rows_count_too() -> None:
+    """Whole multiples of the least number of float32."""
+    units = (100 * torch.stack(streams(50)[:2])).round()
+    tiny = [(h.double() * 2.0**-149).float() for h in units]
+    a, b = units.numpy() - units.numpy().mean(1, keepdims=True)
+    for found in (PairMoments.from_rows(*tiny), folded(tiny).pair(0, 1)):
+        np.testing.assert_allclose(found.xx * 2.0**298, a.T @ a, rtol=1e-5, atol=1e-2)
+        np.testing.assert_allclose(found.xy * 2.0**298, a.T @ b, rtol=1e-5, atol=1e-2)
+
+
+def test_a_weight_is_how_often_a_row_counts() -> None:
+    first, second = streams(7, seed=1), streams(9, seed=2)
+    often = torch.arange(7)
+    repeated = [h.repeat_interleave(often, 0) for h in first]
+    found = Moments(3, 4)
+    found.update(first, often)
+    found.update(second)
+    assert_same(found, folded(repeated, second))
+    single = Moments(3, 4)
+    single.update([h.float() for h in second], torch.full((9,), 2))
+    assert_same(single, folded([h.float() for h in second]).weighted(2), 1e-6)
+    assert single.comoment[0].dtype == torch.float64
+
+
+def test_rows_are_held_until_there_are_four_a_channel() -> None:
+    moments, whole = Moments(3, 4), streams(16)
+    moments.update([h[:8] for h in whole])
+    moments.update([h[8:15] for h in whole])
+    assert moments.state()["held"].shape == (3, 15, 4)
+    assert not moments.state()["mean"].any()
+    moments.update([h[15:] for h in whole])
+    assert "held" not in moments.state()
+    assert float(moments.state()["n"]) == 16
+
+
+def test_another_process_goes_on_from_a_state_to_the_bit() -> None:
+    first, second, third = streams(20, seed=1), streams(5, seed=2), streams(6, seed=3)
+    one, other = Moments(3, 4, window=1), Moments(3, 4, window=1)
+    one.update(first)
+    one.update(second, torch.arange(1, 6))
+    other.update(third)
+    other.pair(0, 1, spectrum=True)
+    other.restore({name: tensor.clone() for name, tensor in one.state().items()})
+    for moments in (one, other):
+        moments.update(third)
+        assert moments.n == 20 + 15 + 6
+    assert_same(one, other, 0)
+    assert torch.equal(
+        other.pair(0, 1, spectrum=True).spectrum, torch.linalg.eigvalsh(one.comoments(0, 0))
+    )
+    other.restore(Moments(3, 4, window=1).state())
+    assert other.n == 0
+
+
+def test_a_state_of_others_is_refused() -> None:
+    moments = folded(streams(20))
+    for other in (Moments(3, 5), Moments(4, 4), Moments(3, 4, window=1)):
+        with pytest.raises(ValueError, match=r"has shape \("):
+            moments.restore(other.state())
+    with pytest.raises(KeyError):
+        moments.restore({})
+    assert moments.n == 20
+
+
+def test_a_spectrum_is_that_of_the_rows_so_far() -> None:
+    first, second = streams(20, seed=1), streams(20, seed=2)
+    moments = folded(first)
+    assert moments.pair(0, 1).spectrum is None
+    before = moments.pair(0, 1, spectrum=True)
+    np.testing.assert_allclose(before.spectrum, np.linalg.eigvalsh(before.xx.numpy()), rtol=1e-9)
+    assert moments.pair(0, 2).spectrum is before.spectrum
+    moments.update(second)
+    after = moments.pair(0, 1, spectrum=True)
+    np.testing.assert_allclose(after.spectrum, np.linalg.eigvalsh(after.xx.numpy()), rtol=1e-9)
+    assert moments.weighted(2).pair(0, 1).spectrum is None
+    assert torch.equal(moments.pair(0, 2).with_spectrum().spectrum, after.spectrum)
+
+
+def test_a_fit_of_weighted_moments_is_that_of_rows_that_come_as_often() -> None:
+    x, y = streams(20)[:2]
+    once, thrice = PairMoments.from_rows(x, y), PairMoments.from_rows(x.repeat(3, 1), y.repeat(3, 1))
+    for pair in (once, once.with_spectrum()):
+        for spec in (MapSpec(kind="linear", damping=1.0), MapSpec(kind="affine", damping=1.0)):
+            found, expected = (fit_map(spec, p).diagnostics for p in (pair.weighted(3), thrice))
+            assert found.model_dump() == pytest.approx(expected.model_dump(), rel=1e-9)
+
+
+def test_some_targets_are_columns_of_all() -> None:
+    x, y = streams(20)[:2]
+    some, expected = (
+        PairMoments.from_rows(x, y).targets(slice(1, 3)),
+        PairMoments.from_rows(x, y[:, 1:3]),
+    )
+    for name in ("mean_x", "mean_y", "xx", "xy", "yy"):
+        torch.testing.assert_close(getattr(some, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("boundaries", "window"), [(5, None), (5, 2), (3, 9), (4, 0)])
+def test_the_memory_is_that_of_what_is_held(boundaries: int, window: int | None) -> None:
+    width, moments = 6, Moments(boundaries, 6, window=window)
+    folding = torch.empty(boundaries, 4 * width, width)
+    product = torch.empty(max(len(c) for c in moments.comoment), width, width)
+    sums = sum(c.nbytes for c in moments.comoment)
+    assert moment_bytes(boundaries, width, window) == sums + 2 * folding.nbytes + product.nbytes
+
+
+def test_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {0: SimpleNamespace(total_memory=5e9), 1: SimpleNamespace(total_memory=7e9)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device.index])
+    assert device_bytes(torch.device("cuda", 1)) == 7_000_000_000
+    said = Path("/proc/meminfo")
+    if not said.exists():
+        pytest.skip("not Linux")
+    total = int(said.read_text().split()[1]) * 1024
+    assert device_bytes(torch.device("cpu")) == pytest.approx(total, rel=0.05)
+
+
+def test_what_says_that_memory_ran_out() -> None:
+    with pytest.raises(RuntimeError) as ran_out:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (ran_out.value, MemoryError(), torch.OutOfMemoryError()):
+        assert out_of_memory(error)
+    for error in (RuntimeError("of another kind"), ValueError("allocate memory")):
+        assert not out_of_memory(error)
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_the_callers_precision_is_back_after_an_error(
+    newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = [SimpleNamespace(fp32_precision=kind) for kind in ("tf32", "bf16", "none")]
+    cuda, mkldnn, inner = backends if newer else [SimpleNamespace() for _ in range(3)]
+    mkldnn.matmul = inner
+    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
+    monkeypatch.setattr(torch.backends, "mkldnn", mkldnn)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(KeyError), full_precision(torch.device("cpu")):
+            if newer:
+                assert [b.fp32_precision for b in backends] == ["ieee"] * 3
+            else:
+                assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert [b.fp32_precision for b in backends] == ["tf32", "bf16", "none"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy.stats
 import timm
 import torch
 from torch import Tensor, fx, nn
@@ -26,11 +27,11 @@ from rba_compress import (
 )
 from rba_compress.batches import Split, as_batch
 from rba_compress.digits import digits_data
-from rba_compress.drafts import Load, Move, Site, skip
+from rba_compress.drafts import Draft, Load, Move, Site, Solution, skip, with_move
 from rba_compress.measure import cost, fidelity
 from rba_compress.planner import Search
 from rba_compress.streams import run_with_streams
-from tests.networks import LIGHT, Chain, images, loader, rows, seeded
+from tests.networks import LIGHT, Block, Chain, images, loader, rows, seeded
 
 
 def test_profile_sees_what_stored_activations_say(digits: nn.Module, digits_loader: list[Any]) -> None:
@@ -352,3 +353,192 @@ def test_a_near_tie_goes_to_what_saves_most(
     draft: Any = None
     ordered = found.judge_moves(draft, moves, lambda _, each: float(each.mean()))
     assert [move.replacement.start for _, _, move, _ in ordered] == [first, 1 - first]
+
+
+def started(budget: Budget, config: Config = LIGHT, depth: int = 4) -> Search:
+    model = seeded(Chain, depth)
+    return Search(model, profile(model, loader(), config=config), loader(), budget)
+
+
+def test_each_limit_lacks_what_is_above_it() -> None:
+    run = started(Budget(macs=0.5, params=600))
+    assert run.lacking(Load(600, 700)) == {"macs": 60, "params": 100}
+    assert run.lacking(Load(540, 601)) == {"params": 1}
+    assert not run.lacking(Load(540, 600))
+    assert run.lacking(Load(600, 700), Load(590, 700)) == {"macs": 10}
+    assert run.progress(Load(30, 10), {"macs": 60, "params": 5}) == 0.5
+    assert run.progress(Load(30, 10), {"macs": 15, "params": 40}) == 0.25
+    assert run.progress(Load(30, 10), {"params": 10}) == 1
+    dense = run.start.load
+    assert (dense.macs, dense.params) == (1080, 67 + 4 * 280)
+    assert run.share(dense) == 1
+    assert run.share(Load(675, 600)) == 0.25
+    assert run.share(Load(675, 600 + 587 // 2)) == pytest.approx(0.5, abs=1e-3)
+    assert run.share(Load(500, 600)) == 0
+
+
+def test_quality_alone_goes_down_to_the_stem_and_the_head() -> None:
+    run = started(Budget(divergence=1.0))
+    assert (run.floor.macs, run.floor.params) == (4 * 8 + 8 * 3, 4 * 8 + 8 + 8 * 3 + 3)
+    assert run.lacking(run.start.load) == {"macs": 4 * 256}
+    assert not run.limits
+
+
+def test_of_two_times_the_least_difference_is_noise() -> None:
+    run = started(Budget(macs=0.5))
+    run.goal = {"latency": 0.5}
+    assert run.lacking(Load(0, 0, 0.9)) == {"latency": pytest.approx(0.4)}
+    assert run.lacking(Load(0, 0, 0.9), Load(0, 0, 0.85)) == {"latency": pytest.approx(0.03)}
+    assert not run.lacking(Load(0, 0, 0.9), Load(0, 0, 0.89))
+
+
+def test_a_refinement_wins_by_more_than_the_tolerance_and_the_standard_error() -> None:
+    run = started(Budget(macs=0.5), LIGHT.model_copy(update={"tolerance": 0.1}))
+    now = torch.full((20,), 2.0, dtype=torch.float64)
+    assert run.wins(now - 0.21, now)
+    assert not run.wins(now - 0.19, now)
+    assert not run.wins(now, now)
+    assert not run.wins(now + 1, now)
+    assert run.wins(now[:1] - 0.21, now[:1])
+    assert not run.wins(now[:1] - 0.19, now[:1])
+    noise = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = 5 * (noise - noise.mean())
+    error = float(scipy.stats.sem(noise.numpy()))
+    assert run.wins(now - noise - 1.01 * error, now)
+    assert not run.wins(now - noise - 0.99 * error, now)
+
+
+def spans(sites: list[Site]) -> list[tuple[int, int]]:
+    assert all(chain == 0 and unit == "span" for chain, _, _, unit in sites)
+    return [(start, stop) for _, start, stop, _ in sites]
+
+
+def test_sites_are_free_and_no_longer_than_what_is_asked() -> None:
+    """A block is 256 macs; 540 are to go, then 284."""
+    run = started(Budget(macs=0.5))
+    every = [(a, b) for a in range(4) for b in range(a + 1, 5)]
+    assert sorted(spans(run.sites(run.start))) == [s for s in every if s[1] - s[0] <= 3]
+    near = run.sites(run.start, replace(run.start.load, macs=1080 - 256))
+    assert sorted(spans(near)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    chain = run.chains[0]
+    move = Move(0, skip(chain, 1, 2, "span"), {}, Load(256, 280))
+    draft = run.draft(with_move(run.start, move), run.start.load - move.saving)
+    assert sorted(spans(run.sites(draft))) == [(0, 1), (2, 3), (2, 4), (3, 4)]
+    back = run.without(draft, move.replacement)
+    assert not back.solution.plan.replacements
+    assert back.load == run.start.load
+    assert back.mean == pytest.approx(0, abs=1e-12)
+
+
+def test_the_longest_new_span_of_a_step() -> None:
+    run = started(Budget(macs=0.5), depth=8)
+    chain = run.chains[0]
+
+    def draft(*units: tuple[int, int, Any]) -> Draft:
+        skips = tuple(skip(chain, *unit) for unit in units)
+        return replace(run.start, solution=Solution(Plan(replacements=skips), {}))
+
+    old = draft((0, 4, "span"))
+    after = draft((0, 4, "span"), (4, 5, "span"), (5, 7, "span"), (7, 8, "mlp_free"))
+    assert run.longest_new(old, after) == 2
+    assert run.longest_new(old, draft((0, 4, "span"), (7, 8, "mlp_free"))) == 0
+    assert run.longest_new(old, draft((0, 5, "span"))) == 5
+
+
+def test_the_promising_and_the_new_are_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rba_compress.planner.PROMISING", 2)
+    run = started(Budget(macs=0.5), depth=8)
+    chain = run.chains[0]
+    moves = [
+        Move(0, skip(chain, b, b + 1, "span"), {}, Load(100 * (b + 1), 0)) for b in (0, 1, 2, 3, 4)
+    ]
+    sites = [move.site for move in moves]
+    # Rises for the progress: 0.1, 0.2, 0.05 and 0.5.
+    run.rises = dict(zip(sites[:4], (0.1, 0.4, 0.15, 2.0), strict=True))
+    assert run.promising(moves, {"macs": 1000.0}) == [sites[0], sites[2], sites[4]]
+
+
+def test_a_probe_is_the_middle_of_a_dial() -> None:
+    run = started(
+        Budget(macs=0.5), Config(maps=("affine", "shrunk"), shrinks=(0.9, 0.1, 0.5), units=("span",))
+    )
+    moves = run.fitter.moves(run.start, [(0, 1, 2, "span"), (0, 2, 3, "span")])
+    found = [(m.site[1], str(m.replacement.map)) for m in run.probes(moves)]
+    maps = ("identity", "affine", "shrunk(0.5)")
+    assert sorted(found) == sorted((start, name) for start in (1, 2) for name in maps)
+
+
+class Normed(Block):
+    """With a BatchNorm behind it, each twice as wide as that before."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(width, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize(
+    ("block", "settings", "refined"),
+    [(Block, {"swaps": 0}, "refit"), (Normed, {"maps": ("identity",), "refit": False}, "statistics")],
+)
+def test_every_step_costs_and_diverges_as_it_says(
+    block: type[nn.Module], settings: dict[str, Any], refined: str
+) -> None:
+    model, data = seeded(Chain, 6, block=block), loader(60)
+    for index, each in enumerate(model.blocks if block is Normed else ()):
+        nn.init.constant_(each.norm.weight, 2.0**index)
+    with torch.no_grad():
+        model.train()(torch.cat(data))
+    model.eval()
+    config = Config(units=("span",), window=2, refit_steps=(1.0,), **settings)
+    seen = profile(model, data, config=config)
+    found = search(model, seen, data, budget=Budget(macs=0.5))
+    steps, choose = found.plan.steps, list(Split(data, 0).part("choose"))
+    assert (found.plan.budget, found.plan.config) == (Budget(macs=0.5), config)
+    assert {step.action for step in steps} >= {"take", refined}
+    before = 0.0
+    for step in steps:
+        assert step.action == "take" or step.margin == pytest.approx(before - step.divergence, rel=1e-6)
+        before = step.divergence
+    for point in found.points:
+        slim, last = splice(model, point.plan, point.tensors), point.plan.steps[-1]
+        measured = cost(slim, as_batch(rows(2)))
+        assert (last.macs, last.params) == (measured.macs, measured.params)
+        divergence = fidelity(model, slim, choose, seen.criterion.kind).divergence
+        assert last.divergence == pytest.approx(divergence, rel=1e-4)
+        assert steps[: len(point.plan.steps)] == point.plan.steps
+    assert found.points[-1].plan.steps == steps
+    # The first step, from what was judged: the least rise for what it brings of the half that is asked.
+    dense = seen.dense.macs
+    first = [c for c in found.plan.candidates if c.step == 0]
+    score = {str(c): c.divergence / min((dense - c.macs) / (dense / 2), 1) for c in first}
+    best = min(first, key=lambda c: score[str(c)])
+    others = [c for c in first if (c.start, c.stop) != (best.start, best.stop)]
+    progress = min((dense - best.macs) / (dense / 2), 1)
+    margin = (min(score[str(c)] for c in others) - score[str(best)]) * progress
+    assert steps[0].divergence == pytest.approx(best.divergence, rel=1e-6)
+    assert steps[0].margin == pytest.approx(margin, rel=1e-4)
+    assert f"{best.start}:{best.stop}] -> {best.map}" in steps[0].change
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.5])
+def test_the_step_that_breaks_a_limit_is_said_and_not_taken(share: float) -> None:
+    model = seeded(Chain)
+    whole = compress(model, loader(), budget=Budget(macs=56), config=LIGHT).plan.steps[-1].divergence
+    limit = share * whole
+    found = search(
+        model, profile(model, loader(), config=LIGHT), loader(), budget=Budget(divergence=limit)
+    )
+    steps = found.plan.steps
+    assert steps[-1].action == "stop"
+    assert steps[-1].divergence > limit
+    assert all(step.divergence <= limit for step in steps[:-1])
+    before = steps[-2].divergence if len(steps) > 1 else 0.0
+    assert steps[-1].margin == pytest.approx(steps[-1].divergence - before, rel=1e-6)
+    assert len(found.points) == sum(step.action == "take" for step in steps)
+    slim = splice(model, found.plan, found.tensors)
+    choose = list(Split(loader(), 0).part("choose"))
+    divergence = fidelity(model, slim, choose, found.plan.divergence).divergence
+    assert divergence == pytest.approx(before, rel=1e-4, abs=1e-12)

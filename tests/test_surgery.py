@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from torch import Tensor, fx, nn
 from rba_compress import ModelError, Plan, PlanError, splice, supports
 from rba_compress.maps import Kind, MapSpec, build_map
 from rba_compress.plan import Chain as FoundChain
-from rba_compress.plan import Replacement
-from rba_compress.surgery import Spliced
-from tests.networks import Block, Chain, images, rows, seeded
+from rba_compress.plan import Healed, Refit, Replacement, Signature
+from rba_compress.surgery import Spliced, splice_shared
+from tests.networks import BRIEF, Block, Chain, images, rows, seeded
 
 
 def replacement(chain: FoundChain, start: int, stop: int, kind: Kind = "affine") -> Replacement:
@@ -240,3 +241,242 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
     model.cache = model.stem.weight * 2  # a tensor with history
     with pytest.raises(ModelError, match="Chain cannot be copied .* splice it with inplace=True"):
         splice(model, Plan(), {})
+
+
+class Normed(Chain):
+    """With a BatchNorm behind the stem, and a head whose weight the stem has too."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3, width=4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.stem.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+STATISTICS = Refit(path="norm", step=1.0, statistics=True)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_refitted_layers_take_their_tensors_and_the_original_keeps_its_own(share: bool) -> None:
+    model = seeded(Normed)
+    model.blocks[0].down.bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = Plan(refits=(STATISTICS, Refit(path="blocks.0.down", step=1.0)))
+    generator = torch.Generator().manual_seed(0)
+    new = {
+        key: torch.rand(before[key].shape, generator=generator, dtype=torch.float64)
+        for key in (
+            "norm.running_mean",
+            "norm.running_var",
+            "blocks.0.down.weight",
+            "blocks.0.down.bias",
+        )
+    }
+    slim = (splice_shared if share else splice)(model, plan, new)
+    expected = seeded(Normed)
+    expected.load_state_dict(before | new)
+    assert torch.equal(slim(rows(5)), expected(rows(5)))
+    assert slim.state_dict().keys() == before.keys()
+    assert {v.dtype for k, v in slim.state_dict().items() if k in new} == {torch.float32}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not slim.blocks[0].down.bias.requires_grad
+    assert slim.blocks[0].down.weight.requires_grad
+    assert (slim.head.weight.data_ptr() == model.head.weight.data_ptr()) is share
+    assert slim.head.weight is slim.stem.weight
+
+
+def test_trained_tensors_are_taken_wherever_the_model_holds_them() -> None:
+    model = seeded(Normed)
+    model.stem.weight.requires_grad_(False)
+    (chain,) = supports(model, rows(4)).chains
+    plan = Plan(replacements=(replacement(chain, 1, 2),))
+    tensors = tensors_for(plan)
+    trained = {"stem.weight": torch.ones(4, 4, dtype=torch.float64), "head.bias": torch.ones(4)}
+    plan = plan.model_copy(update={"healed": healed(*trained, "blocks.1.map.weight")})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    slim = splice_shared(model, plan, tensors | trained)
+    assert slim.head.weight is slim.stem.weight
+    assert torch.equal(slim.head.weight, torch.ones(4, 4))
+    assert torch.equal(slim.head.bias, torch.ones(4))
+    assert not slim.head.weight.requires_grad
+    assert slim.head.bias.requires_grad
+    assert torch.equal(slim.blocks[1].map.weight, tensors["blocks.1.map.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    slim.head.bias.data.zero_()
+    assert trained["head.bias"].all()
+
+
+def healed(*keys: str) -> Healed:
+    return Healed(healing=BRIEF, data="", samples=1, steps=1, before=1.0, after=0.5, keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("plan", "given", "message"),
+    [
+        (Plan(refits=(STATISTICS,)), {"norm.running_mean": (4,)}, "'running_var' is missing or of an"),
+        (
+            Plan(refits=(STATISTICS,)),
+            {"norm.running_mean": (4,), "norm.running_var": (1,)},
+            "'running_var' is missing or of an",
+        ),
+        (
+            Plan(refits=(STATISTICS.model_copy(update={"path": "stem"}),)),
+            {},
+            "no layer 'stem' to refit",
+        ),
+        (Plan(refits=(Refit(path="blocks", step=1.0),)), {}, "no layer 'blocks' to refit"),
+        (Plan(refits=(Refit(path="far", step=1.0),)), {}, "no layer 'far' to refit"),
+        (
+            Plan(refits=(Refit(path="stem", step=1.0),)),
+            {"stem.weight": (4, 4), "stem.bias": (4,), "norm.weight": (4,)},
+            r"\['norm.weight'\] belong to no",
+        ),
+        (
+            Plan(healed=healed("stem.bias")),
+            {"stem.bias": (3,)},
+            "the trained tensor 'stem.bias' is mis",
+        ),
+        (
+            Plan(healed=healed("stem.bias")),
+            {},
+            "the trained tensor 'stem.bias' is missing, or is not of",
+        ),
+        (
+            Plan(healed=healed("far.bias")),
+            {"far.bias": (4,)},
+            "the trained tensor 'far.bias' is missing",
+        ),
+    ],
+)
+def test_other_tensors_that_do_not_fit_are_refused(
+    plan: Plan, given: dict[str, tuple[int, ...]], message: str
+) -> None:
+    model = seeded(Normed)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(PlanError, match=message):
+        splice(model, plan, {k: torch.ones(shape) for k, shape in given.items()}, inplace=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("path", ["blocks.1.down", "blocks.1", "blocks"])
+def test_what_is_refitted_or_replaced_is_not_inside_of_what_is_gone(path: str) -> None:
+    model = seeded(Normed)
+    (chain,) = supports(model, rows(4)).chains
+    gone = replacement(chain, 1, 2)
+    tensors = tensors_for(Plan(replacements=(gone,)))
+    with pytest.raises(PlanError, match="it is inside of a block that is|has no layer 'blocks'"):
+        splice(model, Plan(replacements=(gone,), refits=(Refit(path=path, step=1.0),)), tensors)
+    (block,) = gone.blocks
+    inner = gone.model_copy(update={"blocks": (block.model_copy(update={"path": path}),)})
+    with pytest.raises(PlanError, match=f"share the block {path}"):
+        splice(model, Plan(replacements=(gone, inner)), tensors)
+    far = Refit(path="blocks.2.down", step=1.0)
+    given = {"blocks.2.down.weight": torch.zeros(4, 8), "blocks.2.down.bias": torch.zeros(4)}
+    slim = splice(model, Plan(replacements=(gone,), refits=(far,)), tensors | given)
+    assert not slim.blocks[2].down.weight.any()
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.ModuleList((Chain(), Chain()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both[0](x) + self.both[1](x)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "gone", "left"),
+    [
+        (None, [(0, 1)], [None, 0, 2, 3]),
+        (None, [(0, 2)], [None, None, 0, 3]),
+        (None, [(1, 3)], [0, None, None, 3]),
+        (None, [(0, 4)], [None, None, None, None]),
+        (("full", "near", "full", "near"), [(0, 1)], [None, 1, 0, 3]),
+        (("full", "near", "full", "near"), [(0, 2)], [None, None, 0, 1]),
+        (("full", "near", "near", "near"), [(0, 2)], [None, None, 1, 3]),
+        (("near", "near", "full", "full"), [(2, 3)], [0, 1, None, 2]),
+    ],
+)
+def test_a_kept_layer_takes_the_cache_of_the_first_of_its_kind(
+    kinds: tuple[str, ...] | None, gone: list[tuple[int, int]], left: list[int | None]
+) -> None:
+    model = seeded(Two)
+    chain = next(c for c in supports(model, rows(4)).chains if c.name == "both.0.blocks")
+    for part in model.both:
+        for index, block in enumerate(part.blocks):
+            block.layer_idx = block.down.layer_idx = index
+            block.up.layer_idx = None
+    model.head = nn.Linear(1, 1)
+    model.head.layer_idx = 0
+    if kinds is not None:
+        model.config = SimpleNamespace(layer_types=kinds)
+    plan = Plan(replacements=tuple(replacement(chain, *span, "identity") for span in gone))
+    slim = splice(model, plan, {})
+    for part, expected in zip(slim.both, (left, [0, 1, 2, 3]), strict=True):
+        assert [getattr(b, "layer_idx", None) for b in part.blocks] == expected
+        kept = [b for b in part.blocks if isinstance(b, Block)]
+        assert [b.down.layer_idx for b in kept] == [index for index in expected if index is not None]
+    assert slim.head.layer_idx == 0
+    assert [b.layer_idx for b in model.both[0].blocks] == [0, 1, 2, 3]
+
+
+def test_a_spliced_module_passes_side_inputs_by() -> None:
+    double = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(double.weight.data.mul_(0)).mul_(2)
+    x, side = torch.ones(3, 2), torch.zeros(1)
+    assert torch.equal(Spliced(double)(x, side), 2 * x)
+    output = {"tuple": ["stream", ["kwargs", "side"], None]}
+    named = Spliced(double, Signature(stream=("kwargs", "x"), output=output))
+    stream, passed, nothing = named(side=side, x=x)
+    assert torch.equal(stream, 2 * x)
+    assert passed is side
+    assert nothing is None
+
+
+def test_a_map_takes_the_mode_of_its_block() -> None:
+    model = seeded(Chain).double()
+    (chain,) = supports(model, rows(4).double()).chains
+    model.train()
+    model.blocks[1].eval()
+    plan = Plan(replacements=(replacement(chain, 0, 1, "identity"), replacement(chain, 1, 3)))
+    slim = splice(model, plan, tensors_for(plan))
+    assert [b.training for b in slim.blocks] == [True, False, True, True]
+    assert not slim.blocks[1].map.training
+    assert slim.blocks[1].map.weight.dtype == torch.float64
+    assert isinstance(slim.blocks[2].map, nn.Identity)
+
+
+class Tabled(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.table = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x))) * (self.table + 1)
+
+
+def test_nothing_of_a_span_is_left_in_a_graph() -> None:
+    model = seeded(Chain, block=Tabled)
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(model, (rows(4),), dynamic_shapes=batch).module()
+    for graph in (fx.symbolic_trace(model), exported):
+        (chain,) = supports(graph, rows(4)).chains
+        plan = Plan(replacements=(replacement(chain, 1, 3),))
+        tensors = tensors_for(plan)
+        after = chain.blocks[2].nodes[1]
+        slim = splice(graph, plan, tensors)
+        assert not [n for n in slim.graph.nodes if str(n.target).startswith(("blocks.1.", "blocks.2"))]
+        (node,) = (n for n in slim.graph.nodes if n.target == "blocks.1")
+        assert node.name == after
+        assert node.meta["nn_module_stack"]["blocks.1"] == ("blocks.1", Spliced)
+        assert {k for k in slim.state_dict() if k.startswith(("blocks.1", "blocks.2"))} == set(tensors)
+        plain_chain = supports(model, rows(4)).chains[0]
+        plain = splice(model, Plan(replacements=(replacement(plain_chain, 1, 3),)), tensors)
+        assert torch.equal(slim(rows(4)), plain(rows(4)))
