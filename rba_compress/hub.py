@@ -86,7 +86,8 @@ def write_hub(
     else:
         _transformers_config(config, model, stock)
         code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("OWNER/NAME")'
-    environment = Environment(autoescape=False, keep_trailing_newline=True)
+    # Markdown with code in it, which escapes of HTML would break.
+    environment = Environment(autoescape=False, keep_trailing_newline=True)  # nosec B701 # see above
     text = environment.from_string(_CARD).render(
         library=library,
         name=name,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,20 @@ def key_path(path: tuple[Any, ...]) -> Path:
     return tuple(keys)
 
 
+def _keyless(value: Any) -> bool:
+    # transformers before version 5 registers its outputs, which are mappings, without their keys.
+    known = pytree.SUPPORTED_NODES.get(type(value))
+    return isinstance(value, Mapping) and known is not None and known.flatten_with_keys_fn is None
+
+
+def _with_paths(tree: Any) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a pytree and their paths."""
+    flat, _ = pytree.tree_flatten_with_path(tree, is_leaf=_keyless)
+    for keys, leaf in flat:
+        below = _with_paths({**leaf}) if _keyless(leaf) else [((), leaf)]
+        yield from ((key_path(keys) + path, value) for path, value in below)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -220,8 +234,7 @@ class _Recorder(TorchDispatchMode):
         return str(value)
 
     def leaves(self, tree: Any) -> dict[Path, fx.Node]:
-        flat, _ = pytree.tree_flatten_with_path(tree)
-        return {key_path(path): self.node_of(t) for path, t in flat if isinstance(t, Tensor)}
+        return {path: self.node_of(t) for path, t in _with_paths(tree) if isinstance(t, Tensor)}
 
     def structure(self, tree: Any) -> Any:
         return pytree.tree_map(lambda t: self.node_of(t) if isinstance(t, Tensor) else t, tree)
@@ -358,9 +371,8 @@ def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
             given = {"args": args, "kwargs": kwargs}
             call.inputs = recorder.leaves(given)
             call.given = recorder.structure(given)
-            flat, _ = pytree.tree_flatten_with_path(given)
             simple = (bool, int, float, str)
-            call.constants = {key_path(p): leaf for p, leaf in flat if isinstance(leaf, simple)}
+            call.constants = {p: leaf for p, leaf in _with_paths(given) if isinstance(leaf, simple)}
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = recorder.close()

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from rba_compress import ModelError
 from rba_compress.batches import as_batch
@@ -42,6 +45,25 @@ def test_writes_through_views_keep_the_data_flow() -> None:
     (relu,) = (n for n in recording.graph.nodes if "relu" in n.name)
     (written,) = relu.all_input_nodes
     assert "mul_" in str(written.target)  # not the addition, which the view's write followed
+
+
+class Named(OrderedDict[str, Tensor]):
+    """What transformers gives back, as its versions before 5 register it: without keys."""
+
+
+pytree.register_pytree_node(
+    Named, lambda x: (list(x.values()), list(x)), lambda x, k: Named(zip(k, x, strict=True))
+)
+
+
+class Naming(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Named, Tensor]:
+        return Named(doubled=2 * x, same=x), x + 1
+
+
+def test_outputs_registered_without_keys_have_paths() -> None:
+    (call,) = record(nn.Sequential(Naming()), as_batch(rows(2))).calls
+    assert list(call.outputs) == [(0, "doubled"), (0, "same"), (1,)]
 
 
 def test_macs_of_a_vit_block_equal_a_hand_count() -> None:

@@ -56,7 +56,7 @@ def test_r2_equals_a_direct_regression() -> None:
     for i in range(3):
         for j in range(i, 3):
             x, y = (whole[k].numpy() - whole[k].numpy().mean(0) for k in (i, j))
-            left = y - x @ np.linalg.lstsq(x, y)[0]
+            left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
             assert found[i, j] == pytest.approx(1 - (left**2).sum() / (y**2).sum(), abs=1e-9)
     assert np.isnan(found[2, 0])
 
