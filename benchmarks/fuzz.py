@@ -2,8 +2,8 @@
 
 A small artefact is mutated: values, keys and structure of plan.json, sealed anew as someone hostile
 would seal it; its bytes; bytes and header of model.safetensors under a hash that fits. Each input is
-read as `load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input that
-made it; the exit code says whether there was one.
+read as `load` reads it. Anything but a network or an `RBAError` is a flaw, printed once with the input
+that made it; the exit code says whether there was one.
 
     python -m benchmarks.fuzz --inputs 1000000 --seed 0
 """

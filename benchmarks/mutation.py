@@ -64,7 +64,7 @@ OPTIONS = [
 ]
 
 
-class Faults(cst.CSTVisitor):
+class Faults(cst.CSTVisitor):  # type: ignore[misc]
     """The nodes of a module that may be changed, by what, with their lines."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
@@ -98,7 +98,7 @@ def faults(module: str, count: int | None, seed: int) -> list[tuple[str, str]]:
         found = [found[k] for k in picked]
     made: dict[str, str] = {}
     for line, node, other in found:
-        code = tree.deep_replace(node, other).code  # type: ignore[arg-type]
+        code = tree.deep_replace(node, other).code
         old, new = (" ".join(tree.code_for_node(n).split()) for n in (node, other))
         with contextlib.suppress(SyntaxError):
             compile(code, module, "exec", dont_inherit=True)
