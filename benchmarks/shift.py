@@ -2,8 +2,8 @@
 
     python -m benchmarks.shift
 
-A DeiT-tiny, compressed on the 500 calibration images, is given batches of 10 and of 50 test images, ten
-times in another order: clean, and corrupted as in Hendrycks and Dietterich 2019 (noise, blur, contrast,
+A DeiT-tiny whose usual streams are those of the held-out calibration images is given batches of 10 and
+of 50 test images, every second of the list, ten times in another order: clean, and corrupted as in Hendrycks and Dietterich 2019 (noise, blur, contrast,
 brightness, pixelation) or as a pipeline that went wrong does it. Writes results/shift.jsonl and
 results/shift.md.
 """
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Budget, Config, compress
+from rba_compress import Plan, profile
 from rba_compress.batches import as_batch
+from rba_compress.shift import Usual
 
 RESULTS = Path(__file__).with_name("results")
 ORDERS = 10
@@ -70,26 +71,25 @@ def _keep(scores: list[Tensor], _: Any, __: Any, output: Tensor) -> None:
 def main() -> None:
     dense = deit_tiny()
     known: Any = dense.pretrained_cfg
-    config = Config(maps=("folded",), shrinks=(0.6,), swaps=0, refit=False)
-    result = compress(
-        dense, imagenet(dense, "calibration", 50), budget=Budget(macs=0.85), config=config
-    )
-    assert result.usual is not None
+    calibration = imagenet(dense, "calibration", 50)
+    seen = profile(dense, calibration)
+    held = (batch for _, _, batch in seen.split(calibration).deal("choose", "confirm"))
+    usual = Usual.of(dense, Plan(), seen.chains, held)
     batches = imagenet(dense, "test", 50)
     mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
     found = []
     for name, corrupt in corruptions(mean, std).items():
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        images = corrupt(images)
+        images, labels = corrupt(images[::2]), labels[::2]
         scores: list[Tensor] = []
-        hook = result.model.register_forward_hook(partial(_keep, scores))
-        numbers = torch.cat([result.usual.numbers(result.model, as_batch(x)) for x in images.split(50)])
+        hook = dense.register_forward_hook(partial(_keep, scores))
+        numbers = torch.cat([usual.numbers(dense, as_batch(x)) for x in images.split(50)])
         hook.remove()
         right = int((torch.cat(scores) == labels).sum())
         row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}
         for size in SIZES:
             shifts = [
-                result.usual.judged(numbers[part])
+                usual.judged(numbers[part])
                 for seed in range(ORDERS)
                 for part in torch.randperm(
                     len(images), generator=torch.Generator().manual_seed(seed)
@@ -104,8 +104,8 @@ def main() -> None:
     (RESULTS / "shift.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
     head = ["test images", "accuracy", *(f"{n} images" for n in SIZES), "distance / threshold, 50"]
     lines = [
-        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; "
-        f"{result.report.fidelity.samples} images confirmed the compression: {result.plan}",
+        f"{len(usual.held)} held-out images, {len(usual.places)} boundaries; "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}",
         "",
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",

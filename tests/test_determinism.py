@@ -24,7 +24,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("network", ["chain", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["chain", pytest.param("digits", marks=pytest.mark.catalogue)])
 def test_processes_and_threads_give_the_same_bytes(network: str, tmp_path: Path) -> None:
     runs = {"one": 1, "again": 1, "two": 2, "two again": 2}
     for name, threads in runs.items():

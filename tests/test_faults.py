@@ -140,7 +140,7 @@ print(sum(count.values()), {name: round(s, 2) for name, s in whole.items()})
 """
 
 
-@pytest.mark.slow
+@pytest.mark.catalogue
 def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     printed = script(KILLS, tmp_path, 100)
     assert printed.startswith("100 "), printed
