@@ -3,9 +3,9 @@
     python -m benchmarks.shift
 
 A DeiT-tiny whose usual streams are those of the held-out calibration images is given batches of 10 and
-of 50 test images, every second of the list, ten times in another order: clean, and corrupted as in Hendrycks and Dietterich 2019 (noise, blur, contrast,
-brightness, pixelation) or as a pipeline that went wrong does it. Writes results/shift.jsonl and
-results/shift.md.
+of 50 test images, every second of the list, ten times in another order: clean, and corrupted as in
+Hendrycks and Dietterich 2019 (noise, blur, contrast, brightness, pixelation) or as a pipeline that went
+wrong does it. Writes results/shift.jsonl and results/shift.md.
 """
 
 from __future__ import annotations

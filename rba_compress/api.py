@@ -190,7 +190,7 @@ def _require_near(report: Report, budget: Budget | None) -> None:
     low, high = found.divergence_low, found.divergence_high
     interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
     raise FidelityError(
-        f"the best network found within {DEFAULT_BUDGET} has a {divergence_name(found)} of "
+        f"the best network found within {DEFAULT_BUDGET!r} has a {divergence_name(found)} of "
         f"{found.divergence:.3g}{interval} on {found.samples} held-out samples, above {bound:g}, which "
         "is as far as goes unasked. Pass more samples, a budget of quality such as "
         "Budget(divergence=0.1), or the budget that you accept this for"

@@ -436,7 +436,8 @@ def demand(graph: fx.Graph) -> Demand:
 
     def join(node: fx.Node, need: Need) -> None:
         shape = node.meta.get("shape")
-        if need != ALL and shape and need.count >= shape[need.dim]:
+        # What was written through a view has the view's shape, whatever the shape it is read in.
+        if need != ALL and shape and (need.dim >= len(shape) or need.count >= shape[need.dim]):
             need = ALL
         known = needs.get(node, need)
         more = Need(need.dim, max(known.count, need.count))

@@ -103,7 +103,7 @@ def _timm_config(path: Path, model: nn.Module, architecture: Architecture) -> No
     from timm.models import _hub
 
     arguments = {k: v for k, v in architecture.arguments.items() if k != "num_classes"}
-    _hub.save_config_for_hf(model, str(path), model_args=arguments)
+    _hub.save_config_for_hf(model, path, model_args=arguments)
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
 
 

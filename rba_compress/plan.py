@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -168,6 +168,10 @@ class Budget(Asked):
         if all(getattr(self, name) is None for name in type(self).model_fields):
             raise BudgetError("a budget needs a limit, such as Budget(macs=0.75)")
         return self
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """The limits that are given."""
+        return [(name, value) for name, value in super().__repr_args__() if value is not None]
 
     def limits(self, macs: int, params: int) -> dict[str, float]:
         """The absolute limits of macs and params, for a dense network of that cost."""

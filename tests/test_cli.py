@@ -250,7 +250,7 @@ def test_search_writes_the_front(folder: Path, capsys: pytest.CaptureFixture[str
         ({"test-split": "absent.txt"}, 2, "absent.txt is not a file of image paths"),
         ({"split": "{folder}/weights.safetensors"}, 2, "is not a text file of image paths"),
         ({"batch-size": "0"}, 2, "a batch of 0 images"),
-        ({"shrinks": "2"}, 2, "shrinks.0: Input should be less than or equal to 1"),
+        ({"shrinks": "2"}, 2, "shrinks.0=2.0 will not do: Input should be less than or equal to 1"),
         ({"device": "no_such_device"}, 2, "the device 'no_such_device' cannot be used"),
         ({"out": "{folder}/images"}, 4, "images is not empty: name a new directory"),
     ],

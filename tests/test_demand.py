@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rba_compress.attention import attend
+from rba_compress.batches import as_batch
 from rba_compress.demand import ALL, Need, demand, packet_of
 from rba_compress.narrowing import narrow
+from rba_compress.recorder import record
 
 aten = torch.ops.aten
 
@@ -151,6 +153,18 @@ def test_what_reads_every_position_is_named(function: Callable[..., Any], reader
 def test_two_readers_join_their_needs() -> None:
     graph = traced(lambda x: x[:, 0] + x[:, 1], normal(2, 9, 4))
     assert demand(graph).needs[next(iter(graph.nodes))] == Need(1, 2)
+
+
+class Written(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.zeros(*x.shape, 2)
+        table[..., 0] = x
+        return torch.softmax(table, 1)[..., :1]
+
+
+def test_a_selection_of_what_was_written_through_a_view() -> None:
+    graph = record(nn.Sequential(Written()), as_batch(torch.ones(2, 9, 4))).graph
+    assert demand(graph).needs[next(iter(graph.nodes))] == ALL
 
 
 def test_what_nothing_reads_is_gone() -> None:

@@ -20,13 +20,13 @@ if sys.argv[3] == "digits":
     found = compress(digits_model(), batches((images[:80], labels[:80]), 20), budget=Budget(macs=0.85), config=config)
     found.save(sys.argv[2], architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS)))
 else:
-    compress(seeded(Chain, 6, 64), loader(400, 50), budget=Budget(macs=0.7), config=config).save(sys.argv[2])
+    compress(seeded(Chain, 5, 64), loader(200, 50), budget=Budget(macs=0.7), config=config).save(sys.argv[2])
 """
 
 
 @pytest.mark.parametrize("network", ["chain", pytest.param("digits", marks=pytest.mark.catalogue)])
 def test_processes_and_threads_give_the_same_bytes(network: str, tmp_path: Path) -> None:
-    runs = {"one": 1, "again": 1, "two": 2, "two again": 2}
+    runs = {"one": 1, "again": 1, "two": 2}
     for name, threads in runs.items():
         script(COMPRESSED, threads, tmp_path / name, network)
     files = {
@@ -34,5 +34,4 @@ def test_processes_and_threads_give_the_same_bytes(network: str, tmp_path: Path)
         for name in runs
     }
     assert files["one"] == files["again"]
-    assert files["two"] == files["two again"]
     assert files["one"] == files["two"]

@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rba_compress import ArtifactError, Budget, Config, ModelError, PlanError, Profile, profile, search
+from rba_compress import (
+    ArtifactError,
+    Budget,
+    Config,
+    LoaderError,
+    ModelError,
+    PlanError,
+    Profile,
+    profile,
+    search,
+)
 from rba_compress import calibration as of_calibration
 from rba_compress.batches import Split
 from rba_compress.chain_profile import DENSE, ChainProfile, started, states_of
@@ -139,7 +149,7 @@ def test_a_checkpoint_of_another_profile_is_refused(
         def __iter__(self) -> Iterator[Any]:
             return broken()
 
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(LoaderError, match="batch 3 .*the disk is gone"):
         profile(seeded(Network), Broken(), checkpoint=path)
     content = path.read_bytes()
     with pytest.raises(ArtifactError, match="checkpoint of another profile"):
