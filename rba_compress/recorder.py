@@ -16,6 +16,7 @@ calls are the `nn_module_stack` of its nodes. Both give one `Recording` that one
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from rba_compress.batches import Batch
 from rba_compress.errors import ModelError, RBAError
@@ -92,7 +93,8 @@ def op_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """
     packet = func._overloadpacket
     if packet in _CPU_ATTENTION:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)) // 2
+        queries, keys, values = (t.shape for t in args[:3])
+        return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) // 2 if formula else 0
 

@@ -150,7 +150,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
-    assert script(KILLS, tmp_path, 8).startswith("8 ")
+    assert script(KILLS, tmp_path, 4).startswith("4 ")
 
 
 # --- no room
