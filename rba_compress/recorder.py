@@ -94,7 +94,7 @@ def op_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func._overloadpacket
     if packet in _CPU_ATTENTION:
         queries, keys, values = (t.shape for t in args[:3])
-        return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+        return int(math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) // 2 if formula else 0
 
