@@ -67,7 +67,7 @@ def test_a_network_from_end_to_end(name: str, chains: int, blocks: int) -> None:
 def others() -> list[object]:
     rest = [name for name in names() if name not in {row[0] for row in QUICK}]
     both, alone = [pytest.mark.slow, pytest.mark.catalogue], pytest.mark.catalogue
-    return [pytest.param(n, marks=alone if k % 3 else both) for k, n in enumerate(rest)]
+    return [pytest.param(n, marks=alone if k % 6 else both) for k, n in enumerate(rest)]
 
 
 @pytest.mark.filterwarnings("ignore")

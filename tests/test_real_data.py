@@ -19,7 +19,6 @@ from rba_compress.drafts import Solution, with_read_outs
 from rba_compress.measure import cost, fidelity
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         not (data_root() / "deit_tiny_patch16_224.safetensors").is_file(),
         reason=f"RBA_DATA ({data_root()}) holds no DeiT-tiny",
@@ -27,6 +26,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.catalogue
 def test_the_command_line_compresses_the_real_deit_tiny(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +58,7 @@ def test_the_command_line_compresses_the_real_deit_tiny(
     assert read_manifest(tmp_path / "slim").architecture is not None
 
 
+@pytest.mark.slow
 def test_the_exact_read_out_is_exact_on_real_images() -> None:
     """And costs 8 % less: of its last block a class token's worth is left, without keys and values."""
     model = deit_tiny()
@@ -74,6 +75,7 @@ def test_the_exact_read_out_is_exact_on_real_images() -> None:
     assert cost(slim, batch).macs < 0.93 * cost(dense, batch).macs
 
 
+@pytest.mark.slow
 def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     from rba_compress.calibration import calibrate
     from rba_compress.chains import supports
@@ -96,6 +98,7 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     assert found.divergence == pytest.approx(row["kl"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_images(capsys: pytest.CaptureFixture[str]) -> None:
     profile_memory.main(profile_memory.Memory(counts=(100, 400)))
     printed = json.loads(capsys.readouterr().out)
@@ -103,6 +106,7 @@ def test_memory_is_flat_in_the_number_of_images(capsys: pytest.CaptureFixture[st
     assert printed["peak_ratio"] < 1.05
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_the_published_one() -> None:
     model = deit_tiny()
     with torch.no_grad():
