@@ -20,7 +20,7 @@ from rba_compress.moments import device_bytes
 from rba_compress.offload import device_of
 from rba_compress.plan import Chain
 from rba_compress.ranks import Ranks, current
-from rba_compress.recorder import evaluating, running
+from rba_compress.recorder import evaluating, ran
 from rba_compress.streams import observe
 
 SCREEN = 4
@@ -84,10 +84,7 @@ class Judge:
         self._memory = memory or device_bytes(device_of(dense)) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
         with evaluating(dense):
-            self.dense = []
-            for batch in self.batches:
-                with running(dense, batch):
-                    self.dense.append(criterion.kept(batch.run(dense)))
+            self.dense = [criterion.kept(ran(dense, batch)) for batch in self.batches]
         self.samples += self.held
         leaves = (leaf for output in self.dense for leaf in pytree.tree_leaves(output))
         flaws = sum(not bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))

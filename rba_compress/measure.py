@@ -25,7 +25,7 @@ from rba_compress.moments import Total
 from rba_compress.offload import device_of, undispatched
 from rba_compress.plan import Chain, Frozen
 from rba_compress.ranks import current
-from rba_compress.recorder import Recording, evaluating, record, running
+from rba_compress.recorder import Recording, evaluating, ran, record
 from rba_compress.streams import observe
 
 Divergence = Literal["kl", "nse", "cosine", "given"]
@@ -452,10 +452,6 @@ def fidelity(
         ModelError: a forward pass fails.
         ActivationError: the output of the dense network holds NaN or infinity.
     """
-
-    def ran(model: nn.Module, batch: Batch) -> Any:
-        with running(model, batch):
-            return batch.run(model)
 
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:

@@ -330,6 +330,12 @@ def running(model: nn.Module, batch: Batch) -> Iterator[None]:
         ) from error
 
 
+def ran(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch; a failure is as in `running`."""
+    with running(model, batch):
+        return batch.run(model)
+
+
 def record(model: nn.Module, batch: Batch) -> Recording:
     """Record one forward pass of `model` (any mode; it runs in eval mode) on a batch on its device.
 
