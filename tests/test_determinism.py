@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_faults import script
+from tests.test_delivery import script
 
 COMPRESSED = """
 import sys, torch

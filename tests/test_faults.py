@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,16 +26,7 @@ from rba_compress import calibration as of_calibration
 from rba_compress import moments as of_moments
 from rba_compress.errors import MemoryLimitError
 from tests.networks import LIGHT, Chain, loader, rows, seeded
-
-
-def script(code: str, *arguments: Any) -> str:
-    """What a process of its own prints; it sees the tests, too."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
-
+from tests.test_delivery import script
 
 # --- killed
 
