@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.artifact import fitted_tensors, load, read_manifest, read_report, write_artifact
-from rba_compress.batches import Batch, Split, as_batch
+from rba_compress.batches import Batch, Split, as_batch, workers_named
 from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.chains import discover
 from rba_compress.changed import MostChanged
@@ -112,6 +112,7 @@ class Result:
         return self.report._repr_html_()
 
 
+@workers_named()
 @torch.inference_mode(False)
 def compress(
     model: nn.Module,
@@ -225,6 +226,7 @@ def heal(
     healing: Healing | None = None,
     checkpoint: str | Path | None = None,
 ) -> nn.Module: ...
+@workers_named()
 @torch.inference_mode(False)
 def heal(
     slim: Result | nn.Module,
@@ -311,6 +313,7 @@ def _after(first: Healed | None, second: Healed) -> Healed:
     return second.model_copy(update={"keys": tuple(sorted({*first.keys, *second.keys}))})
 
 
+@workers_named()
 def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module) -> Result:
     """A saved result, to heal it: without its profile's moments and its front.
 

@@ -397,17 +397,40 @@ def _items(loader: Any) -> Iterator[Any]:
 def _named(index: int) -> Iterator[None]:
     """
     Raises:
-        LoaderError: the loader's own code raises in it, or one of its workers died.
+        LoaderError: the loader's own code raises in it.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, RBAError) or out_of_memory(error):
+        if isinstance(error, RBAError) or out_of_memory(error) or worker_died(error):
             raise
         raise LoaderError(
             f"batch {index} of the loader could not be read ({type(error).__name__}: {error}): its "
-            "dataset or transform fails there, or a worker of it ended"
+            "dataset or transform fails there"
         ) from error
+
+
+@contextmanager
+def workers_named() -> Iterator[None]:
+    """The death of a loader's worker has a name, wherever the process happens to be: torch signals it.
+
+    Raises:
+        LoaderError: a worker died in it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not worker_died(error):
+            raise
+        raise LoaderError(
+            f"the loader could not be read on ({error}): its dataset or transform ends its process, or "
+            "memory ran out"
+        ) from error
+
+
+def worker_died(error: Exception) -> bool:
+    """Whether it is torch's word of a worker's death."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _length(loader: Any) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from rba_compress.batches import Batch, Split
+from rba_compress.batches import Batch, Split, workers_named
 from rba_compress.chain_profile import ChainProfile, started, states_of
 from rba_compress.chains import discover, require_chains
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
@@ -194,6 +194,7 @@ def fingerprint(model: nn.Module) -> str:
     return tensor_digest((name, loaded(t)) for name, t in named if isinstance(t, Tensor))
 
 
+@workers_named()
 @torch.inference_mode(False)
 def profile(
     model: nn.Module,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rba_compress.batches import workers_named
 from rba_compress.calibration import Profile, fingerprint
 from rba_compress.drafts import (
     Draft,
@@ -53,6 +54,7 @@ FINALISTS = 4
 """Spans of a screening that are judged on all samples; half of them in a swap."""
 
 
+@workers_named()
 @torch.inference_mode(False)
 def search(
     model: nn.Module,

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rba_compress.batches import Batch
+from rba_compress.batches import Batch, worker_died
 from rba_compress.errors import ModelError, RBAError
 from rba_compress.moments import out_of_memory
 from rba_compress.plan import Path
@@ -312,7 +312,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """An error of a forward pass in it is a `ModelError`, unless it has a name or is of memory.
+    """A forward pass that fails in it is a `ModelError`, unless its error tells more by itself.
 
     Raises:
         ModelError: the forward pass fails.
@@ -320,7 +320,7 @@ def running(model: nn.Module, batch: Batch) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RBAError) or out_of_memory(error):
+        if isinstance(error, RBAError) or out_of_memory(error) or worker_died(error):
             raise
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.tensors.items())
         raise ModelError(
