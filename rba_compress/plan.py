@@ -19,12 +19,14 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.functional_validators import (
+    ModelWrapValidatorHandler,
+)  # not of pydantic itself before 2.11
 from torch import Tensor
 
 from rba_compress.errors import BudgetError, ConfigError, RBAError
