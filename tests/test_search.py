@@ -480,13 +480,17 @@ class Normed(Block):
 
 
 @pytest.mark.parametrize(
-    ("block", "settings", "refined"),
-    [(Block, {"swaps": 0}, "refit"), (Normed, {"maps": ("identity",), "refit": False}, "statistics")],
+    ("block", "seed", "settings", "refined"),
+    [
+        (Block, 0, {"swaps": 0}, "refit"),
+        (Block, 11, {}, "swap"),
+        (Normed, 0, {"maps": ("identity",), "refit": False}, "statistics"),
+    ],
 )
 def test_every_step_costs_and_diverges_as_it_says(
-    block: type[nn.Module], settings: dict[str, Any], refined: str
+    block: type[nn.Module], seed: int, settings: dict[str, Any], refined: str
 ) -> None:
-    model, data = seeded(Chain, 6, block=block), loader(60)
+    model, data = seeded(Chain, 6, block=block), [*rows(60, seed).split(10)]
     for index, each in enumerate(model.blocks if block is Normed else ()):
         nn.init.constant_(each.norm.weight, 2.0**index)
     with torch.no_grad():
