@@ -30,10 +30,11 @@ from rba_compress.errors import (
 )
 from rba_compress.measure import benchmark
 from rba_compress.onnx_export import export_onnx, export_pt2
-from rba_compress.plan import Budget, Config, Healing, Plan
+from rba_compress.plan import Plan
 from rba_compress.planner import search
 from rba_compress.plots import plot_pareto, plot_similarity, plot_span_errors
 from rba_compress.report import Report
+from rba_compress.settings import Budget, Config, Healing
 from rba_compress.shift import Shift
 from rba_compress.surgery import splice
 from rba_compress.verification import verify

@@ -18,8 +18,10 @@ from pydantic import JsonValue
 from torch import fx, nn
 
 from rba_compress.demand import ALL, demand, packet_of
-from rba_compress.plan import Block, Branch, Chain, Input, Path, Refusal, Signature, nested
+from rba_compress.plan import Block, Branch, Chain, Refusal
 from rba_compress.recorder import Call, Recording, module_stack
+from rba_compress.schema import Path, nested
+from rba_compress.signatures import Input, Signature
 
 _aten = torch.ops.aten
 _ADDITIONS = {_aten.add, _aten.add_, _aten.addcmul, _aten.addcmul_}

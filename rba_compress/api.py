@@ -34,11 +34,12 @@ from rba_compress.measure import (
     output_kind,
 )
 from rba_compress.offload import device_of
-from rba_compress.plan import Budget, Config, Healed, Healing, Plan
+from rba_compress.plan import Healed, Plan
 from rba_compress.planner import DEFAULT_BUDGET, search
 from rba_compress.ranks import current
 from rba_compress.recorder import record, unwrap
 from rba_compress.report import Report, divergence_name
+from rba_compress.settings import Budget, Config, Healing
 from rba_compress.shift import Shift, Usual
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 

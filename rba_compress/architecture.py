@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, model_validator
 from torch import fx, nn
 
 from rba_compress.errors import WeightsError
-from rba_compress.plan import Frozen
+from rba_compress.schema import Frozen
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """What configs of transformers call the number of their layers."""

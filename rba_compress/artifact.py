@@ -43,10 +43,11 @@ from rba_compress.files import (
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
 from rba_compress.offload import device_of, in_memory
-from rba_compress.plan import Dtype, Plan
+from rba_compress.plan import Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
+from rba_compress.schema import Dtype
 from rba_compress.surgery import copy_model, splice
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 

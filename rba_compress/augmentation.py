@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rba_compress.batches import Batch
-from rba_compress.plan import Augmentation
+from rba_compress.settings import Augmentation
 
 _SMALLEST = 0.35
 """Share of an image's area that a crop leaves, at the least."""

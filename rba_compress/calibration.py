@@ -31,9 +31,11 @@ from rba_compress.measure import (
 )
 from rba_compress.moments import device_bytes, moment_bytes, within_memory
 from rba_compress.offload import device_of, loaded, undispatched
-from rba_compress.plan import Chain, Config, Frozen, Refusal
+from rba_compress.plan import Chain, Refusal
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, unwrap
+from rba_compress.schema import Frozen
+from rba_compress.settings import Config
 from rba_compress.streams import attention_mask, run_with_streams
 
 EVERY = 30.0

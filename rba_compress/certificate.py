@@ -14,9 +14,9 @@ from rba_compress.batches import Batch
 from rba_compress.errors import ExportError
 from rba_compress.files import Sealed, read_sealed
 from rba_compress.measure import Latency, gap
-from rba_compress.plan import Frozen
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating
+from rba_compress.schema import Frozen
 
 SCHEMA = 1
 Format = Literal["onnx", "pt2"]

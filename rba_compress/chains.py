@@ -18,8 +18,11 @@ from rba_compress.analysis import analyse
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.errors import ModelError, NoChainError
 from rba_compress.offload import undispatched
-from rba_compress.plan import Block, Chain, Refusal, Signature, Unit, UnitCost, nested
+from rba_compress.plan import Block, Chain, Refusal, UnitCost
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
+from rba_compress.schema import nested
+from rba_compress.settings import Unit
+from rba_compress.signatures import Signature
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
 from rba_compress.thinning import Traces, example_inputs, thin

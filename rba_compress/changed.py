@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rba_compress.batches import Batch, main_output
 from rba_compress.measure import Compared
-from rba_compress.plan import Frozen
 from rba_compress.ranks import current
+from rba_compress.schema import Frozen
 
 _PIXELS = 112
 """The longer side of a thumbnail."""

@@ -33,12 +33,12 @@ from rba_compress.images import ImageFiles, image_loader
 from rba_compress.maps import Kind
 from rba_compress.measure import benchmark
 from rba_compress.onnx_export import export_onnx, export_pt2
-from rba_compress.plan import Budget, Config, Healing
 from rba_compress.planner import search
 from rba_compress.plots import plot_similarity
 from rba_compress.ranks import current, own_device
 from rba_compress.report import PAGE
 from rba_compress.report import Report as Measured
+from rba_compress.settings import Budget, Config, Healing
 from rba_compress.verification import checks
 from rba_compress.weights import load_weights
 

@@ -24,8 +24,8 @@ from rba_compress.drafts import fit_spans
 from rba_compress.errors import ExportError
 from rba_compress.maps import MapSpec
 from rba_compress.onnx_export import export_onnx
-from rba_compress.plan import Frozen
 from rba_compress.recorder import evaluating
+from rba_compress.schema import Frozen
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import splice
 

@@ -16,9 +16,9 @@ from rba_compress.architecture import Architecture
 from rba_compress.batches import read
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
 from rba_compress.errors import ArtifactError
-from rba_compress.plan import Budget
 from rba_compress.plots import plot_similarity
 from rba_compress.report import PAGE, Report
+from rba_compress.settings import Budget
 
 _RELOAD = """
 import sys

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from rba_compress.calibration import Profile
 from rba_compress.maps import Diagnostics
-from rba_compress.plan import Chain, Frozen, Plan, Refusal, Step
+from rba_compress.plan import Chain, Plan, Refusal, Step
+from rba_compress.schema import Frozen
 from rba_compress.similarity import METRICS, Metric
 
 Method = Literal["ours", "paper", "healed"]

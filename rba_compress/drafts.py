@@ -11,7 +11,8 @@ from rba_compress.calibration import Profile
 from rba_compress.chain_profile import ChainProfile
 from rba_compress.judge import Judged
 from rba_compress.maps import Fit, MapSpec, fit_map, map_macs, map_parameters
-from rba_compress.plan import Chain, Plan, Refit, Replacement, Unit
+from rba_compress.plan import Chain, Plan, Refit, Replacement
+from rba_compress.settings import Unit
 
 Site = tuple[int, int, int, Unit]
 """(chain, start, stop, unit): where something may be done, and what."""

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rba_compress.errors import ArtifactError, RBAError
-from rba_compress.plan import Frozen
+from rba_compress.schema import Frozen
 
 BLANK = "0" * 64
 LARGEST = 1 << 28

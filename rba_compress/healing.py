@@ -32,9 +32,11 @@ from rba_compress.errors import ArtifactError, LoaderError, ModelError, PlanErro
 from rba_compress.files import below, read_tensors, write_tensors
 from rba_compress.measure import Criterion
 from rba_compress.offload import device_of
-from rba_compress.plan import RATES, Chain, Frozen, Healed, Healing
+from rba_compress.plan import Chain, Healed
 from rba_compress.ranks import Ranks
 from rba_compress.recorder import evaluating
+from rba_compress.schema import Frozen
+from rba_compress.settings import RATES, Healing
 from rba_compress.streams import observe
 from rba_compress.surgery import copy_model
 

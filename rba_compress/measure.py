@@ -23,9 +23,10 @@ from rba_compress.demand import packet_of
 from rba_compress.errors import ActivationError, LoaderError, ModelError
 from rba_compress.moments import Total
 from rba_compress.offload import device_of, undispatched
-from rba_compress.plan import Chain, Frozen
+from rba_compress.plan import Chain
 from rba_compress.ranks import current
 from rba_compress.recorder import Recording, evaluating, ran, record
+from rba_compress.schema import Frozen
 from rba_compress.streams import observe
 
 Divergence = Literal["kl", "nse", "cosine", "given"]

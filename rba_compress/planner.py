@@ -44,8 +44,9 @@ from rba_compress.judge import Judge
 from rba_compress.measure import benchmark, block_times, kept
 from rba_compress.moments import within_memory
 from rba_compress.offload import undispatched
-from rba_compress.plan import Budget, Candidate, Plan, Refit, Replacement, Step, Unit
+from rba_compress.plan import Candidate, Plan, Refit, Replacement, Step
 from rba_compress.recorder import unwrap
+from rba_compress.settings import Budget, Unit
 
 DEFAULT_BUDGET = Budget(macs=0.75)
 PROMISING = 16

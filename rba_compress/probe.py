@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rba_compress.batches import Batch, main_output
 from rba_compress.measure import gap
-from rba_compress.plan import Dtype, Frozen
 from rba_compress.recorder import evaluating
+from rba_compress.schema import Dtype, Frozen
 
 _VALUES = 64
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from rba_compress.batches import Batch, worker_died
 from rba_compress.errors import ModelError, RBAError
 from rba_compress.moments import out_of_memory
-from rba_compress.plan import Path
+from rba_compress.schema import Path
 
 _aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from rba_compress.details import Details, Summary
 from rba_compress.files import write_text
 from rba_compress.markup import html_table, text_table
 from rba_compress.measure import DIVERGENCES, Cost, Fidelity, Latency, kept
-from rba_compress.plan import Frozen
+from rba_compress.schema import Frozen
 from rba_compress.similarity import TITLES
 
 PAGE = "report.html"

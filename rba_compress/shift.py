@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from rba_compress.batches import Batch
 from rba_compress.chain_profile import ChainProfile
 from rba_compress.moments import full_precision
-from rba_compress.plan import Chain, Frozen, Plan
+from rba_compress.plan import Chain, Plan
 from rba_compress.ranks import current
 from rba_compress.recorder import evaluating
+from rba_compress.schema import Frozen
 from rba_compress.streams import attention_mask, observe
 
 POSITIONS = 64

@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 from rba_compress.errors import ModelError, PlanError
 from rba_compress.maps import build_map
 from rba_compress.offload import copy_tree, deep_copy, execution_device, hold, take_place
-from rba_compress.plan import Block, Plan, Refit, Replacement, Signature, nested
+from rba_compress.plan import Block, Plan, Refit, Replacement
 from rba_compress.recorder import module_stack, unwrap
+from rba_compress.schema import nested
+from rba_compress.signatures import Signature
 from rba_compress.thinning import Thinned, Traces, thin
 
 STATISTICS = ("running_mean", "running_var")

@@ -26,8 +26,10 @@ from rba_compress.demand import copy_graph, demand, packet_of
 from rba_compress.errors import ModelError
 from rba_compress.narrowing import narrow
 from rba_compress.offload import in_memory, undispatched
-from rba_compress.plan import Block, Signature, Unit
+from rba_compress.plan import Block
 from rba_compress.recorder import evaluating
+from rba_compress.settings import Unit
+from rba_compress.signatures import Signature
 
 _aten = torch.ops.aten
 _PRODUCTS = {

@@ -36,7 +36,7 @@ from rba_compress.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.drafts import fit_spans
 from rba_compress.healing import Student
 from rba_compress.maps import MapSpec
-from rba_compress.plan import Augmentation
+from rba_compress.settings import Augmentation
 from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
 TRAINED = ("maps", "norms", "adapters", "all")

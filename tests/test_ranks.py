@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rba_compress import Plan, Result, compress
 from rba_compress.measure import Fidelity
-from rba_compress.plan import Budget
+from rba_compress.settings import Budget
 from tests.networks import LIGHT, Chain, rows, seeded, to_heal
 
 

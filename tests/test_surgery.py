@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from rba_compress import ModelError, Plan, PlanError, splice, supports
 from rba_compress.maps import Kind, MapSpec, build_map
 from rba_compress.plan import Chain as FoundChain
-from rba_compress.plan import Healed, Refit, Replacement, Signature
+from rba_compress.plan import Healed, Refit, Replacement
+from rba_compress.signatures import Signature
 from rba_compress.surgery import Spliced, splice_shared
 from tests.networks import BRIEF, Block, Chain, images, rows, seeded
 

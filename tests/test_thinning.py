@@ -14,8 +14,9 @@ from rba_compress.drafts import Solution, chain_load, skip, with_read_outs
 from rba_compress.maps import MapSpec
 from rba_compress.measure import cost
 from rba_compress.plan import Chain as FoundChain
-from rba_compress.plan import Replacement, Unit
+from rba_compress.plan import Replacement
 from rba_compress.recorder import evaluating
+from rba_compress.settings import Unit
 from rba_compress.thinning import Thinned
 from tests.networks import images, seeded
 from tests.test_surgery import tensors_for

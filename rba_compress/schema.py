@@ -1,0 +1,37 @@
+"""What every schema here is made of: frozen values that read and write JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Path = tuple[str | int, ...]
+"""Where a tensor sits in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
+
+
+def _dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of torch")
+    return name
+
+
+Dtype = Annotated[str, AfterValidator(_dtype)]
+"""As torch calls it: float32."""
+
+ModulePath = Annotated[str, Field(min_length=1)]
+"""Of a module below the model itself."""
+
+
+def nested(path: str, other: str) -> bool:
+    """Whether one module path is the other, or inside of it."""
+    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
+
+
+class Frozen(BaseModel):
+    """A value that reads and writes JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
