@@ -235,12 +235,14 @@ class Candidate(Frozen):
     params: int
 
 
+Action = Literal["take", "settle", "swap", "refit", "statistics", "stop"]
+"""What a search decides; to stop, before a step that breaks a limit of quality."""
+
+
 class Step(Frozen):
     """One decision of the search, and what it came to."""
 
-    action: str
-    """take, settle, swap, refit or statistics; or stop, before a step that breaks a limit of
-    quality."""
+    action: Action
     change: str
     divergence: float
     """Of the output behind it."""

@@ -44,7 +44,7 @@ from rba_compress.judge import Judge
 from rba_compress.measure import benchmark, block_times, kept
 from rba_compress.moments import within_memory
 from rba_compress.offload import undispatched
-from rba_compress.plan import Candidate, Plan, Refit, Replacement, Step
+from rba_compress.plan import Action, Candidate, Plan, Refit, Replacement, Step
 from rba_compress.recorder import unwrap
 from rba_compress.settings import Budget, Unit
 
@@ -318,7 +318,7 @@ class Search:
         )
         return Solution(plan, handed.tensors)
 
-    def note(self, action: str, change: object, draft: Draft, margin: float) -> Draft:
+    def note(self, action: Action, change: object, draft: Draft, margin: float) -> Draft:
         """Log a decision."""
         self.steps.append(
             Step(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rba_compress import (
     BudgetError,
     Config,
     LoaderError,
+    MemoryLimitError,
     Plan,
     PlanError,
     Result,
@@ -377,6 +379,30 @@ def test_each_limit_lacks_what_is_above_it() -> None:
     assert run.share(Load(500, 600)) == 0
 
 
+def test_each_limit_of_quality_is_broken_by_itself() -> None:
+    run = Search.__new__(Search)
+    run.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2)
+    good: dict[str, Any] = {"mean": 0.1, "agreement": 0.9, "accuracy_drop": 0.2}
+    for bad in ({}, {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}):
+        draft: Any = SimpleNamespace(judged=SimpleNamespace(**(good | bad)))
+        said = " ".join(run.broken(draft)).replace("divergence", "mean")
+        assert [name for name in good if name in said] == [*bad]
+
+
+def test_a_search_without_memory_says_what_it_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Chain)
+    seen = profile(model, loader(), config=LIGHT)
+
+    def starved(_: Search) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Search, "run", starved)
+    # Five boundaries of eight channels in float32; four targets of 8 x 8 in float64.
+    said = "the streams of a sample take 160 bytes, .* and a fit of every span .* takes 2,048[.]"
+    with pytest.raises(MemoryLimitError, match=said):
+        search(model, seen, loader(), budget=Budget(macs=0.5))
+
+
 def test_quality_alone_goes_down_to_the_stem_and_the_head() -> None:
     run = started(Budget(divergence=1.0))
     assert (run.floor.macs, run.floor.params) == (4 * 8 + 8 * 3, 4 * 8 + 8 + 8 * 3 + 3)
@@ -483,6 +509,7 @@ class Normed(Block):
     ("block", "seed", "settings", "refined"),
     [
         (Block, 0, {"swaps": 0}, "refit"),
+        (Block, 5, {"refit": False}, "settle"),
         (Block, 11, {}, "swap"),
         (Normed, 0, {"maps": ("identity",), "refit": False}, "statistics"),
     ],
@@ -506,6 +533,11 @@ def test_every_step_costs_and_diverges_as_it_says(
     for step in steps:
         assert step.action == "take" or step.margin == pytest.approx(before - step.divergence, rel=1e-6)
         before = step.divergence
+    for index, step in enumerate(steps):
+        if step.action == "settle":
+            made = [c for c in found.plan.candidates if c.step == index]
+            of_span = [c.divergence for c in made if f"{c.start}:{c.stop}] -> " in step.change]
+            assert step.divergence == pytest.approx(min(of_span), rel=1e-6)
     for point in found.points:
         slim, last = splice(model, point.plan, point.tensors), point.plan.steps[-1]
         measured = cost(slim, as_batch(rows(2)))
