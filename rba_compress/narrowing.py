@@ -9,6 +9,7 @@ fewer positions are asked than a head has channels, `attend` does without keys a
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -157,10 +158,14 @@ def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
 
 
 def _takes_nothing_away(node: fx.Node, operands: Operands) -> bool:
-    """Whether a slice's operand is narrowed to just what the slice takes."""
+    """Whether a slice takes all that its operand is, or is narrowed to."""
     want = operands[0][0]
+    if argument(node, 2, "start") or argument(node, 4, "step", 1) != 1:
+        return False
+    if argument(node, 3, "end") in (None, sys.maxsize):
+        return True  # torch < 2.7 records x[:, 0] with one of dimension 0
     dim = int(argument(node, 1, "dim", 0)) % len(shape_of(want.node))
-    return want.need != ALL and want.need.dim == dim and not argument(node, 2, "start")
+    return want.need != ALL and want.need.dim == dim
 
 
 def _split_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:

@@ -292,7 +292,8 @@ def _traced(
     whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
     shapes: tuple[dict[int, Any], ...] | None = None
     if dynamic:
-        rows = torch.export.Dim("batch")
+        # Without a bound torch < 2.8 finds that it may be too long.
+        rows = torch.export.Dim("batch", max=2**31)
         long = torch.export.Dim.DYNAMIC  # its bound is the network's
         shapes = tuple(
             ({0: rows} if tensor.ndim and len(tensor) == len(batch) else {})

@@ -21,6 +21,7 @@ from rba_compress.cli import main
 from rba_compress.demo import free_directory
 from rba_compress.images import ImageFiles
 from tests.networks import seeded
+from tests.releases import reads_folders
 from tests.test_ranks import free_port
 
 
@@ -180,6 +181,7 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "was made from another VisionTransformer" in capsys.readouterr().err
 
 
+@reads_folders
 def test_a_stock_network_from_files(folder: Path) -> None:
     assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
     found = timm.create_model(f"local-dir:{folder / 'slim'}", pretrained=True)

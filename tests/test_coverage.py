@@ -14,6 +14,7 @@ from benchmarks.coverage import RESULTS, read, table, totals
 from rba_compress import ModelError
 from rba_compress.catalogue import TIMM, names, network
 from rba_compress.coverage import tried
+from tests.releases import LACKING
 
 # network, chains, blocks
 QUICK = [
@@ -51,6 +52,9 @@ EXPORTED = ("mixer_s16_224", "regnetx_002", "transformers/distilbert", "transfor
 def test_a_network_from_end_to_end(name: str, chains: int, blocks: int) -> None:
     if "/" not in name and not timm.is_model(name):
         pytest.skip("newer than the timm that is here")
+    lacking, reason = LACKING.get(name, (False, ""))
+    if lacking:
+        pytest.skip(reason)
     _, row = tried(network(name), onnx=name in EXPORTED)
     assert (row.chains, row.blocks) == (chains, blocks)
     assert row.right

@@ -32,6 +32,7 @@ from rba_compress.cli import main
 from rba_compress.digits import ARCHITECTURE, ARGUMENTS
 from rba_compress.files import written_whole
 from tests.networks import LIGHT, Chain, loader, seeded
+from tests.releases import reads_folders
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
 
@@ -61,6 +62,7 @@ def folding(digits: nn.Module, digits_loader: list[Any]) -> Result:
     return compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
 
 
+@reads_folders
 def test_a_foldable_search_folds_into_a_stock_timm_network(
     folding: Result, held_out: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:

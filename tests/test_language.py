@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress, load, supports
@@ -17,6 +16,7 @@ from rba_compress.drafts import fit_spans
 from rba_compress.maps import MapSpec
 from rba_compress.surgery import splice
 from tests.networks import seeded
+from tests.releases import reads_attention_type
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -31,12 +31,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-
-
-reads_attention_type = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.4"),
-    reason="its model reads attention_type of each layer, which is refused",
-)
 
 
 def llama(**changes: Any) -> nn.Module:

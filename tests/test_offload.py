@@ -201,7 +201,8 @@ def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_pa
     assert any(place.startswith("Offloaded") for place in places(found.model).values())
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
-            assert torch.equal(found.model(data[0]), wanted.model(data[0]))
+            # The same to rounding: torch < 2.8 multiplies otherwise where it infers.
+            torch.testing.assert_close(found.model(data[0]), wanted.model(data[0]), rtol=0, atol=1e-6)
 
 
 class Normed(Block):
