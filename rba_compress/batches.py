@@ -406,7 +406,7 @@ def _named(index: int) -> Iterator[None]:
             raise
         raise LoaderError(
             f"batch {index} of the loader could not be read ({type(error).__name__}: {error}): its "
-            "dataset or transform fails there"
+            "dataset or transform fails there, or a worker died"
         ) from error
 
 

@@ -320,8 +320,9 @@ except LoaderError as error:
 def test_a_worker_that_dies_is_named(model: str) -> None:
     # In a process of its own: torch raises its word of it anywhere, in a later test, too.
     printed = script(DYING, model)
-    assert "the loader could not be read on (DataLoader worker (pid" in printed
-    assert "or memory ran out" in printed
+    said = "the loader could not be read on (DataLoader worker (pid"
+    # A batch that is read meanwhile ends with the connection.
+    assert said in printed or (model == "fast" and "or a worker died" in printed)
 
 
 class Interrupted:
