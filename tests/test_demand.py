@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,14 @@ class Written(nn.Module):
 def test_a_selection_of_what_was_written_through_a_view() -> None:
     graph = record(nn.Sequential(Written()), as_batch(torch.ones(2, 9, 4))).graph
     assert demand(graph).needs[next(iter(graph.nodes))] == ALL
+
+
+def test_a_slice_that_takes_everything_is_gone() -> None:
+    graph = traced(lambda x: aten.slice.Tensor(x.exp(), 0, 0, sys.maxsize)[:, 0], normal(2, 9, 4))
+    assert operations(graph).count("slice") >= 1
+    slim = narrow(graph)
+    assert [n.args[1:] for n in slim.nodes if packet_of(n) is aten.slice] == [(1, 0, 1)]
+    torch.testing.assert_close(run(slim, normal(2, 9, 4)), run(graph, normal(2, 9, 4)), rtol=0, atol=0)
 
 
 def test_what_nothing_reads_is_gone() -> None:
