@@ -159,7 +159,7 @@ def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
 
 def _takes_nothing_away(node: fx.Node, operands: Operands) -> bool:
     """Whether a slice takes all that its operand is, or is narrowed to."""
-    want = operands[0][0]
+    want: Want = operands[0][0]
     if argument(node, 2, "start") or argument(node, 4, "step", 1) != 1:
         return False
     if argument(node, 3, "end") in (None, sys.maxsize):
