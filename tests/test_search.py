@@ -529,6 +529,7 @@ def test_every_step_costs_and_diverges_as_it_says(
     steps, choose = found.plan.steps, list(Split(data, 0).part("choose"))
     assert (found.plan.budget, found.plan.config) == (Budget(macs=0.5), config)
     assert {step.action for step in steps} >= {"take", refined}
+    assert 1 < found.plan.forward_passes < 100
     before = 0.0
     for step in steps:
         assert step.action == "take" or step.margin == pytest.approx(before - step.divergence, rel=1e-6)
