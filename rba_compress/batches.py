@@ -402,7 +402,7 @@ def _named(index: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RBAError) or out_of_memory(error) or worker_died(error):
+        if named_elsewhere(error):
             raise
         raise LoaderError(
             f"batch {index} of the loader could not be read ({type(error).__name__}: {error}): its "
@@ -420,7 +420,7 @@ def workers_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not worker_died(error):
+        if not _worker_died(error):
             raise
         raise LoaderError(
             f"the loader could not be read on ({error}): its dataset or transform ends its process, or "
@@ -428,7 +428,12 @@ def workers_named() -> Iterator[None]:
         ) from error
 
 
-def worker_died(error: Exception) -> bool:
+def named_elsewhere(error: Exception) -> bool:
+    """Whether an error has a name, or gets one further out: of memory, or of a dead worker."""
+    return isinstance(error, RBAError) or out_of_memory(error) or _worker_died(error)
+
+
+def _worker_died(error: Exception) -> bool:
     """Whether it is torch's word of a worker's death."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 

@@ -28,9 +28,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rba_compress.batches import Batch, worker_died
-from rba_compress.errors import ModelError, RBAError
-from rba_compress.moments import out_of_memory
+from rba_compress.batches import Batch, named_elsewhere
+from rba_compress.errors import ModelError
 from rba_compress.schema import Path
 
 _aten = torch.ops.aten
@@ -320,7 +319,7 @@ def running(model: nn.Module, batch: Batch) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RBAError) or out_of_memory(error) or worker_died(error):
+        if named_elsewhere(error):
             raise
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.tensors.items())
         raise ModelError(

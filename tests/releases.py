@@ -10,6 +10,8 @@ import transformers
 from packaging.version import Version
 
 TORCH = Version(torch.__version__)
+INFERS_ALIKE = Version("2.7") <= TORCH
+"""Weights that a hook has just loaded are multiplied in inference mode as others are, bit for bit."""
 STORES_COMPLEX = Version(safetensors.__version__) >= Version("0.7")
 
 reads_attention_type = pytest.mark.skipif(
