@@ -32,13 +32,14 @@ import tyro
 from torch import Tensor, nn
 
 from rba_compress import Config, Profile, profile, splice
-from rba_compress.batches import Batch, Split, as_batch, main_output
+from rba_compress.batches import Batch, Split, as_batch
 from rba_compress.calibration import calibrate, fingerprint
 from rba_compress.chains import discover
 from rba_compress.drafts import fit_spans
 from rba_compress.maps import MapSpec, fit_map
 from rba_compress.measure import benchmark, cost
 from rba_compress.moments import full_precision
+from rba_compress.outputs import main_output
 from rba_compress.plan import Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import as_rows, run_with_streams

@@ -43,13 +43,14 @@ from tqdm import tqdm
 
 from benchmarks.real_data import cifar10, deit_tiny, imagenet, resnet20
 from rba_compress import Budget, Config, profile, search
-from rba_compress.batches import Batch, main_output, read
+from rba_compress.batches import Batch, read
 from rba_compress.calibration import Profile
 from rba_compress.digits import batches, digits_data, digits_model
 from rba_compress.drafts import Site, Solution, fit_spans, with_move
 from rba_compress.maps import MapSpec, fit_map, map_macs
 from rba_compress.measure import cost, divergence, interval
 from rba_compress.moments import PairMoments
+from rba_compress.outputs import main_output
 from rba_compress.plan import Plan, Refit, Replacement
 from rba_compress.planner import Search
 from rba_compress.recorder import evaluating

@@ -17,12 +17,13 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress.batches import main_output, read
+from rba_compress.batches import read
 from rba_compress.calibration import calibrate
 from rba_compress.chains import supports
 from rba_compress.drafts import fit_span, keyed, saving
 from rba_compress.maps import MapSpec
 from rba_compress.measure import compare_outputs, cost
+from rba_compress.outputs import main_output
 from rba_compress.plan import Plan
 from rba_compress.recorder import evaluating
 from rba_compress.surgery import splice_shared

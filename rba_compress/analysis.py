@@ -392,6 +392,7 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
         ndim=len(shape),
         axis=axis,
         positions=int(torch.Size(shape).numel()) // width // recording.samples,
+        rows=0 if shape[0] % recording.samples else shape[0] // recording.samples,
         class_tokens=_class_tokens(tail.stream),
         reads=reads,
         unread=unread,
@@ -589,7 +590,7 @@ def _follow(
 def _read_positions(recording: Recording, stream: fx.Node, axis: int) -> tuple[int, str]:
     """How many positions of a stream are read, the first ones; or 0, and why all are."""
     shape = stream.meta["shape"]
-    if len(shape) != 3 or axis != 2:
+    if len(shape) != 3 or axis != 2 or shape[0] % recording.samples:
         return 0, "its positions are not tokens"
     if shape[1] == 1:
         return 0, "it has one position"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -18,12 +18,15 @@ from rba_compress.batches import Batch, Split, as_batch, workers_named
 from rba_compress.calibration import Profile, fingerprint, profile
 from rba_compress.chains import discover
 from rba_compress.changed import MostChanged
-from rba_compress.details import Details
-from rba_compress.drafts import Solution, papers_span
+from rba_compress.criterion import criterion_of
+from rba_compress.details import Details, Summary
+from rba_compress.drafts import Solution, network_load, papers_span
 from rba_compress.errors import ArtifactError, FidelityError, PlanError
 from rba_compress.front import Point
 from rba_compress.healing import distil
+from rba_compress.loader_form import form_of
 from rba_compress.measure import (
+    Cost,
     Criterion,
     Fidelity,
     Function,
@@ -31,10 +34,9 @@ from rba_compress.measure import (
     benchmark,
     cost,
     fidelity,
-    output_kind,
 )
 from rba_compress.offload import device_of
-from rba_compress.plan import Healed, Plan
+from rba_compress.plan import Healed, JudgedOutput, Plan
 from rba_compress.planner import DEFAULT_BUDGET, search
 from rba_compress.ranks import current
 from rba_compress.recorder import record, unwrap
@@ -44,9 +46,9 @@ from rba_compress.shift import Shift, Usual
 from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
 
 HELD_OUT = "held out of the loader"
-BOUNDS = {"kl": 0.5, "nse": 0.5, "cosine": 0.25}
-"""How far from the original, by the mean divergence on held-out samples, a network may be where nobody
-gave a budget: half a nat of class probabilities, half the power of the output, 41 degrees."""
+BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}
+"""How far from the original, by the mean divergence of an output on held-out samples, a network may be
+where nobody gave a budget: half a nat of probabilities, half the variance of the output, 41 degrees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,10 @@ class Result:
         if self.usual is None:
             raise ArtifactError(
                 "a result that was opened from a directory has no moments to compare with: check with "
-                "the one that `compress` returned"
+                "the one that `compress` returned. Nor has one whose streams have no rows of their own "
+                "for each sample"
             )
-        found = self.usual.shift(self.model, as_batch(batch))
+        found = self.usual.shift(self.model, as_batch(batch, self.profile.form))
         if found.shifted:
             warnings.warn(f"{found}: what the report says may not hold for them", stacklevel=2)
         return found
@@ -131,9 +134,10 @@ def compress(
             accelerate has dispatched a module over devices or to disk, the slim one stays so: kept
             blocks keep their hooks, maps and re-solved layers lie in memory where the block ran, and
             what is left of a thinned block is loaded as it runs.
-        loader: an iterable of batches that can be read more than once: tensors, tuples whose first
-            item is the input and whose second may be integer labels, or dicts of keywords. Five
-            samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate
+        loader: an iterable of batches that can be read more than once: tensors, tuples of the model's
+            inputs by position, the last item integer labels or targets of the output's shape, or dicts
+            of keywords with labels under `labels`; the report's first line says what was read as what.
+            Five samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate
             launch`) are each given the whole loader and read their share of it.
         budget: what the slim network may cost; by default three quarters of the MACs.
         config: how to search.
@@ -147,55 +151,138 @@ def compress(
     budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
     found = search(dense, seen, loader, budget=budget)
-    confirm = list(seen.split(loader).part("confirm"))
-    front = measure_front(dense, seen, found, confirm, samples=HELD_OUT)
     slim = splice(dense, found.plan, found.tensors)
+    steps = _Steps()
+    confirm = steps.run("held-out samples", lambda: list(seen.split(loader).part("confirm")), [])
+    front = steps.run(
+        "the front", lambda: measure_front(dense, seen, found, confirm, samples=HELD_OUT), ()
+    )
+    unmeasured = _unmeasured(seen, found.plan)
     report = (
-        front[-1].report if front else compare(dense, slim, confirm, seen, found.plan, samples=HELD_OUT)
+        front[-1].report
+        if front
+        else steps.run(
+            "the report",
+            lambda: compare(dense, slim, confirm, seen, found.plan, samples=HELD_OUT),
+            unmeasured,
+        )
     )
     # Where the exact read-out alone met the budget, there was no step.
     drawn = [point.report.summary for point in front] or [report.summary]
-    rival = papers_span(seen, report.slim.macs)
-    if rival is not None:
-        network = splice_shared(dense, rival.plan, rival.tensors)
-        measured = compare(dense, network, confirm, seen, rival.plan, samples=HELD_OUT, seconds=0)
-        drawn.append(measured.summary.model_copy(update={"method": "paper"}))
-    details = Details.of(
-        seen,
-        found.plan,
-        drawn,
-        front_samples=HELD_OUT,
-        options=_options(architecture_of(dense)),
+    drawn += steps.run("the paper's map at this cost", lambda: _rival(dense, seen, report, confirm), [])
+    details = steps.run(
+        "the details of the report",
+        lambda: Details.of(
+            seen,
+            found.plan,
+            drawn,
+            front_samples=HELD_OUT,
+            options=_options(architecture_of(dense)),
+        ),
+        None,
     )
-    report = report.model_copy(update={"details": details})
-    _require_near(report, budget)
-    usual = _usual(slim, found.plan, seen, loader)
+    if report is not unmeasured:
+        _require_near(report, budget, seen.criterion.outputs)
+    usual = steps.run("the statistics of `check`", lambda: _usual(slim, found.plan, seen, loader), None)
+    warned = (*report.warnings, *steps.failed)
+    report = report.model_copy(update={"details": details, "warnings": warned})
     return Result(slim, found.plan, report, found.tensors, seen, front, usual)
 
 
-def _usual(slim: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual:
+class _Steps:
+    """Steps after a search: one that fails leaves a warning, and not the work of the search undone.
+
+    Several processes must fail together, so there an error ends all of them.
+    """
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def run(self, what: str, step: Callable[[], Any], otherwise: Any) -> Any:
+        """Return what a step gives, or `otherwise` where it fails."""
+        try:
+            return step()
+        except Exception as error:
+            if current().count > 1:
+                raise
+            self.failed.append(f"{what} could not be computed: {type(error).__name__}: {error}")
+            return otherwise
+
+
+def _rival(dense: nn.Module, seen: Profile, report: Report, confirm: Sequence[Batch]) -> list[Summary]:
+    """Measure the paper's choice at the cost of a report, where it has one."""
+    rival = papers_span(seen, report.slim.macs)
+    if rival is None:
+        return []
+    network = splice_shared(dense, rival.plan, rival.tensors)
+    measured = compare(dense, network, confirm, seen, rival.plan, samples=HELD_OUT, seconds=0)
+    return [measured.summary.model_copy(update={"method": "paper"})]
+
+
+def _unmeasured(seen: Profile, plan: Plan) -> Report:
+    """A report of a plan's cost alone."""
+    nan = math.nan
+    return Report(
+        model=seen.model,
+        plan=str(plan),
+        samples=HELD_OUT,
+        dense=seen.dense,
+        slim=Cost(**{k: getattr(network_load(seen, plan), k) for k in ("macs", "params")}),
+        fidelity=Fidelity(
+            samples=0,
+            kind=seen.criterion.kind,
+            divergence=nan,
+            agreement=None,
+            cosine=nan,
+            accuracy_dense=None,
+            accuracy_slim=None,
+        ),
+        latency=Latency(
+            dense_ms=nan,
+            slim_ms=nan,
+            ratio=nan,
+            ratio_low=nan,
+            ratio_high=nan,
+            pairs=0,
+            batch=len(seen.example),
+            device="",
+        ),
+        forward_passes=plan.forward_passes,
+        notes=seen.notes,
+        warnings=seen.warnings,
+    )
+
+
+def _usual(slim: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
     """What the held-out samples look like inside of the slim network."""
     held = (batch for _, _, batch in seen.split(loader).deal("choose", "confirm"))
     return Usual.of(slim, plan, seen.chains, held)
 
 
-def _require_near(report: Report, budget: Budget | None) -> None:
+def _require_near(report: Report, budget: Budget | None, judged: Sequence[JudgedOutput]) -> None:
     """
     Raises:
         FidelityError: nobody asked for a network that is so far from the original.
     """
-    found, bound = report.fidelity, BOUNDS.get(report.fidelity.kind, math.inf)
+    found = report.fidelity
+    if not found.samples:
+        return
     if not math.isfinite(found.divergence):
         raise FidelityError("the slim network's output holds NaN or infinity on held-out samples")
-    if budget is not None or found.divergence <= bound:
+    kinds = {output.name: output.divergence for output in judged} or {"": found.kind}
+    means = found.outputs or {"": found.divergence}
+    bounds = {name: BOUNDS.get(kinds.get(name, found.kind), math.inf) for name in means}
+    far = next((name for name, mean in means.items() if mean > bounds[name]), None)
+    if budget is not None or far is None:
         return
     low, high = found.divergence_low, found.divergence_high
     interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
+    where = f" in its output {far!r}" if len(means) > 1 else ""
     raise FidelityError(
         f"the best network found within {DEFAULT_BUDGET!r} has a {divergence_name(found)} of "
-        f"{found.divergence:.3g}{interval} on {found.samples} held-out samples, above {bound:g}, which "
-        "is as far as goes unasked. Pass more samples, a budget of quality such as "
-        "Budget(divergence=0.1), or the budget that you accept this for"
+        f"{means[far]:.3g}{where}{interval} on {found.samples} held-out samples, above "
+        f"{bounds[far]:g}, which is as far as goes unasked. Pass more samples, a budget of quality "
+        "such as Budget(divergence=0.1), or the budget that you accept this for"
     )
 
 
@@ -266,8 +353,9 @@ def heal(
     if not isinstance(slim, Result):
         network = unwrap(slim)
         split = Split(loader, healing.seed)
-        example = split.first()
-        criterion = Criterion(output_kind(record(dense, example.to(dense))))
+        example = split.first(form_of(dense))
+        recording = record(dense, example.to(dense))
+        criterion, _, _ = criterion_of(dense, recording, Config(), example.labels)
         chains = discover(dense, example)[0].chains if healing.features else ()
         course = distil(dense, network, split, criterion, healing, chains=chains, checkpoint=path)
         if course.note:
@@ -339,19 +427,22 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
     given = {"base" if manifest.delta else "model": dense}
     slim = load(directory, **given).to(device_of(dense))
-    plan, example = manifest.plan, Split(loader, manifest.plan.config.seed).first()
+    plan, split = manifest.plan, Split(loader, manifest.plan.config.seed)
+    example = split.first(form_of(dense))
+    assert split.form is not None
     seen = Profile(
         model=manifest.model,
         weights=weights,
         chains=(),
         refusals=plan.refusals,
         dense=cost(dense, example),
-        criterion=Criterion(kind),
+        criterion=Criterion(kind, None, plan.outputs),
         samples=0,
         config=plan.config,
         example=example,
         order=(),
         lengths=(),
+        form=split.form,
     )
     report = read_report(Path(directory)) or compare(
         dense, slim, seen.split(loader).part("confirm"), seen, plan, samples=HELD_OUT
@@ -443,6 +534,7 @@ def compare(
         fidelity=found,
         latency=timed,
         forward_passes=plan.forward_passes,
+        notes=seen.notes,
         warnings=(*seen.warnings, *_unsure(found), *_missed(plan.budget, found, timed)),
         changed=watch.found(),
     )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture, architecture_of
-from rba_compress.batches import Batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.calibration import fingerprint
 from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
@@ -43,6 +43,7 @@ from rba_compress.files import (
 from rba_compress.fold import folded
 from rba_compress.hub import write_hub
 from rba_compress.offload import device_of, in_memory
+from rba_compress.outputs import main_output
 from rba_compress.plan import Plan
 from rba_compress.probe import Probe
 from rba_compress.recorder import evaluating, unwrap

@@ -1,9 +1,10 @@
 """Whatever a user's loader yields, as arguments for the model: the only place that knows its forms.
 
 A loader is any iterable of batches that can be read more than once. A batch is a tensor, a tuple or
-list whose first item is the input (a tensor or a dict), or a dict that is passed as keywords. A second
-integer item (N,) of a tuple, or the keys `labels` or `label` of a dict, is taken for labels; they are
-used to report accuracy, and for a budget of `accuracy_drop`.
+list whose first items are the inputs (tensors, or one dict), or a dict that is passed as keywords.
+Which items are inputs and which are labels is a `Form`, worked out on the first batch and the model's
+signature (`rba_compress.loader_form`). Labels are used to report accuracy, for a budget of
+`accuracy_drop`, and to tell what the output means.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,16 +23,19 @@ import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from rba_compress.errors import LoaderError, ModelError, RBAError
+from rba_compress.errors import LoaderError, RBAError
 from rba_compress.files import below
 from rba_compress.moments import out_of_memory
 from rba_compress.offload import execution_device
 from rba_compress.ranks import ALONE, Ranks, current
+from rba_compress.schema import Frozen
 
 Part = Literal["fit", "choose", "confirm"]
+
+FormOf = Callable[[Any], "Form"]
+"""Works out the form of a loader on its first item."""
 
 ENDLESS = 100_000
 """Batches after which a loader that tells no length is taken for one without an end."""
@@ -39,13 +43,44 @@ ENDLESS = 100_000
 _PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("choose",) * 4 + ("confirm",)
 
 
+class Form(Frozen):
+    """Assignment of a loader's items to the arguments of a model, the same for every batch."""
+
+    inputs: tuple[str, ...] = ()
+    """Names of the model's parameters that the items are passed to, in order."""
+    arguments: int = 1
+    """Leading items of a tuple that are passed by position."""
+    labels: int | str | None = None
+    """The item of a tuple, or the key of a dict, that holds labels."""
+    wrapped: bool = False
+    """Whether a dict is one positional argument of the model, not its keywords."""
+    ignored: tuple[str, ...] = ()
+    """Items that reach neither the model nor a measure."""
+
+    def __str__(self) -> str:
+        parts = [f"inputs {', '.join(self.inputs)}"] if self.inputs else []
+        if self.labels is not None:
+            parts.append(f"labels {item_name(self.labels)}")
+        return "; ".join([*parts, *([f"ignored {', '.join(self.ignored)}"] if self.ignored else [])])
+
+
+def item_name(item: int | str) -> str:
+    """Return how a message names an item of a tuple, counted from 0, or a key of a dict."""
+    return f"item {item}" if isinstance(item, int) else repr(item)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One batch: keyword `kwargs` and positional `args` of the model, and labels (N,) where given."""
+    """One batch: keyword `kwargs` and positional `args` of the model, and labels where given.
+
+    Labels are (N,) integers, or (N, ...) numbers: one for each output of a sample.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: Tensor | None
+    wrapped: bool = False
+    """Whether `kwargs` are passed as one dict by position."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -93,23 +128,27 @@ class Batch:
             raise LoaderError(f"a batch holds what no file can ({error}): pass tensors") from error
 
     @classmethod
-    def restored(cls, others: dict[str, JsonValue], named: Mapping[str, Tensor]) -> Batch:
+    def restored(
+        cls, others: dict[str, JsonValue], named: Mapping[str, Tensor], *, wrapped: bool = False
+    ) -> Batch:
         """The batch of a `state`."""
         arguments = below("argument.", named)
         return cls(
             tuple(arguments[str(i)] for i in range(len(arguments))),
             {**below("keyword.", named), **others},
             named.get("labels"),
+            wrapped,
         )
 
     def _map(self, change: Any) -> Batch:
         def apply(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
 
-        return Batch(
-            tuple(apply(a) for a in self.args),
-            {k: apply(v) for k, v in self.kwargs.items()},
-            apply(self.labels),
+        return replace(
+            self,
+            args=tuple(apply(a) for a in self.args),
+            kwargs={k: apply(v) for k, v in self.kwargs.items()},
+            labels=apply(self.labels),
         )
 
     def select(self, rows: list[int]) -> Batch:
@@ -174,6 +213,7 @@ class Batch:
             tuple(joined([b.args[i] for b in batches]) for i in range(len(first.args))),
             {key: joined([b.kwargs[key] for b in batches]) for key in first.kwargs},
             joined([b.labels for b in batches]) if labelled else None,
+            first.wrapped,
         )
 
     def to(self, model: nn.Module) -> Batch:
@@ -191,65 +231,38 @@ class Batch:
 
     def run(self, model: nn.Module) -> Any:
         """The model's output on this batch."""
+        if self.wrapped:  # a copy, for such models write into their input
+            return model({**self.kwargs})
         return model(*self.args, **self.kwargs)
 
 
-def main_output(output: Any) -> Tensor:
-    """The tensor of a model's output that quality is measured on: `logits`, or the first float one.
-
-    Raises:
-        ModelError: the output holds no floating-point tensor.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else None
-    if isinstance(logits, Tensor):
-        return logits
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise ModelError(f"the model's output, a {type(output).__name__}, holds no floating-point tensor")
-
-
-def compared_outputs(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a model's output that a slim one is measured by: `logits` alone where they are
-    named so, otherwise every floating-point tensor (N, ...), those in a list (feature maps) too, and no
-    key-value cache.
-
-    Raises:
-        ModelError: the output holds no floating-point tensor.
-    """
-    main = main_output(output)
-    if isinstance(output, Mapping) and output.get("logits") is main:
-        return (main,)
-    found: list[Tensor] = []
-    tops = output.values() if isinstance(output, Mapping) else output
-    for top in tops if isinstance(tops, Iterable) and not isinstance(output, Tensor) else [output]:
-        leaves = top if isinstance(top, (tuple, list)) else [top]
-        found += [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1]
-    found = [t for t in found if len(t) == len(main)] if main.ndim else []
-    return tuple(found) or (main,)
-
-
-def as_batch(item: Any) -> Batch:
+def as_batch(item: Any, form: Form | None = None) -> Batch:
     """Read one item of a loader.
+
+    Args:
+        form: which items are inputs and labels. By default the first item of a tuple is the input, and
+            integers (N,) in the second one, or under `labels` or `label` in a dict, are labels.
 
     Raises:
         LoaderError: the item is none of the known forms, or holds no sample, or no values.
     """
-    labels = None
-    first = item
-    if isinstance(item, (tuple, list)) and item:
-        first = item[0]
-        labels = _labels(item[1]) if len(item) > 1 else None
+    form = form or plain_form(item)
+    items = [*item] if isinstance(item, (tuple, list)) and item else [item]
+    first, labels = items[0], None
+    if isinstance(form.labels, int) and form.labels < len(items):
+        labels = as_labels(items[form.labels])
     if isinstance(first, Mapping):
         kwargs = dict(first)
-        for key in ("labels", "label"):
-            found = _labels(kwargs.get(key))
-            if found is not None:
-                labels = found
-                del kwargs[key]
-        batch = Batch((), kwargs, labels)
+        if isinstance(form.labels, str) and form.labels in kwargs:
+            labels = as_labels(kwargs.pop(form.labels))
+        batch = Batch((), kwargs, labels, form.wrapped)
     elif isinstance(first, Tensor):
-        batch = Batch((first,), {}, labels)
+        if len(items) < form.arguments:
+            raise LoaderError(
+                f"a batch holds {len(items)} items, the first one {form.arguments} inputs: make every "
+                "batch of one kind"
+            )
+        batch = Batch(tuple(items[: form.arguments]), {}, labels)
     else:
         raise LoaderError(
             f"a batch is a {type(item).__name__} whose input is a {type(first).__name__}: yield a "
@@ -271,40 +284,66 @@ def as_batch(item: Any) -> Batch:
     return batch
 
 
-def _labels(value: Any) -> Tensor | None:
-    """Integer labels (N,) or (N, 1), as a tensor, an array or a list; None for anything else."""
+def plain_form(item: Any) -> Form:
+    """Return the form of an item where no model is at hand: one input, and integer labels (N,)."""
+    if isinstance(item, (tuple, list)) and len(item) > 1 and class_labels(item[1]) is not None:
+        return Form(labels=1)
+    first = item[0] if isinstance(item, (tuple, list)) and item else item
+    if isinstance(first, Mapping):
+        return Form(labels=next((k for k in LABELS if class_labels(first.get(k)) is not None), None))
+    return Form()
+
+
+LABELS = ("labels", "label")
+"""Keys of a dict that labels are looked for under."""
+
+
+def as_labels(value: Any) -> Tensor | None:
+    """Labels as a tensor, from a tensor, an array or a list; (N, 1) integers become (N,)."""
     if isinstance(value, (np.ndarray, list)) and len(value):
         try:
             value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
             return None
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+    if not isinstance(value, Tensor) or value.is_complex() or value.is_meta or not value.ndim:
         return None
-    if value.is_meta:
-        return None
-    if value.ndim == 2 and value.shape[1] == 1:
-        value = value[:, 0]
-    return value if value.ndim == 1 else None
+    if value.ndim == 2 and value.shape[1] == 1 and not value.is_floating_point():
+        value = value.flatten()
+    return value if isinstance(value, Tensor) else None
 
 
-def read(loader: Iterable[Any]) -> Iterator[Batch]:
+def class_labels(value: Any) -> Tensor | None:
+    """Integer labels (N,); None for anything else."""
+    labels = as_labels(value)
+    return None if labels is None or labels.is_floating_point() or labels.ndim != 1 else labels
+
+
+def read(loader: Iterable[Any], form: Form | None = None) -> Iterator[Batch]:
     """The batches of a loader, checked; on one of several ranks, its share of them.
+
+    Args:
+        form: as in `as_batch`.
 
     Raises:
         LoaderError: the loader is empty or one-shot, or a batch differs from the first in its
             arguments or their dtypes.
     """
-    for _, _, batch in _read(loader, current()):
+    for _, _, batch in _read(loader, current(), form):
         yield batch
 
 
 def _read(
-    loader: Iterable[Any], ranks: Ranks, *, again: bool = False
+    loader: Iterable[Any],
+    ranks: Ranks,
+    form: Form | FormOf | None = None,
+    *,
+    again: bool = False,
 ) -> Iterator[tuple[int, int, Batch]]:
     """As `read`: the number of each batch, its first sample's, and the batch.
 
     Args:
         ranks: of `count` batches in sequence one is each rank's.
+        form: as in `as_batch`, or what works it out on the first item.
         again: whether the loader was read before.
     """
     if isinstance(loader, Tensor):
@@ -312,7 +351,9 @@ def _read(
     expected: dict[str, torch.dtype] | None = None
     index = -1
     for index, start, item in _share(loader, ranks):
-        batch = as_batch(item)
+        if form is not None and not isinstance(form, Form):
+            form = form(item)
+        batch = as_batch(item, form)
         kinds = {name: tensor.dtype for name, tensor in batch.tensors.items()}
         if expected is None:
             expected = kinds
@@ -464,6 +505,7 @@ class Split:
         seed: deals the samples.
         order: `order` of an earlier split of the same loader, to go on checking against.
         lengths: samples of each of the loaders that this one is made of, which were dealt one by one.
+        form: as in `as_batch`.
     """
 
     def __init__(
@@ -472,9 +514,11 @@ class Split:
         seed: int,
         order: Sequence[int] = (),
         lengths: Sequence[int] = (),
+        form: Form | None = None,
     ) -> None:
         self.loader = loader
         self.seed = seed
+        self.form = form
         self.ranks = current()
         self._digests = dict(enumerate(order))
         self._whole = bool(order)
@@ -484,19 +528,30 @@ class Split:
         self.copies = (0, 0)
         """Held-out samples that are copies of samples to fit on, of how many; once it was dealt."""
 
-    def first(self) -> Batch:
-        """The first batch, whole, on every rank."""
-        return next(self._read(ALONE))[1]
+    def first(self, form_of: FormOf | None = None) -> Batch:
+        """Return the first batch, whole, on every rank.
+
+        Args:
+            form_of: works out the form, for this read and all later ones.
+        """
+
+        def form(item: Any) -> Form:
+            assert form_of is not None
+            self.form = form_of(item)
+            return self.form
+
+        return next(self._read(ALONE, form if form_of else None))[1]
 
     def order(self) -> tuple[int, ...]:
         """Digests of the loader's batches, once it was read to its end."""
         known = torch.tensor(sorted(self._digests.items()))
         return tuple(dict(sorted(torch.cat(self.ranks.gathered(known)).tolist())).values())
 
-    def _read(self, ranks: Ranks) -> Iterator[tuple[int, Batch]]:
+    def _read(self, ranks: Ranks, form: FormOf | None = None) -> Iterator[tuple[int, Batch]]:
         """The first sample's number and the batch."""
         count = 0
-        for index, start, batch in _read(self.loader, ranks, again=bool(self._digests)):
+        how = form or self.form
+        for index, start, batch in _read(self.loader, ranks, how, again=bool(self._digests)):
             digest = batch.digest()
             if self._whole and index not in self._digests:
                 count = -1

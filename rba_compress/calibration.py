@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,26 +14,20 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from rba_compress.batches import Batch, Split, workers_named
+from rba_compress.batches import Batch, Form, Split, workers_named
 from rba_compress.chain_profile import ChainProfile, started, states_of
 from rba_compress.chains import discover, require_chains
+from rba_compress.criterion import criterion_of
 from rba_compress.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.files import below, read_tensors, tensor_digest, write_tensors
+from rba_compress.loader_form import form_of
 from rba_compress.markup import html_table
-from rba_compress.measure import (
-    Cost,
-    Criterion,
-    Divergence,
-    Function,
-    output_kind,
-    output_shape,
-    require_labels,
-)
+from rba_compress.measure import Cost, Criterion, Function, OutputScales, require_labels
 from rba_compress.moments import device_bytes, moment_bytes, within_memory
 from rba_compress.offload import device_of, loaded, undispatched
-from rba_compress.plan import Chain, Refusal
+from rba_compress.plan import Chain, Divergence, JudgedOutput, Refusal
 from rba_compress.ranks import current
-from rba_compress.recorder import Recording, evaluating, unwrap
+from rba_compress.recorder import evaluating, unwrap
 from rba_compress.schema import Frozen
 from rba_compress.settings import Config
 from rba_compress.streams import attention_mask, run_with_streams
@@ -45,7 +39,7 @@ EVERY = 30.0
 class SavedProfile(Frozen):
     """The JSON header of a saved profile."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: str
     weights: str
     chains: tuple[Chain, ...]
@@ -53,6 +47,9 @@ class SavedProfile(Frozen):
     refusals: tuple[Refusal, ...]
     dense: Cost
     divergence: Divergence
+    outputs: tuple[JudgedOutput, ...]
+    form: Form
+    notes: tuple[str, ...]
     samples: int
     config: Config
     order: tuple[int, ...]
@@ -64,7 +61,7 @@ class SavedProfile(Frozen):
 class Checkpoint(Frozen):
     """The JSON header of a profile in work."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     weights: str
     loader: int
     config: Config
@@ -98,11 +95,15 @@ class Profile:
     """Samples of the loader, or of each of several that were profiled one by one."""
     window: int | None = None
     """The longest span whose moments were kept; None keeps all."""
+    form: Form = field(default_factory=Form)
+    """Which items of a batch are inputs and labels."""
+    notes: tuple[str, ...] = ()
+    """What was read as what, and what the output is taken for, line by line."""
     warnings: tuple[str, ...] = ()
 
     def split(self, loader: Iterable[Any]) -> Split:
         """The parts of the loader that was profiled; of a sum, the loaders one behind the other."""
-        return Split(loader, self.config.seed, self.order, self.lengths)
+        return Split(loader, self.config.seed, self.order, self.lengths, self.form)
 
     def __add__(self, other: Profile) -> Profile:
         """The profile of both loaders, one behind the other.
@@ -110,9 +111,13 @@ class Profile:
         Raises:
             PlanError: they are of other weights, chains, settings or batch sizes.
         """
-        for what in ("model", "weights", "window", "config", "dense", "criterion"):
+        for what in ("model", "weights", "window", "config", "dense", "form"):
             if getattr(self, what) != getattr(other, what):
                 raise PlanError(f"the two profiles differ in their {what}: profile both alike")
+        kinds = [[(o.name, o.divergence) for o in p.criterion.outputs] for p in (self, other)]
+        functions = self.criterion.function, other.criterion.function
+        if kinds[0] != kinds[1] or functions[0] is not functions[1]:
+            raise PlanError("the two profiles differ in their criterion: profile both alike")
         pairs = list(zip(self.chains, other.chains, strict=True))
         of_rows = {*_warnings(self.chains), *_warnings(other.chains)}
         others = [w for w in (*self.warnings, *other.warnings) if w not in of_rows]
@@ -141,6 +146,7 @@ class Profile:
         own = {name: getattr(self, name) for name in SavedProfile.model_fields if hasattr(self, name)}
         header = SavedProfile(
             **own | {"chains": [p.chain for p in self.chains], "divergence": self.criterion.kind},
+            outputs=self.criterion.outputs,
             keywords=keywords,
         )
         tensors = {f"example.{name}": tensor for name, tensor in example.items()}
@@ -162,8 +168,8 @@ class Profile:
             **own
             | {
                 "chains": chains,
-                "criterion": Criterion(header.divergence),
-                "example": Batch.restored(header.keywords, example),
+                "criterion": Criterion(header.divergence, None, header.outputs),
+                "example": Batch.restored(header.keywords, example, wrapped=header.form.wrapped),
             }
         )
 
@@ -229,13 +235,14 @@ def profile(
     config = Config.of(config) or Config()
     model = undispatched(unwrap(model))
     split = Split(loader, config.seed)
-    example = split.first()
+    example = split.first(form_of(model))
     support, recording = discover(model, example)
-    output = output_shape(recording, model)
+    criterion, notes, classes = criterion_of(model, recording, config, example.labels, divergence)
     require_chains(support, model)
-    criterion = _criterion(recording, config, divergence)
-    if criterion.kind == "kl" and len(output) == 2:
-        require_labels(example.labels, output[-1])
+    if criterion.kind == "kl":
+        require_labels(example.labels, classes)
+    assert split.form is not None
+    notes = (str(split.form), *notes)
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:
         ranks.require_equal("model", int(weights[:15], 16))
@@ -258,6 +265,7 @@ def profile(
         )
         kept = path, header
     streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
+    scales = OutputScales(criterion)
     with within_memory(
         f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, "
         "beside the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
@@ -265,10 +273,11 @@ def profile(
         states, samples = calibrate(
             model,
             support.chains,
-            ranks.bar(dealt, f"profile, {size / 2**20:,.0f} MB of moments", unit="batch"),
+            ranks.bar(dealt, _progress(split.form, size), unit="batch"),
             window=window,
             stride=config.stride,
             checkpoint=kept,
+            scales=scales,
         )
     return Profile(
         model=type(model).__name__,
@@ -276,22 +285,21 @@ def profile(
         chains=states,
         refusals=support.refusals,
         dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
-        criterion=criterion,
+        criterion=scales.merged(),
         samples=samples,
         config=config,
         example=example,
         order=split.order(),
         lengths=(split.samples,),
         window=window,
+        form=split.form,
+        notes=notes,
         warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
     )
 
 
-def _criterion(recording: Recording, config: Config, function: Function | None) -> Criterion:
-    if function is not None:
-        return Criterion("given", function)
-    kind = config.divergence
-    return Criterion(output_kind(recording) if kind == "auto" else kind)
+def _progress(form: Form, size: int) -> str:
+    return f"profile of {form}, {size / 2**20:,.0f} MB of moments"
 
 
 def calibrate(
@@ -302,6 +310,7 @@ def calibrate(
     window: int | None = None,
     stride: int = 1,
     checkpoint: tuple[Path, Checkpoint] | None = None,
+    scales: OutputScales | None = None,
 ) -> tuple[tuple[ChainProfile, ...], int]:
     """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
 
@@ -312,22 +321,25 @@ def calibrate(
         window: of `Moments`.
         stride: of `ChainProfile.update`.
         checkpoint: where to go on from, and to write to; and what it must be of.
+        scales: folds the outputs, those of this rank.
 
     Raises:
         ActivationError: a stream holds NaN or infinity.
     """
     device = _accumulator_device(model)
     states = started(chains, window, device)
+    scales = scales or OutputScales(Criterion("nse"))
     samples = done = 0
     if checkpoint is not None and checkpoint[0].exists():
-        done, samples = _resumed(*checkpoint, states)
+        done, samples = _resumed(*checkpoint, states, scales)
     written = time.monotonic()
     with evaluating(model):
         for count, (first, batch) in enumerate(batches, start=1):
             if count <= done:
                 continue
             moved = batch.to(model)
-            _, streams = run_with_streams(model, chains, moved)
+            output, streams = run_with_streams(model, chains, moved)
+            scales.update(output, moved)
             for state, boundaries in zip(states, streams, strict=True):
                 mask = attention_mask(moved, state.chain)
                 state.update([h.to(device) for h in boundaries], mask, first=first, stride=stride)
@@ -337,7 +349,8 @@ def calibrate(
             if checkpoint is not None and time.monotonic() - written >= EVERY:
                 path, header = checkpoint
                 header = header.model_copy(update={"batches": count, "samples": samples})
-                write_tensors(path, header, states_of(states))
+                outputs = {f"outputs.{name}": t for name, t in scales.state().items()}
+                write_tensors(path, header, states_of(states) | outputs)
                 written = time.monotonic()
     ranks = current()
     if ranks.count > 1:
@@ -349,7 +362,9 @@ def calibrate(
     return states, samples
 
 
-def _resumed(path: Path, expected: Checkpoint, states: Sequence[ChainProfile]) -> tuple[int, int]:
+def _resumed(
+    path: Path, expected: Checkpoint, states: Sequence[ChainProfile], scales: OutputScales
+) -> tuple[int, int]:
     """Batches and samples that a checkpoint has seen; the states are made what they were.
 
     Raises:
@@ -361,11 +376,16 @@ def _resumed(path: Path, expected: Checkpoint, states: Sequence[ChainProfile]) -
             f"{path} is the checkpoint of another profile (of other weights, data, settings or number "
             "of processes): name another file, or remove it"
         )
-    restore(path, states, tensors)
+    restore(path, states, tensors, scales)
     return header.batches, header.samples
 
 
-def restore(path: Path, states: Sequence[ChainProfile], tensors: Mapping[str, Tensor]) -> None:
+def restore(
+    path: Path,
+    states: Sequence[ChainProfile],
+    tensors: Mapping[str, Tensor],
+    scales: OutputScales | None = None,
+) -> None:
     """Let states take over what a file holds.
 
     Raises:
@@ -374,6 +394,8 @@ def restore(path: Path, states: Sequence[ChainProfile], tensors: Mapping[str, Te
     try:
         for k, state in enumerate(states):
             state.restore(str(k), tensors)
+        if scales is not None:
+            scales.restore(below("outputs.", tensors))
     except (KeyError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path} does not hold the moments of its chains: {error}") from error
 

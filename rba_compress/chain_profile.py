@@ -76,6 +76,7 @@ class ChainProfile:
         positions = shape[1:].numel()
         mask = mask if mask is not None and mask.shape == shape else None
         taken = weights = None
+        first *= max(self.chain.rows, 1)
         if min(stride, positions) > 1 and first * positions >= DENSE * self.chain.width:
             taken, weights = self._taken(positions, first, stride)
             weights = weights.repeat(len(streams[0]))

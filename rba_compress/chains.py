@@ -15,9 +15,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rba_compress.analysis import analyse
-from rba_compress.batches import Batch, as_batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.errors import ModelError, NoChainError
+from rba_compress.independence import require_independent
+from rba_compress.loader_form import batch_of
 from rba_compress.offload import undispatched
+from rba_compress.outputs import main_output
 from rba_compress.plan import Block, Chain, Refusal, UnitCost
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.schema import nested
@@ -64,7 +67,8 @@ def supports(model: nn.Module, example: Any) -> Support:
         LoaderError: the example is not a batch.
         ModelError: the model is of a kind that cannot be rewritten, or its forward pass fails.
     """
-    found, _ = discover(undispatched(unwrap(model)), as_batch(example))
+    model = undispatched(unwrap(model))
+    found, _ = discover(model, batch_of(model, example))
     return found
 
 
@@ -72,6 +76,9 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     """The chains of `model`, and the recording they were found in (two samples of `batch`).
 
     A second recording of other samples drops what depends on the input's values.
+
+    Raises:
+        ModelError: the forward pass fails; rows of a batch depend on each other.
     """
     _require_weights(model)
     size = len(batch)
@@ -99,6 +106,8 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     seen = [path for chain in found for path in (b.path for b in chain.blocks)]
     told = [path for refusal in refusals for path in refusal.paths]
     refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
+    if found:
+        require_independent(model, batch)
     return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
 
 
@@ -303,20 +312,25 @@ def _units(
             thinned = thin(copy, block, nn.Identity(), traces, unit=unit, reads=reads, exact=exact)
         except ModelError:
             continue
-        macs = _macs(thinned, block.signature, reads if narrow and not exact else None)
+        macs = _macs(thinned, block.signature, reads if narrow and not exact else None, len(batch))
         params = sum(p.numel() for p in thinned.parameters())
         found.append(UnitCost(unit=unit, narrow=narrow, macs=macs, params=params))
     whole = chain.macs[b]
     return tuple(cost for cost in found if cost.macs < whole)
 
 
-def _macs(thinned: nn.Module, signature: Signature, reads: int | None) -> int:
-    """Of one sample, for all positions or for the read ones alone."""
+def _macs(thinned: nn.Module, signature: Signature, reads: int | None, samples: int) -> int:
+    """MACs of one sample, for all positions or for the read ones alone.
+
+    Args:
+        samples: of the call that the signature tells of; its stream may have several rows for each.
+    """
     tensors = example_inputs(thinned, signature)
     if reads is not None:
         tensors[signature.stream_index] = tensors[signature.stream_index][:, :reads]
     args, kwargs = signature.call(tensors)
-    return record(thinned, Batch(args, kwargs, None)).macs
+    recording = record(thinned, Batch(args, kwargs, None))
+    return round(recording.macs * recording.samples / samples)
 
 
 def _flaw(

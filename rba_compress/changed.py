@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rba_compress.batches import Batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.measure import Compared
+from rba_compress.outputs import main_output
 from rba_compress.ranks import current
 from rba_compress.schema import Frozen
 

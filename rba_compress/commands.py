@@ -132,7 +132,8 @@ class _Read:
         """The result with a report on the test images, where there are any."""
         if self.tests is None:
             return result
-        seen, batches = result.profile, read(self.tests)
+        seen = result.profile
+        batches = read(self.tests, seen.form)
         report = compare(dense, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
@@ -297,7 +298,11 @@ class Search(_Job):
         if not kept.points:
             say("nothing was replaced: the network meets its budget, or no step keeps within it")
             return {"out": None, "front": []}
-        batches = seen.split(data.loader).part("confirm") if data.tests is None else read(data.tests)
+        batches = (
+            seen.split(data.loader).part("confirm")
+            if data.tests is None
+            else read(data.tests, seen.form)
+        )
         points = measure_front(job.dense, seen, kept, list(batches), samples=data.samples)
         if current().leads:
             write_front(points, job.dense, seen, self.out)
@@ -457,7 +462,7 @@ class Bench(Command):
 def _told(report: Measured, out: Path) -> JsonValue:
     """What a program is told of a network that was made."""
     told: dict[str, JsonValue] = {"out": str(out), **report.summary.model_dump(mode="json")}
-    return told | {"warnings": [*report.warnings]}
+    return told | {"notes": [*report.notes], "warnings": [*report.warnings]}
 
 
 def _plot(chains: Sequence[ChainProfile], folder: Path) -> None:

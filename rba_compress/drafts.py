@@ -156,7 +156,8 @@ def chain_load(
                 left = chain.blocks[b].cost(new.unit, narrow=new.exact or b > exact)
             cost = (0, 0) if left is None else (left.macs, left.params)
             if b == new.start and not (new.exact and new.unit == "read_out"):
-                positions = chain.reads if new.exact or b > exact else chain.positions
+                read = chain.reads * max(chain.rows, 1)
+                positions = read if new.exact or b > exact else chain.positions
                 mapped = positions * map_macs(new.map, chain.width)
                 cost = cost[0] + mapped, cost[1] + map_parameters(new.map, chain.width)
         macs, params = macs + cost[0], params + cost[1]

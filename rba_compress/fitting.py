@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.batches import Batch
-from rba_compress.moments import PairMoments, Total, pooled
+from rba_compress.moments import PairMoments, Spread, Total
 from rba_compress.plan import Block, Branch, Chain
 from rba_compress.recorder import evaluating
 from rba_compress.streams import Observed, attention_mask, observe
@@ -98,38 +98,6 @@ class SpanRows:
         """As `Rows.merged`."""
         folds = None if self.folds is None else self.folds.merged(total, weight)
         return SpanRows(self.targets, self.width, self.maps.merged(total, weight), folds)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How many rows there were, their mean (C,), and the sum of squares around it (C,), float64."""
-
-    n: float
-    mean: Tensor
-    squares: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        return self.squares / self.n
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Spread:
-        """Of rows (n, C)."""
-        mean = rows.mean(0)
-        return cls(float(len(rows)), mean, (rows - mean).square().sum(0))
-
-    def __add__(self, other: Spread) -> Spread:
-        n, gap = self.n + other.n, other.mean - self.mean
-        share = other.n / n
-        squares = self.squares + other.squares + gap.square() * self.n * share
-        return Spread(n, self.mean + gap * share, squares)
-
-    def merged(self, total: Total | None, weight: float) -> Spread:
-        """As `Rows.merged`."""
-        if total is None:
-            return self
-        n, mean, gap = pooled(total, self.n * weight, self.mean)
-        return Spread(n, mean, total(weight * (self.squares + self.n * gap.square())))
 
 
 def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rba_compress.architecture import Architecture, siblings
-from rba_compress.batches import Batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.errors import PlanError, WeightsError
 from rba_compress.measure import gap
+from rba_compress.outputs import main_output
 from rba_compress.plan import Plan
 from rba_compress.recorder import evaluating
 from rba_compress.weights import fill, unsaved_buffers

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rba_compress.augmentation import Mixed, augmented
-from rba_compress.batches import Batch, Split, main_output
+from rba_compress.batches import Batch, Split, class_labels
 from rba_compress.calibration import EVERY, fingerprint
 from rba_compress.errors import ArtifactError, LoaderError, ModelError, PlanError, RankError
 from rba_compress.files import below, read_tensors, write_tensors
-from rba_compress.measure import Criterion
+from rba_compress.measure import Criterion, per_sample
 from rba_compress.offload import device_of
+from rba_compress.outputs import main_output
 from rba_compress.plan import Chain, Healed
 from rba_compress.ranks import Ranks
 from rba_compress.recorder import evaluating
@@ -262,6 +263,9 @@ class _Objective:
             own, to = (t.reshape(len(t), -1, chain.width) for t in (own, to))
             to = to[:, : own.shape[1]]  # behind a read-out the others are not there
             error = (own - to).square().sum((1, 2)) / to.square().sum((1, 2)).clamp_min(1e-12)
+            error = per_sample(error, len(each))  # a row may be a frame of a sample
+            error = error.mean(1) if error.ndim > 1 else error
+            error = error if error.shape == each.shape else error.mean()
             each = each + how.features * error / len(self.chains)
         return each
 
@@ -538,5 +542,5 @@ def _require_labels(samples: Samples, criterion: Criterion, healing: Healing) ->
         return
     if criterion.kind != "kl":
         raise LoaderError("labels are of class scores, and this network's output is none: labels=0")
-    if any(batch.labels is None for batch in (*samples.train, *samples.held)):
+    if any(class_labels(batch.labels) is None for batch in (*samples.train, *samples.held)):
         raise LoaderError("labels are asked for: let every batch of the loader be (input, labels)")

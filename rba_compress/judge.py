@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from rba_compress.batches import Batch
 from rba_compress.errors import ActivationError
 from rba_compress.fitting import Resumed
-from rba_compress.measure import Criterion, Tally, real_tokens
+from rba_compress.measure import Criterion, Tally
 from rba_compress.moments import device_bytes
 from rba_compress.offload import device_of
 from rba_compress.plan import Chain
@@ -107,9 +107,8 @@ class Judge:
         tally, each = Tally(), []
         for batch, dense, output in zip(self.batches, self.dense, outputs, strict=True):
             each.append(self.criterion(dense, output, batch))
-            if self.criterion.kind == "kl":
-                (a, *_), (b, *_) = dense, output
-                tally.add(a, b, batch.labels, real_tokens(batch, a))
+            if self.criterion.scores:
+                tally.add(self.criterion.scored(dense, output, batch))
         tally = tally.merged(self.ranks.total)
         return Judged(self._of_all(each), tally.agreement, tally.accuracy_drop)
 

@@ -9,52 +9,39 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy import stats
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from rba_compress.batches import Batch, as_batch, compared_outputs
-from rba_compress.demand import packet_of
-from rba_compress.errors import ActivationError, LoaderError, ModelError
-from rba_compress.moments import Total
+from rba_compress.batches import Batch
+from rba_compress.errors import ActivationError, LoaderError
+from rba_compress.loader_form import batch_of
+from rba_compress.moments import Spread, Total
 from rba_compress.offload import device_of, undispatched
-from rba_compress.plan import Chain
+from rba_compress.outputs import float_outputs
+from rba_compress.plan import Chain, Divergence, JudgedOutput
 from rba_compress.ranks import current
-from rba_compress.recorder import Recording, evaluating, ran, record
+from rba_compress.recorder import evaluating, ran, record
 from rba_compress.schema import Frozen
 from rba_compress.streams import observe
 
-Divergence = Literal["kl", "nse", "cosine", "given"]
 Function = Callable[[Any, Any, Batch], Tensor]
 """A divergence of one's own: the outputs of the dense and of the slim network, as they return them, and
 the batch -> the divergence of each sample, (N,), at least 0."""
 
 DIVERGENCES = {
     "kl": "KL divergence to dense (nats)",
+    "bernoulli": "Bernoulli KL to dense (nats)",
     "nse": "squared error to dense",
     "cosine": "1 - cosine to dense",
     "given": "divergence to dense",
 }
-
-_aten = torch.ops.aten
-_PASSED = {
-    _aten.view,
-    _aten._unsafe_view,
-    _aten.squeeze,
-    _aten._to_copy,
-    _aten.alias,
-    _aten.add,
-    _aten.div,
-    _aten.mul,
-    _aten._log_softmax,
-}
-_SCALED = {_aten.div, _aten.mul}
-_PRODUCTS = {_aten.addmm, _aten.mm, _aten.linear, _aten.convolution}
 
 
 class Cost(Frozen):
@@ -87,8 +74,10 @@ class Fidelity(Frozen):
     samples: int
     kind: Divergence
     divergence: float
-    """Mean over samples of `kl`, KL(dense || slim) in nats, of each token where the output is of
-    tokens; `nse`, ||dense - slim||^2 / ||dense||^2; `cosine`, 1 minus it; or what a function gave."""
+    """Mean over samples of the sum over outputs of their divergences (`divergence`); or what a function
+    gave."""
+    outputs: dict[str, float] = Field(default_factory=dict)
+    """The mean divergence of each output, by name."""
     divergence_low: float | None = None
     """Its 95 % interval, by the bootstrap over samples."""
     divergence_high: float | None = None
@@ -127,35 +116,12 @@ def cost(model: nn.Module, batch: Batch) -> Cost:
     return Cost(macs=record(model, sample).macs, params=parameters)
 
 
-def output_shape(recording: Recording, model: nn.Module) -> tuple[int, ...]:
-    """The shape of what a slim network is measured by: `logits`, or the first floating-point output.
-
-    Raises:
-        ModelError: there is none, or its first dimension does not count samples.
-    """
-    kind, named = type(model).__name__, recording.outputs.items()
-    floats = [(path, n.meta["shape"]) for path, n in named if n.meta["dtype"].is_floating_point]
-    if not floats:
-        found = ", ".join(str(node.meta["dtype"]) for _, node in named) or "no tensor"
-        raise ModelError(
-            f"the output of {kind} holds no floating-point tensor ({found}): there is nothing to "
-            "measure a slim network by"
-        )
-    shape: tuple[int, ...] = next((s for p, s in floats if p[-1:] == ("logits",)), floats[0][1])
-    if shape[:1] != (recording.samples,):
-        raise ModelError(
-            f"{kind} gives an output of shape {shape} for {recording.samples} samples: what is lost is "
-            "measured sample by sample. Let its output have one row a sample"
-        )
-    return shape
-
-
 def require_labels(labels: Tensor | None, classes: int) -> None:
     """
     Raises:
-        LoaderError: a label is of none of the model's classes.
+        LoaderError: an integer label is of none of the model's classes.
     """
-    if labels is None or not len(labels):
+    if labels is None or not len(labels) or labels.ndim != 1 or labels.is_floating_point():
         return
     worst = next((v for v in (int(labels.min()), int(labels.max())) if not 0 <= v < classes), None)
     if worst is not None:
@@ -165,85 +131,105 @@ def require_labels(labels: Tensor | None, classes: int) -> None:
         )
 
 
-def output_kind(recording: Recording) -> Divergence:
-    """`kl` where the output comes from a linear layer and is (N, classes), also where it is
-    (N, T, classes) and is called `logits`; sums, means of heads and a log-softmax behind the layer do
-    not matter. `cosine` of any other (N, d), an embedding; `nse` of feature maps, of several outputs
-    and all the rest.
-    """
-    named = recording.outputs.items()
-    logits = next((n for path, n in named if path[-1:] == ("logits",)), None)
-    floats = [(p, n) for p, n in named if n.meta["dtype"].is_floating_point]
-    node = logits or next((n for _, n in floats), None)
-    # Feature maps at several depths, say; what lies deeper is a key-value cache.
-    if logits is None and sum(len(p) < 3 and len(n.meta["shape"]) > 1 for p, n in floats) > 1:
-        return "nse"
-    wanted = (2,) if logits is None else (2, 3)
-    if node is None or len(node.meta["shape"]) not in wanted or node.meta["shape"][-1] < 2:
-        return "nse"
-    other: Divergence = "cosine" if len(node.meta["shape"]) == 2 else "nse"
-    while packet_of(node) in _PASSED:
-        source, *others = node.args
-        # Scores over a temperature are scores; a vector over its own length is a direction.
-        tensors = [n for n in others if isinstance(n, fx.Node)]
-        scaled = packet_of(node) in _SCALED and any(math.prod(n.meta["shape"]) > 1 for n in tensors)
-        if scaled or not isinstance(source, fx.Node):
-            break
-        node = source
-    return "kl" if packet_of(node) in _PRODUCTS else other
-
-
-def divergence(kind: Divergence, dense: Tensor, slim: Tensor, counted: Tensor | None = None) -> Tensor:
+def divergence(
+    kind: Divergence,
+    dense: Tensor,
+    slim: Tensor,
+    counted: Tensor | None = None,
+    *,
+    probabilities: bool = False,
+    scale: float | None = None,
+) -> Tensor:
     """The divergence of each sample, (N,) float64.
+
+    With p, q the two outputs of one sample, P = softmax(p) and s the sigmoid:
+
+        kl         sum_c P_c (log P_c - log Q_c), the mean over positions
+        bernoulli  sum_c s(p_c) (p_c - q_c) - log(1 + e^p_c) + log(1 + e^q_c), the mean over positions
+        nse        ||p - q||^2 / (numbers of p * scale), or / ||p||^2 without a scale
+        cosine     1 - <p, q> / (||p|| ||q||)
 
     Args:
         kind: all but `given`.
         dense, slim: (N, ..., classes or features).
         counted: (N, T) of outputs (N, T, ...), true at the positions that count: not at padding.
+        probabilities: whether the outputs are P or s, no scores.
+        scale: as in `JudgedOutput`.
     """
-    if kind == "kl" and dense.ndim == 2:
-        return _token_kl(dense, slim)
-    if kind == "kl":
+    if kind in ("kl", "bernoulli"):
+        each = _token_kl if kind == "kl" else _label_kl
+        if dense.ndim <= 2:
+            return each(dense.reshape(len(dense), -1), slim.reshape(len(slim), -1), probabilities)
         # Sample by sample: copies of all logits of a language model are more than the network.
-        found = [_token_kl(p, q) for p, q in zip(dense, slim, strict=True)]
-        each = torch.stack(found).reshape(len(dense), -1)
-        weight = torch.ones_like(each) if counted is None else counted.to(each).reshape(each.shape)
-        return (each * weight).sum(1) / weight.sum(1).clamp_min(1)
+        rows = [each(p, q, probabilities) for p, q in zip(dense, slim, strict=True)]
+        values = torch.stack(rows).reshape(len(dense), -1)
+        weight = torch.ones_like(values) if counted is None else counted.to(values)
+        weight = weight.reshape(values.shape)
+        return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
     dense, slim = dense.double(), slim.double()
+    numbers = torch.full((len(dense),), dense[:1].numel(), dtype=torch.float64, device=dense.device)
     if counted is not None:
         kept = counted.reshape(*counted.shape, *[1] * (dense.ndim - 2))
         dense, slim = dense * kept, slim * kept
+        numbers = counted.double().mean(1) * numbers
     dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
     tiny = torch.finfo(dense.dtype).tiny
     if kind == "cosine":
         return 1 - torch.cosine_similarity(dense, slim, eps=tiny)
-    return (dense - slim).square().sum(1) / dense.square().sum(1).clamp_min(tiny)
+    power = dense.square().sum(1) if scale is None else scale * numbers
+    return (dense - slim).square().sum(1) / power.clamp_min(tiny)
 
 
-def _token_kl(dense: Tensor, slim: Tensor) -> Tensor:
+def _token_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
     """KL(dense || slim) over the last dimension, in float64.
 
     Over a vocabulary in float32, good to 1e-6: there float64 takes as long as the network.
     """
     wide = torch.float32 if dense.shape[-1] > 4096 else torch.float64
-    log_p, log_q = dense.to(wide).log_softmax(-1), slim.to(wide).log_softmax(-1)
+    dense, slim = dense.to(wide), slim.to(wide)
+    if probabilities:
+        dense, slim = (t.clamp_min(torch.finfo(wide).tiny).log() for t in (dense, slim))
+    log_p, log_q = dense.log_softmax(-1), slim.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+
+
+def _label_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
+    """KL(dense || slim) of independent Bernoulli variables, summed over the last dimension, float64."""
+    if probabilities:
+        low = torch.finfo(dense.dtype).eps  # a sigmoid in float32 is 1 from 17 on
+        dense, slim = (t.double().clamp(low, 1 - low).logit() for t in (dense, slim))
+    p, q = dense.double(), slim.double()
+    each = p.sigmoid() * (p - q) - nn.functional.softplus(p) + nn.functional.softplus(q)
+    return each.clamp_min(0).sum(-1)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How far a slim network's output is from the dense one's."""
+    """How far a compressed network's outputs are from the original's: the sum over outputs.
+
+    A sum, so that a limit on it is a limit on each output.
+    """
 
     kind: Divergence
+    """Of the main output."""
     function: Function | None = None
     """Of `given` alone."""
+    outputs: tuple[JudgedOutput, ...] = ()
+    """The outputs that are judged; without any, every floating-point one, by `kind`."""
 
     def kept(self, output: Any) -> Any:
-        """What of a network's output is compared."""
-        return output if self.kind == "given" else compared_outputs(output)
+        """What of a network's output is compared: tensors by name, or for a function all of it."""
+        if self.kind == "given":
+            return output
+        tensors = float_outputs(output)
+        if self.outputs:
+            return {each.name: tensors[each.name] for each in self.outputs}
+        samples = next(iter(tensors.values())).shape[:1]
+        rows = {name: t for name, t in tensors.items() if t.ndim and t.shape[:1] == samples}
+        return rows or tensors
 
-    def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
-        """The divergence of each sample, (N,) float64; of several outputs, their mean.
+    def each(self, dense: Any, slim: Any, batch: Batch) -> dict[str, Tensor]:
+        """The divergence of each sample in each output, (N,) float64.
 
         Args:
             dense, slim: what `kept` gave.
@@ -253,16 +239,117 @@ class Criterion:
             ActivationError: a function did not give one number a sample.
         """
         if self.function is None:
-            pairs = zip(dense, slim, strict=True)
-            each = [divergence(self.kind, a, b, real_tokens(batch, a)) for a, b in pairs]
-            return torch.stack(each).mean(0)
-        found = self.function(dense, slim, batch)
-        if not isinstance(found, Tensor) or found.shape != (len(batch),):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            judged = {output.name: output for output in self.outputs}
+            samples = len(next(iter(dense.values())))  # the main output has one row for each
+            found = {}
+            for name, a in dense.items():
+                how = judged.get(name) or JudgedOutput(name=name, divergence=self.kind)
+                found[name] = divergence(
+                    how.divergence,
+                    per_sample(a, samples),
+                    per_sample(slim[name], samples),
+                    real_tokens(batch, a),
+                    probabilities=how.probabilities,
+                    scale=how.scale,
+                )
+            return found
+        given = self.function(dense, slim, batch)
+        if not isinstance(given, Tensor) or given.shape != (len(batch),):
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ActivationError(
                 f"the divergence function gave {shape} for {len(batch)} samples: return a tensor (N,)"
             )
-        return found.double()
+        return {"": given.double()}
+
+    def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+        """The divergence of each sample, (N,) float64; of several outputs, their sum. As `each`."""
+        return torch.stack([*self.each(dense, slim, batch).values()]).sum(0)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the main output is of classes or labels."""
+        return self.kind in ("kl", "bernoulli")
+
+    def scored(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+        """What the main outputs are worth, (N, 3) float64 as `scored`; NaN where they are no scores."""
+        (a, *_), (b, *_) = dense.values(), slim.values()
+        if not self.scores:
+            return torch.full((len(a), 3), torch.nan, dtype=torch.float64)
+        flags = [each.probabilities for each in self.outputs[:1]]
+        return scored(
+            self.kind, a, b, batch.labels, real_tokens(batch, a), probabilities=any(flags)
+        ).double()
+
+
+class OutputScales:
+    """Spreads of the outputs that are judged by squared error, folded batch by batch."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion = criterion
+        self._names = [each.name for each in criterion.outputs if each.divergence == "nse"]
+        self._spreads: dict[str, Spread] = {}
+
+    def update(self, output: Any, batch: Batch) -> None:
+        """Fold in the original's output on one batch."""
+        tensors = float_outputs(output) if self._names else {}
+        for name in self._names:
+            values = tensors[name].double()
+            counted = real_tokens(batch, values)
+            if counted is not None:
+                values = values[counted]
+            # Channels come last in vectors and in sequences, not in images.
+            rows = values.flatten(0, -2) if values.ndim in (2, 3) else values.reshape(-1, 1)
+            new = Spread.of(rows)
+            self._spreads[name] = self._spreads[name] + new if name in self._spreads else new
+
+    def merged(self) -> Criterion:
+        """Return the criterion with the scales of all processes' batches."""
+        for name in self._names:
+            own = self._spreads.get(name)
+            numbers = [] if own is None else [own.mean.new_tensor([own.n]), own.mean, own.squares]
+            row = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.cpu() for part in numbers)])
+            whole: Spread | None = None
+            for part in current().gathered(row):
+                if len(part):
+                    mean, squares = part[1:].chunk(2)
+                    new = Spread(float(part[0]), mean, squares)
+                    whole = new if whole is None else whole + new
+            if whole is not None:
+                self._spreads[name] = whole
+        outputs = tuple(
+            each.model_copy(update={"scale": self._scale(each.name)}) for each in self.criterion.outputs
+        )
+        return replace(self.criterion, outputs=outputs)
+
+    def _scale(self, name: str) -> float | None:
+        """The variance of a number, None where it hardly varies: then power is the measure."""
+        spread = self._spreads.get(name)
+        if spread is None:
+            return None
+        variance, power = float(spread.variance.mean()), float(spread.mean.square().mean())
+        return variance if variance > 1e-12 * power else None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds; `restore` takes it."""
+        return {
+            f"{k}.{part}": torch.as_tensor(getattr(self._spreads[name], part), dtype=torch.float64)
+            for k, name in enumerate(self._names)
+            if name in self._spreads
+            for part in ("n", "mean", "squares")
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state` of the same outputs."""
+        for k, name in enumerate(self._names):
+            n, mean, squares = (state[f"{k}.{part}"] for part in ("n", "mean", "squares"))
+            self._spreads[name] = Spread(float(n), mean, squares)
+
+
+def per_sample(output: Tensor, samples: int) -> Tensor:
+    """An output with one row a sample: several rows in a row of one sample are joined."""
+    if output.ndim and len(output) != samples and samples and len(output) % samples == 0:
+        return output.reshape(samples, -1, *output.shape[1:])
+    return output
 
 
 def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
@@ -290,67 +377,87 @@ def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     return apart, apart / scale
 
 
-def scored(dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor | None = None) -> Tensor:
-    """What two networks' class scores (N, ..., classes) are worth, sample by sample.
+def scored(
+    kind: Divergence,
+    dense: Tensor,
+    slim: Tensor,
+    labels: Tensor | None,
+    counted: Tensor | None = None,
+    *,
+    probabilities: bool = False,
+) -> Tensor:
+    """What two networks' scores (N, ..., classes) are worth, sample by sample.
 
     Args:
-        labels: (N,) integers, which count where a sample has one argmax.
-        counted: as in `divergence`.
+        kind: `kl`, where a sample is of the class with the highest score, or `bernoulli`, where it has
+            each label with a positive one.
+        labels: (N,) integers, or 0 and 1 for each of several labels; they count where they have the
+            shape of the predictions.
+        counted, probabilities: as in `divergence`.
 
     Returns:
-        (N, 3) float64: whether they agree (a share where there are tokens), and whether each is right;
-        NaN where that is not known.
+        (N, 3) float64: whether they agree (a share where there are tokens or several labels), and
+        whether each is right; NaN where that is not known.
 
     Raises:
         LoaderError: as `require_labels`.
     """
-    first, second = dense.argmax(-1), slim.argmax(-1)
-    equal = (first == second).double().reshape(len(first), -1)
-    weight = torch.ones_like(equal) if counted is None else counted.to(equal).reshape(equal.shape)
-    agreed = (equal * weight).sum(1) / weight.sum(1).clamp_min(1)
-    if labels is None or labels.shape != first.shape:
-        right = [torch.full_like(agreed, torch.nan)] * 2
+    if kind == "kl":
+        first, second = dense.argmax(-1), slim.argmax(-1)
+        if labels is not None and labels.ndim > 1 and labels.shape == dense.shape:
+            labels = labels.argmax(-1)  # one-hot
     else:
-        require_labels(labels, dense.shape[-1])
-        right = [(found == labels.to(found.device)).double() for found in (first, second)]
+        first, second = (t > (0.5 if probabilities else 0) for t in (dense, slim))
+    equal = (first == second).double().reshape(len(first), -1)
+    weight = torch.ones_like(equal)
+    if counted is not None:
+        each = equal.shape[1] // counted.shape[1]
+        weight = counted.to(equal).repeat_interleave(each, 1)
+    agreed = (equal * weight).sum(1) / weight.sum(1).clamp_min(1)
+    right = [torch.full_like(agreed, torch.nan)] * 2
+    if labels is not None and labels.numel() == first.numel() and len(labels) == len(first):
+        if kind == "kl":
+            require_labels(labels, dense.shape[-1])
+        known = labels.to(first.device).reshape(first.shape)
+        right = [
+            (each == known.to(each.dtype)).double().reshape(len(first), -1).mean(1)
+            for each in (first, second)
+        ]
     return torch.stack([agreed, *right], 1)
 
 
 @dataclass
 class Tally:
-    """Counts over batches of class scores (N, ..., classes) of two networks."""
+    """Counts over batches of class scores of two networks."""
 
     samples: int = 0
     agreed: float = 0.0
     labelled: int = 0
-    right_dense: int = 0
-    right_slim: int = 0
+    right_dense: float = 0.0
+    right_slim: float = 0.0
 
-    def add(
-        self, dense: Tensor, slim: Tensor, labels: Tensor | None, counted: Tensor | None = None
-    ) -> None:
-        """One batch; labels are (N,) integers, and count where a sample has one argmax. `counted` as
-        in `divergence`."""
-        agreed, first, second = scored(dense, slim, labels, counted).unbind(1)
+    def add(self, rows: Tensor) -> None:
+        """Count one batch of what `scored` gives, (N, 3)."""
+        agreed, first, second = rows.unbind(1)
         self.samples += len(agreed)
         self.agreed += float(agreed.sum())
         if not bool(first.isnan().any()):
             self.labelled += len(first)
-            self.right_dense += int(first.sum())
-            self.right_slim += int(second.sum())
+            self.right_dense += float(first.sum())
+            self.right_slim += float(second.sum())
 
     def merged(self, total: Total) -> Tally:
         """The counts of all processes."""
         own = torch.tensor(astuple(self), dtype=torch.float64)
-        samples, agreed, *counts = total(own).tolist()
-        return Tally(int(samples), agreed, *map(int, counts))
+        samples, agreed, labelled, *right = total(own).tolist()
+        return Tally(int(samples), agreed, int(labelled), *right)
 
     @property
     def agreement(self) -> float | None:
         """Share of equal argmax; None where nothing was counted."""
         return self.agreed / self.samples if self.samples else None
 
-    def accuracy(self, right: int) -> float | None:
+    def accuracy(self, right: float) -> float | None:
         """`right` as a share; None where a sample had no label."""
         return right / self.samples if self.samples and self.labelled == self.samples else None
 
@@ -385,14 +492,17 @@ def compare_outputs(
     """
     how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
     found: list[Tensor] = []
+    means: dict[str, Tensor] = {}
     for dense, slim, batch in outputs:
-        a, b = ([t.float().cpu() for t in compared_outputs(output)] for output in (dense, slim))
-        each = how(a, b, batch) if how.function is None else how(dense, slim, batch)
-        columns = [each.cpu()[:, None], 1 - Criterion("cosine")(a, b, batch)[:, None]]
-        if how.kind == "kl":
-            columns.append(scored(a[0], b[0], batch.labels, real_tokens(batch, a[0])))
-        else:
-            columns.append(torch.full((len(each), 3), torch.nan, dtype=torch.float64))
+        judged = how if how.function is None else Criterion("nse")
+        a, b = (_on_cpu(judged.kept(output)) for output in (dense, slim))
+        each = how.each(a, b, batch) if how.function is None else how.each(dense, slim, batch)
+        each = {name: values.cpu() for name, values in each.items()}
+        for name, values in each.items():
+            means[name] = torch.cat([means.get(name, values[:0]), values])
+        cosines = Criterion("cosine").each(a, b, batch).values()
+        columns = [sum(each.values())[:, None], 1 - torch.stack([*cosines]).mean(0)[:, None]]  # type: ignore[index]
+        columns.append(how.scored(a, b, batch))
         found.append(torch.cat(columns, 1))
         if watch is not None:
             watch(Compared(dense, slim, batch, found[-1]))
@@ -401,12 +511,15 @@ def compare_outputs(
     low, high = interval(diverged)
     agreed_low, agreed_high = interval(agreed)
     drop_low, drop_high = interval(right[0] - right[1])
+    named = [output.name for output in how.outputs] or [*means]
+    parts = {name: torch.cat(current().gathered(means.get(name, diverged[:0]))) for name in named}
     return Fidelity(
         samples=len(rows),
         kind=how.kind,
         divergence=float(diverged.mean()),
         divergence_low=low,
         divergence_high=high,
+        outputs={name: float(values.mean()) for name, values in parts.items() if name},
         agreement=_known_mean(agreed),
         agreement_low=agreed_low,
         agreement_high=agreed_high,
@@ -418,8 +531,12 @@ def compare_outputs(
     )
 
 
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+
 def _known_mean(values: Tensor) -> float | None:
-    return None if bool(values.isnan().any()) else float(values.mean())
+    return None if not len(values) or bool(values.isnan().any()) else float(values.mean())
 
 
 def interval(values: Tensor) -> tuple[float | None, float | None]:
@@ -458,7 +575,7 @@ def fidelity(
         for batch in batches:
             moved = batch.to(dense)
             wanted = ran(dense, moved)
-            if not all(bool(t.isfinite().all()) for t in compared_outputs(wanted)):
+            if not all(bool(t.isfinite().all()) for t in float_outputs(wanted).values()):
                 raise ActivationError("the model's output holds NaN or infinity on held-out samples")
             yield wanted, ran(slim, batch.to(slim)), moved
 
@@ -477,7 +594,7 @@ def benchmark(
         seconds: go on for about as long.
         pairs: but take at least so many, and no fewer than 2.
     """
-    batch = example if isinstance(example, Batch) else as_batch(example)
+    batch = batch_of(dense, example)
     inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
     device = device_of(dense)
     clock = _clock(dense)
@@ -488,7 +605,9 @@ def benchmark(
         return clock() - start
 
     times: list[tuple[float, float]] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(dense), evaluating(slim):
+        torch.backends.mha.set_fastpath_enabled(fast)  # timed as they will be run
         for _ in range(2):
             once(dense), once(slim)
         end = time.perf_counter() + seconds

@@ -47,6 +47,46 @@ def pooled(total: Total, n: float, mean: Tensor) -> tuple[float, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Count, mean (C,) and sum of squares around the mean (C,) of rows, float64; spreads add up."""
+
+    n: float
+    mean: Tensor
+    squares: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        return self.squares / self.n
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Spread:
+        """Return the spread of rows (n, C)."""
+        mean = rows.mean(0)
+        return cls(float(len(rows)), mean, (rows - mean).square().sum(0))
+
+    def flat(self) -> Spread:
+        """Return the spread of all numbers as rows of one channel."""
+        mean = self.mean.mean(0, keepdim=True)
+        squares = self.squares.sum() + self.n * (self.mean - mean).square().sum()
+        return Spread(self.n * len(self.mean), mean, squares[None])
+
+    def __add__(self, other: Spread) -> Spread:
+        if len(self.mean) != len(other.mean):  # sequences of another length, say
+            return self.flat() + other.flat()
+        n, gap = self.n + other.n, other.mean - self.mean
+        share = other.n / n
+        squares = self.squares + other.squares + gap.square() * self.n * share
+        return Spread(n, self.mean + gap * share, squares)
+
+    def merged(self, total: Total | None, weight: float) -> Spread:
+        """Return the spread of all processes' rows, this one's counted `weight` times."""
+        if total is None:
+            return self
+        n, mean, gap = pooled(total, self.n * weight, self.mean)
+        return Spread(n, mean, total(weight * (self.squares + self.n * gap.square())))
+
+
+@dataclass(frozen=True)
 class PairMoments:
     """Weighted first and second moments of paired rows x (rows, d_x) and y (rows, d_y), float64.
 

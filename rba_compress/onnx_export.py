@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rba_compress.artifact import WEIGHTS, load, read_manifest
-from rba_compress.batches import Batch, as_batch
+from rba_compress.batches import Batch
 from rba_compress.certificate import (
     CERTIFICATES,
     SIZES,
@@ -41,6 +41,7 @@ from rba_compress.certificate import (
 from rba_compress.details import versions
 from rba_compress.errors import ExportError
 from rba_compress.files import flush, sealed, sha256, sibling
+from rba_compress.loader_form import batch_of
 from rba_compress.measure import benchmark
 from rba_compress.offload import in_memory
 from rba_compress.probe import Probe
@@ -147,7 +148,7 @@ def _export(
             dense = manifest.architecture.build()
         model = load(root)
     network = in_memory(unwrap(model), device="cpu")
-    batch = as_batch(example).to(network)
+    batch = batch_of(network, example).to(network)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     if dtype is torch.bfloat16 and kind == "onnx":
         raise ExportError(

@@ -75,6 +75,9 @@ class Chain(Frozen):
     """Its channel axis."""
     positions: int
     """Positions of the stream in one sample: tokens, or pixels."""
+    rows: int = 1
+    """Rows along its first dimension for each sample: the frames of a video, say; 0 where that
+    dimension is no multiple of the samples."""
     class_tokens: tuple[int, ...] = ()
     """Token positions that are selected one by one after the chain; empty where there are none."""
     reads: int = 0
@@ -219,6 +222,22 @@ class Refusal(Frozen):
         return f"{shown} ({self.type}): {self.reason}"
 
 
+Divergence = Literal["kl", "bernoulli", "nse", "cosine", "given"]
+"""Measures of how far an output is from the original's: see `rba_compress.measure`."""
+
+
+class JudgedOutput(Frozen):
+    """An output of the network, and the divergence that it is judged by."""
+
+    name: str
+    divergence: Divergence
+    probabilities: bool = False
+    """Whether it holds probabilities, behind a softmax or a sigmoid, and no scores."""
+    scale: float | None = None
+    """The variance of one number of the output on calibration samples, around the mean of its channel,
+    which squared errors are divided by; None divides by the mean square of each sample."""
+
+
 class Candidate(Frozen):
     """One change that the search judged on all samples that it chooses on."""
 
@@ -284,8 +303,10 @@ class Plan(Frozen):
     """Every finalist that was judged for them."""
     budget: Budget | None = None
     config: Config = Config()
-    divergence: Literal["kl", "nse", "cosine", "given"] = "nse"
-    """The divergence that was minimised."""
+    divergence: Divergence = "nse"
+    """The divergence that was minimised, of the main output."""
+    outputs: tuple[JudgedOutput, ...] = ()
+    """The outputs that were judged, the main one first; their divergences were summed up."""
     forward_passes: float = 0.0
     """Samples that the search sent through a whole network's worth of blocks, over the loader's."""
     healed: Healed | None = None

@@ -133,6 +133,7 @@ class Search:
             budget=budget,
             config=self.config,
             divergence=profile.criterion.kind,
+            outputs=profile.criterion.outputs,
         )
         self.start = self.draft(Solution(plan, {}), self.fitter.load(plan))
         self._require_measurable()

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
-from rba_compress.batches import Batch, main_output
+from rba_compress.batches import Batch
 from rba_compress.measure import gap
+from rba_compress.outputs import main_output
 from rba_compress.recorder import evaluating
 from rba_compress.schema import Dtype, Frozen
 

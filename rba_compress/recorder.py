@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rba_compress.batches import Batch, named_elsewhere
 from rba_compress.errors import ModelError
+from rba_compress.outputs import with_paths
 from rba_compress.schema import Path
 
 _aten = torch.ops.aten
@@ -110,31 +111,6 @@ _CPU_ATTENTION = {
 
 def type_name(module: object) -> str:
     return module if isinstance(module, str) else getattr(module, "__name__", str(module))
-
-
-def key_path(path: tuple[Any, ...]) -> Path:
-    """A pytree key path as plain strings and integers."""
-    keys: list[str | int] = []
-    for key in path:
-        for name in ("key", "idx", "name"):
-            if hasattr(key, name):
-                keys.append(getattr(key, name))
-                break
-    return tuple(keys)
-
-
-def _keyless(value: Any) -> bool:
-    # transformers before version 5 registers its outputs, which are mappings, without their keys.
-    known = pytree.SUPPORTED_NODES.get(type(value))
-    return isinstance(value, Mapping) and known is not None and known.flatten_with_keys_fn is None
-
-
-def _with_paths(tree: Any) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a pytree and their paths."""
-    flat, _ = pytree.tree_flatten_with_path(tree, is_leaf=_keyless)
-    for keys, leaf in flat:
-        below = _with_paths({**leaf}) if _keyless(leaf) else [((), leaf)]
-        yield from ((key_path(keys) + path, value) for path, value in below)
 
 
 class _Recorder(TorchDispatchMode):
@@ -235,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         return str(value)
 
     def leaves(self, tree: Any) -> dict[Path, fx.Node]:
-        return {path: self.node_of(t) for path, t in _with_paths(tree) if isinstance(t, Tensor)}
+        return {path: self.node_of(t) for path, t in with_paths(tree) if isinstance(t, Tensor)}
 
     def structure(self, tree: Any) -> Any:
         return pytree.tree_map(lambda t: self.node_of(t) if isinstance(t, Tensor) else t, tree)
@@ -296,15 +272,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards.
 
     The flags are set directly: `eval()` of an exported program raises, and some modules change their
-    weights in it.
+    weights in it. torch's fast path of attention is off meanwhile: it runs blocks as one operation, on
+    nested tensors where there is padding, and neither shows what happens inside.
     """
     modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module in modes:
             module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
 
@@ -379,7 +359,7 @@ def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
             call.inputs = recorder.leaves(given)
             call.given = recorder.structure(given)
             simple = (bool, int, float, str)
-            call.constants = {p: leaf for p, leaf in _with_paths(given) if isinstance(leaf, simple)}
+            call.constants = {p: leaf for p, leaf in with_paths(given) if isinstance(leaf, simple)}
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = recorder.close()

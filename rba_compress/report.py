@@ -38,6 +38,8 @@ class Report(Frozen):
     latency: Latency
     forward_passes: float | None = None
     """Of the search, over the whole loader."""
+    notes: tuple[str, ...] = ()
+    """What of the loader was read as what, and what the output was taken for."""
     warnings: tuple[str, ...] = ()
     details: Details | None = None
     seal: str | None = Field(None, exclude=True, repr=False)
@@ -88,6 +90,11 @@ class Report(Frozen):
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
         rows += [
             _row(divergence_name(f), "0", f"{f.divergence:.4f}"),
+            *(
+                _row(f"of {name}", "0", f"{mean:.4f}")
+                for name, mean in f.outputs.items()
+                if len(f.outputs) > 1
+            ),
             _row("output cosine", "1", f"{f.cosine:.4f}"),
             _row("parameters", f"{self.dense.params:,}", f"{self.slim.params:,}",
                  kept(self.slim.params, self.dense.params)),
@@ -104,7 +111,8 @@ class Report(Frozen):
     def table(self) -> str:
         """One table for a terminal."""
         f, t = self.fidelity, self.latency
-        lines = text_table(("", "before", "after", "after/before"), self.rows())
+        lines = [*self.notes]
+        lines += text_table(("", "before", "after", "after/before"), self.rows())
         lines += [
             f"{self.model}: {self.plan}",
             f"on {f.samples} samples ({self.samples}); latency on {t.device}, median of {t.pairs} "
@@ -121,8 +129,11 @@ class Report(Frozen):
 
 def divergence_name(fidelity: Fidelity) -> str:
     """What its divergence is called in a table."""
+    if len(fidelity.outputs) > 1:
+        return "divergence of all outputs"
     names = {
         "kl": "KL divergence",
+        "bernoulli": "Bernoulli KL",
         "nse": "squared error",
         "cosine": "1 - cosine",
         "given": "divergence",

@@ -204,9 +204,10 @@ class Config(Asked):
     stride: int = Field(4, gt=0)
     """Of the positions that no head reads, one in so many is profiled, and counts for all, once there
     were sixteen rows a channel; 1 profiles every one."""
-    divergence: Literal["auto", "kl", "nse", "cosine"] = "auto"
-    """KL of the class probabilities, normalised squared error, or one minus the cosine; auto asks the
-    graph which it is: class scores, feature maps or an embedding."""
+    divergence: Literal["auto", "kl", "bernoulli", "nse", "cosine"] = "auto"
+    """KL of the class probabilities; of a Bernoulli variable for each label (sigmoid heads); normalised
+    squared error; or one minus the cosine. By default the labels, the problem type of a transformers
+    configuration, and the graph decide: class scores, feature maps or an embedding."""
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
 

@@ -97,14 +97,15 @@ class Place:
         """Of its numbers."""
         return 1 + min(DIRECTIONS, len(self.mean))
 
-    def numbers(self, stream: Tensor, mask: Tensor | None) -> Tensor:
+    def numbers(self, stream: Tensor, samples: int, mask: Tensor | None) -> Tensor:
         """Spread and centre of every sample of a stream: (N, count) float64, on the CPU.
 
         Args:
+            samples: N; the stream has one or several rows for each.
             mask: (N, positions), true at real tokens.
         """
         tokens = stream.detach().movedim(self.chain.axis, -1)
-        rows = tokens.reshape(len(tokens), -1, tokens.shape[-1]).to(self.mean.device)
+        rows = tokens.reshape(samples, -1, tokens.shape[-1]).to(self.mean.device)
         counted = torch.ones(rows.shape[:2], device=rows.device)
         if mask is not None and mask.shape == counted.shape:
             counted = mask.to(counted)
@@ -129,9 +130,13 @@ class Usual:
     @classmethod
     def of(
         cls, slim: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
-    ) -> Usual:
-        """From held-out batches; those of several ranks count together."""
-        places = tuple(_places(plan, chains))
+    ) -> Usual | None:
+        """From held-out batches; those of several ranks count together. None where no boundary has
+        rows of its own for each sample."""
+        # Rows that several samples share tell nothing of one sample.
+        places = tuple(place for place in _places(plan, chains) if place.chain.rows)
+        if not places:
+            return None
         bare = cls(places, torch.zeros(0, sum(p.count for p in places), dtype=torch.float64))
         own = torch.cat([bare.held, *(bare.numbers(slim, batch) for batch in batches)])
         return cls(places, torch.cat(current().gathered(own)))
@@ -144,7 +149,11 @@ class Usual:
             streams = observe(slim, chains, moved).streams
         seen = {chain.name: found for chain, found in zip(chains, streams, strict=True)}
         found = [
-            place.numbers(seen[place.chain.name][place.boundary], attention_mask(moved, place.chain))
+            place.numbers(
+                seen[place.chain.name][place.boundary],
+                len(batch),
+                attention_mask(moved, place.chain),
+            )
             for place in self.places
         ]
         return torch.cat(found, 1)

@@ -62,6 +62,7 @@ def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module)
     if isinstance(model, fx.GraphModule):
         _replace_in_graph(model, blocks, module)
         return
+    _keep_padded(model, blocks)
     if isinstance(module, Thinned):
         model.set_submodule(blocks[0].path, module)
         return
@@ -69,6 +70,20 @@ def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module)
         held = module if index == 0 else nn.Identity()
         spliced = Spliced(held, block.signature).train(model.get_submodule(block.path).training)
         model.set_submodule(block.path, spliced)
+
+
+def _keep_padded(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Let encoders around replaced blocks pass padded tensors on.
+
+    On torch's fast path an `nn.TransformerEncoder` turns its input into a nested tensor, which a map or
+    a traced block does not take.
+    """
+    for block in blocks:
+        parts = block.path.split(".")
+        for k in range(len(parts)):
+            parent = model.get_submodule(".".join(parts[:k]))
+            if isinstance(parent, nn.TransformerEncoder):
+                parent.use_nested_tensor = False
 
 
 def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn.Module) -> None:

@@ -128,8 +128,9 @@ def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> No
             _prune(child, below)
         else:
             delattr(module, name)
-    for name in [n for n in (*module._parameters, *module._buffers) if n not in used]:
-        delattr(module, name)
+    # None and not gone: a layer's repr asks for its bias.
+    for tensors in (module._parameters, module._buffers):
+        tensors.update({name: None for name in tensors if name not in used})
 
 
 class _StreamOnly(nn.Module):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rba_compress import LoaderError, ModelError
-from rba_compress.batches import Part, Split, as_batch, main_output, read
+from rba_compress.batches import Part, Split, as_batch, read
+from rba_compress.outputs import main_output
 
 X, LABELS = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 

@@ -11,9 +11,12 @@ import transformers
 from torch import Tensor, nn
 
 from rba_compress import ActivationError, Budget, Config, compress, supports
-from rba_compress.batches import Batch, as_batch, compared_outputs
+from rba_compress.batches import Batch, as_batch
 from rba_compress.calibration import profile
-from rba_compress.measure import Criterion, divergence, output_kind, real_tokens
+from rba_compress.criterion import criterion_of
+from rba_compress.measure import Criterion, OutputScales, divergence, real_tokens
+from rba_compress.outputs import float_outputs
+from rba_compress.plan import JudgedOutput
 from rba_compress.recorder import record
 from tests.networks import LIGHT, Chain, images, loader, rows, seeded
 
@@ -47,7 +50,8 @@ class Named(Chain):
     [(Chain, "kl"), (Named, "kl"), (Embedding, "cosine"), (Maps, "nse"), (Pair, "nse")],
 )
 def test_the_output_chooses_its_divergence(build: type[nn.Module], kind: str) -> None:
-    assert output_kind(record(seeded(build), as_batch(rows(2)))) == kind
+    model, batch = seeded(build), as_batch(rows(2))
+    assert criterion_of(model, record(model, batch), Config())[0].kind == kind
     result = compress(seeded(build), loader(), budget=Budget(macs=0.8), config=LIGHT)
     assert result.plan.divergence == kind
     assert result.report.fidelity.kind == kind
@@ -68,20 +72,61 @@ def test_outputs_of_transformers(build: Any, kind: str) -> None:
     model = seeded(build[0], config)
     ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     batch = as_batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert output_kind(record(model, batch)) == kind
+    criterion, _, _ = criterion_of(model, record(model, batch), Config())
+    assert criterion.kind == kind
     with torch.no_grad():
-        found = compared_outputs(batch.run(model))
+        found = criterion.kept(batch.run(model))
     # No key or value of a cache is among them.
     assert len(found) == (2 if kind == "nse" else 1)
 
 
-def test_several_outputs_count_alike_and_lists_too() -> None:
+def test_divergences_of_several_outputs_are_summed_up_and_lists_count() -> None:
     a, b = rows(3), rows(3, seed=1)
     first, second = divergence("nse", a, b), divergence("nse", b, a)
     batch = Batch((a,), {}, None)
     how = Criterion("nse")
-    torch.testing.assert_close(how(how.kept([a, b]), how.kept([b, a]), batch), (first + second) / 2)
-    assert len(compared_outputs({"maps": [a, b], "loss": torch.tensor(1.0), "last": a})) == 3
+    torch.testing.assert_close(how(how.kept([a, b]), how.kept([b, a]), batch), first + second)
+    cache = ((a, b), (a, b))
+    output = {"maps": [a, b], "loss": torch.tensor(1.0), "past_key_values": cache, "last": a}
+    assert [*float_outputs(output)] == ["maps.0", "maps.1", "last"]
+    assert [*float_outputs((a, cache))] == ["0"]
+
+
+def test_squared_errors_are_shares_of_the_variance() -> None:
+    outputs = 3 + 0.1 * torch.randn(60, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    outputs[..., 1] += 7
+    batches = [(part, Batch((part,), {}, None)) for part in outputs.split(20)]
+    scales = OutputScales(Criterion("nse", None, (JudgedOutput(name="output", divergence="nse"),)))
+    for part, batch in batches:
+        scales.update(part, batch)
+    criterion = scales.merged()
+    x = outputs.numpy().reshape(-1, 4)
+    variance = ((x - x.mean(0)) ** 2).mean()
+    assert criterion.outputs[0].scale == pytest.approx(variance)
+    moved = outputs + 0.3
+    found = criterion(criterion.kept(outputs), criterion.kept(moved), Batch((outputs,), {}, None))
+    assert found.tolist() == pytest.approx([0.09 / variance] * 60)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 5), (7, 3, 5)], ids=str)
+def test_the_bernoulli_divergence_equals_torchs_own(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (3 * torch.randn(shape, generator=generator) for _ in range(2))
+    own = [torch.distributions.Bernoulli(logits=t.double()) for t in (p, q)]
+    expected = torch.distributions.kl_divergence(*own).reshape(7, *shape[1:2], -1)
+    expected = expected.sum(-1).reshape(7, -1)
+    expected = expected.mean(1) if len(shape) > 2 else expected.sum(1)
+    torch.testing.assert_close(divergence("bernoulli", p, q), expected)
+    given = divergence("bernoulli", p.sigmoid(), q.sigmoid(), probabilities=True)
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
+    if p[0].numel() > 1:  # a shift that all scores share
+        assert divergence("bernoulli", p, p + 5).min() > 0.5 > divergence("kl", p, p + 5).max()
+
+
+def test_probabilities_are_no_scores() -> None:
+    p, q = rows(6), rows(6, seed=1)
+    given = divergence("kl", p.softmax(-1), q.softmax(-1), probabilities=True)
+    torch.testing.assert_close(given, divergence("kl", p, q), rtol=1e-5, atol=1e-7)
 
 
 def test_padding_is_not_compared() -> None:
@@ -90,7 +135,7 @@ def test_padding_is_not_compared() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
     for kind in ("kl", "nse", "cosine"):
-        found = Criterion(kind)((a,), (b,), batch)
+        found = Criterion(kind)({"output": a}, {"output": b}, batch)
         for n, length in enumerate((2, 1)):
             alone = divergence(kind, a[n : n + 1, :length], b[n : n + 1, :length])
             torch.testing.assert_close(found[n : n + 1], alone)

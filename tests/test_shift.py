@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_whitened_rows(chain: Result) -> None:
     (profiled,) = chain.profile.chains
     x = rows(30, seed=3)
     stream = seeded(Chain).stem(x)  # type: ignore[operator]
-    found = Place.of(profiled, 0).numbers(stream, None).numpy()
+    found = Place.of(profiled, 0).numbers(stream, 30, None).numpy()
     moments = profiled.moments
     covariance = (moments.comoments(0, 0) / moments.n).numpy()
     values, vectors = np.linalg.eigh(covariance)

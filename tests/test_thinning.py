@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rba_compress import Config, ModelError, Plan, PlanError, splice, supports
-from rba_compress.batches import as_batch, main_output
+from rba_compress.batches import as_batch
 from rba_compress.drafts import Solution, chain_load, skip, with_read_outs
 from rba_compress.maps import MapSpec
 from rba_compress.measure import cost
+from rba_compress.outputs import main_output
 from rba_compress.plan import Chain as FoundChain
 from rba_compress.plan import Replacement
 from rba_compress.recorder import evaluating
