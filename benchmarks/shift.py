@@ -75,6 +75,7 @@ def main() -> None:
     seen = profile(dense, calibration)
     held = (batch for _, _, batch in seen.split(calibration).deal("choose", "confirm"))
     usual = Usual.of(dense, Plan(), seen.chains, held)
+    assert usual is not None
     batches = imagenet(dense, "test", 50)
     mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
     found = []

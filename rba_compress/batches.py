@@ -49,7 +49,9 @@ class Form(Frozen):
     inputs: tuple[str, ...] = ()
     """Names of the model's parameters that the items are passed to, in order."""
     arguments: int = 1
-    """Leading items of a tuple that are passed by position."""
+    """Leading items of a tuple that are passed on."""
+    named: bool = False
+    """Whether those behind the first are passed by name, so that a mask is known for one."""
     labels: int | str | None = None
     """The item of a tuple, or the key of a dict, that holds labels."""
     wrapped: bool = False
@@ -262,12 +264,25 @@ def as_batch(item: Any, form: Form | None = None) -> Batch:
                 f"a batch holds {len(items)} items, the first one {form.arguments} inputs: make every "
                 "batch of one kind"
             )
-        batch = Batch(tuple(items[: form.arguments]), {}, labels)
+        rest = items[1 : form.arguments]
+        if form.named:
+            batch = Batch((first,), dict(zip(form.inputs[1:], rest, strict=True)), labels)
+        else:
+            batch = Batch((first, *rest), {}, labels)
     else:
         raise LoaderError(
             f"a batch is a {type(item).__name__} whose input is a {type(first).__name__}: yield a "
             "tensor, a tuple whose first item is the input, or a dict of the model's keywords"
         )
+    _require_values(batch)
+    return batch
+
+
+def _require_values(batch: Batch) -> None:
+    """
+    Raises:
+        LoaderError: a batch holds no sample, tensors without values, or labels of other samples.
+    """
     sized = [t for t in batch.tensors.values() if t.ndim]
     if not sized or len(batch) == 0:
         raise LoaderError("a batch holds no sample: yield tensors whose first dimension counts samples")
@@ -279,9 +294,9 @@ def as_batch(item: Any, form: Form | None = None) -> Batch:
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise LoaderError(f"a batch holds {name} as a {kind} tensor: yield dense ones")
+    labels = batch.labels
     if labels is not None and len(labels) != len(batch):
         raise LoaderError(f"a batch has {len(batch)} samples and {len(labels)} labels")
-    return batch
 
 
 def plain_form(item: Any) -> Form:

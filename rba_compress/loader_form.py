@@ -117,9 +117,14 @@ def _tuple_form(model: nn.Module, item: Any, plain: Batch) -> Form:
     return Form(
         inputs=tuple(told),
         arguments=taken,
+        named=len(names) >= taken and not _positional_only(model),
         labels=labels,
         ignored=tuple(item_name(k) for k in sorted(ignored)),
     )
+
+
+def _positional_only(model: nn.Module) -> bool:
+    return any(p.kind is _Parameter.POSITIONAL_ONLY for p in _parameters(model).values())
 
 
 def _sampled(value: Any, samples: int) -> bool:

@@ -62,10 +62,12 @@ class _Flat(nn.Module):
         self.places = len(batch.args)
         self.keys = [key for key, value in batch.kwargs.items() if isinstance(value, Tensor)]
         self.constants = {k: v for k, v in batch.kwargs.items() if k not in self.keys}
+        self.wrapped = batch.wrapped
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.keys, tensors[self.places :], strict=True))
-        return leaves(self.network(*tensors[: self.places], **named, **self.constants))
+        batch = Batch(tensors[: self.places], {**named, **self.constants}, None, self.wrapped)
+        return leaves(batch.run(self.network))
 
 
 def export_onnx(

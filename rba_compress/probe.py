@@ -77,6 +77,8 @@ class Probe(Frozen):
     inputs: tuple[Given, ...]
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords that are no tensors."""
+    wrapped: bool = False
+    """Whether the keywords are passed as one dict by position."""
     outputs: tuple[float, ...] = ()
     """Some values of the output on `draw(2)`, evenly spaced; none where one is not finite."""
 
@@ -92,7 +94,11 @@ class Probe(Frozen):
         named = [(None, a) for a in example.args] + [
             (k, v) for k, v in example.kwargs.items() if isinstance(v, Tensor)
         ]
-        probe = cls(inputs=tuple(Given.of(k, v, n) for k, v in named), constants=constants)
+        probe = cls(
+            inputs=tuple(Given.of(k, v, n) for k, v in named),
+            constants=constants,
+            wrapped=example.wrapped,
+        )
         if model is None:
             return probe
         outputs = tuple(probe.outputs_of(model))
@@ -105,7 +111,10 @@ class Probe(Frozen):
         drawn = [(g.name, g.draw(samples, generator, length)) for g in self.inputs]
         kwargs = {name: tensor for name, tensor in drawn if name is not None}
         return Batch(
-            tuple(tensor for name, tensor in drawn if name is None), {**kwargs, **self.constants}, None
+            tuple(tensor for name, tensor in drawn if name is None),
+            {**kwargs, **self.constants},
+            None,
+            self.wrapped,
         )
 
     def draws(self, sizes: Sequence[int], *, sequences: bool) -> list[Batch]:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from rba_compress import (
     Budget,
-    Config,
     LoaderError,
     ModelError,
     Result,
