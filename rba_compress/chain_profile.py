@@ -134,6 +134,8 @@ def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
     tokens = stream.movedim(chain.axis, -1)
     if chain.class_tokens:
         return tokens[:, list(chain.class_tokens)].flatten(0, 1)
+    tokens = tokens.movedim(chain.sample_axis, 0)
+    mask = None if mask is None else mask.movedim(chain.sample_axis, 0)
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
     if mask is None:
         return tokens.mean(1)

@@ -108,7 +108,38 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
     refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
     if found:
         require_independent(model, batch)
+        found = _with_samples(model, found, batch, first)
     return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+
+
+def _with_samples(model: nn.Module, chains: list[Chain], batch: Batch, first: Batch) -> list[Chain]:
+    """Tell where a stream counts samples, by its shapes and values for batches of two sizes."""
+    others = ([0], list(range(min(4, len(batch)))))  # an exported program may take no batch of one
+    for rows in (rows for rows in others if len(rows) != len(first)):
+        try:
+            with evaluating(model):
+                streams = [run_with_streams(model, chains, b)[1] for b in (first, batch.select(rows))]
+        except ModelError:
+            continue
+        sizes = len(first), len(rows)
+        return [
+            chain.model_copy(update=_samples(two[0], other[0], sizes))
+            for chain, two, other in zip(chains, *streams, strict=True)
+        ]
+    return chains
+
+
+def _samples(a: Tensor, b: Tensor, sizes: tuple[int, int]) -> dict[str, int]:
+    """Return `sample_axis` and `rows` of a stream, from batches of two sizes that start alike."""
+    n, m = sizes
+    for axis in range(a.ndim):
+        each = a.shape[axis] // n
+        if not each or (a.shape[axis], b.shape[axis]) != (each * n, each * m) or (axis and each > 1):
+            continue
+        one, other = (t.movedim(axis, 0)[:each] for t in (a, b))
+        alike = one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+        return {"sample_axis": axis, "rows": each if alike else 0}
+    return {"rows": 0}
 
 
 def _require_weights(model: nn.Module) -> None:

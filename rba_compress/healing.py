@@ -259,7 +259,8 @@ class _Objective:
             scores = main_output(found[0]).float()
             each = (1 - how.labels) * each + how.labels * mixed.cross_entropy(scores, how.smoothing)
         for chain, h, g in zip(self.chains, wanted[1], found[1], strict=True):
-            own, to = (t.movedim(chain.axis, -1).double() for t in (g, h))
+            own, to = (t.movedim(chain.axis, -1).movedim(chain.sample_axis, 0) for t in (g, h))
+            own, to = own.double(), to.double()
             own, to = (t.reshape(len(t), -1, chain.width) for t in (own, to))
             to = to[:, : own.shape[1]]  # behind a read-out the others are not there
             error = (own - to).square().sum((1, 2)) / to.square().sum((1, 2)).clamp_min(1e-12)

@@ -91,6 +91,12 @@ def _tuple_form(model: nn.Module, item: Any, plain: Batch) -> Form:
     ignored += [k for k in range(taken, len(items)) if k not in rest]
     vectors = [k for k in rest if class_labels(items[k]) is not None]
     output = _output(model, items[:taken]) if rest else None
+    for end in range(len(items), taken, -1) if rest and output is None else ():
+        # A decoder's input may be required, though its parameter is optional.
+        output = _output(model, items[:end]) if end <= len(names) or starred else None
+        if output is not None:
+            taken, rest = end, [k for k in rest if k >= end]
+            break
     for k in rest:
         free, open_place = labels is None, starred or taken < len(names)
         shaped = output is not None and _targets(items[k], output, len(plain))

@@ -75,9 +75,11 @@ class Chain(Frozen):
     """Its channel axis."""
     positions: int
     """Positions of the stream in one sample: tokens, or pixels."""
+    sample_axis: int = 0
+    """The axis of the stream that counts samples: 1 of (T, N, d)."""
     rows: int = 1
-    """Rows along its first dimension for each sample: the frames of a video, say; 0 where that
-    dimension is no multiple of the samples."""
+    """Rows along that axis for each sample, one behind the other: the frames of a video, say; 0 where
+    no rows are those of one sample."""
     class_tokens: tuple[int, ...] = ()
     """Token positions that are selected one by one after the chain; empty where there are none."""
     reads: int = 0

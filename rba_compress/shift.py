@@ -102,9 +102,10 @@ class Place:
 
         Args:
             samples: N; the stream has one or several rows for each.
-            mask: (N, positions), true at real tokens.
+            mask: true at real tokens, of the stream's own layout.
         """
-        tokens = stream.detach().movedim(self.chain.axis, -1)
+        tokens = stream.detach().movedim(self.chain.axis, -1).movedim(self.chain.sample_axis, 0)
+        mask = None if mask is None else mask.movedim(self.chain.sample_axis, 0)
         rows = tokens.reshape(samples, -1, tokens.shape[-1]).to(self.mean.device)
         counted = torch.ones(rows.shape[:2], device=rows.device)
         if mask is not None and mask.shape == counted.shape:

@@ -180,8 +180,10 @@ def as_rows(
 
 
 def attention_mask(batch: Batch, chain: Chain) -> Tensor | None:
-    """The padding mask (N, T) of a text batch, true at real tokens; None where there is none.
+    """Return the padding mask of a text batch, true at real tokens: (N, T), or (T, N) where the stream
+    counts samples second; None where there is none.
 
     A decoder that has an input of its own has a mask of its own.
     """
-    return batch.padding(decoder="decoder" in chain.blocks[0].path)
+    mask = batch.padding(decoder="decoder" in chain.blocks[0].path)
+    return mask if mask is None or chain.sample_axis != 1 else mask.T

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rba_compress import (
+    ArtifactError,
     Budget,
     LoaderError,
     ModelError,
@@ -462,6 +463,33 @@ class Packed(nn.Module):
         return self.head(y[0].unflatten(0, x.shape[:2]).mean(1))
 
 
+class Interleaved(Video):
+    """Frames of all samples at one time in a row."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.space(x.transpose(0, 1).flatten(0, 1)).mean(1)
+        return self.head(y.unflatten(0, (-1, len(x))).mean(0))
+
+
+class TimeFirst(nn.Module):
+    """Ids (N, T) whose stream is (T, N, d), as in models of batch_first=False."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 32)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64) for _ in range(4))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x, away = self.table(input_ids).transpose(0, 1), attention_mask == 0
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=away)
+        return self.head(x.transpose(0, 1).masked_fill(away[..., None], 0).sum(1))
+
+
 class Frames(nn.Module):
     """Attention within frames, of which a head reads the class token."""
 
@@ -495,6 +523,26 @@ def test_frames_are_no_samples(build: Callable[[], nn.Module]) -> None:
         assert result.check(3 + torch.cat(VIDEOS[:3])).shifted
 
 
+def test_a_stream_may_count_samples_second() -> None:
+    model = seeded(TimeFirst)
+    ids, mask = text(40)
+    plans = []
+    for junk in (0, 7):  # what stands at padding counts nowhere
+        given = ids.masked_fill(mask == 0, junk)
+        data = DataLoader(TensorDataset(given, mask), 8)
+        result = compress(model, data, budget=Budget(macs=0.85), config=LIGHT)
+        assert [(c.chain.sample_axis, c.chain.rows) for c in result.profile.chains] == [(1, 1)]
+        assert result.profile.chains[0].moments.n == float(sum(m.sum() for m in fitted(result, data)))
+        plans.append(result.plan)
+    assert str(plans[0]) == str(plans[1])
+    assert result.usual is not None
+    assert len(result.usual.held) == 20
+
+
+def fitted(result: Result, data: Any) -> list[Tensor]:
+    return [b.kwargs["attention_mask"] for b in result.profile.split(data).part("fit")]
+
+
 def test_costs_of_thinned_frames_are_the_measured_ones() -> None:
     result = compress(seeded(Frames), VIDEOS, budget=Budget(macs=0.8))
     assert any(r.unit != "span" for r in result.plan.replacements)
@@ -503,13 +551,15 @@ def test_costs_of_thinned_frames_are_the_measured_ones() -> None:
     )
 
 
-def test_patches_of_several_images_in_one_row() -> None:
-    result = compress(seeded(Packed), VIDEOS[:1] * 0 + [v[:, 0] for v in VIDEOS], budget=Budget(macs=0.8),
-                      config=LIGHT)  # fmt: skip
+@pytest.mark.parametrize("build", [Packed, Interleaved])
+def test_rows_that_belong_to_no_sample_alone(build: type[nn.Module]) -> None:
+    """Patches of several images in one row; frames that are not one behind the other."""
+    data = [v[:, 0] for v in VIDEOS] if build is Packed else VIDEOS
+    result = compress(seeded(build), data, budget=Budget(macs=0.8), config=LIGHT)
     assert result.plan.replacements
     assert result.usual is None
-    with pytest.raises(Exception, match="no rows of their own"):
-        result.check(VIDEOS[0][:, 0])
+    with pytest.raises(ArtifactError, match="no rows of their own"):
+        result.check(data[0])
 
 
 @pytest.mark.parametrize(
