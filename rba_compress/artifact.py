@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch, main_output
 from rba_compress.calibration import fingerprint
+from rba_compress.constructor import completed, missing
 from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
@@ -49,6 +50,7 @@ from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
 from rba_compress.schema import Dtype
 from rba_compress.surgery import copy_model, splice
+from rba_compress.tree_comparison import differences, differing, settings
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
 SCHEMA = 6
@@ -144,8 +146,11 @@ def write_artifact(
     if not delta:
         model = in_memory(model, device="cpu")
     if fold:
-        architecture = architecture or architecture_of(model)
-        model, stock = folded(model, plan, architecture, sample)
+        own = None if architecture else architecture_of(model)
+        architecture = completed(own, model, plan) if own else architecture
+        slim = model
+        model, stock = folded(slim, plan, architecture, sample)
+        _require_settings(architecture, slim, plan, given=own is None)
     state, tied = unique(fitted_tensors(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
         architecture = None
@@ -197,6 +202,27 @@ def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
 
 
+def _require_settings(
+    architecture: Architecture | None, model: nn.Module, plan: Plan, *, given: bool
+) -> None:
+    """Name the settings that the architecture of a folded network does not build.
+
+    Raises:
+        WeightsError: the architecture was passed in.
+    """
+    lost = "" if architecture is None else missing(architecture, model, plan)
+    if lost and given:
+        raise WeightsError(
+            f"the architecture passed in is not this network: its settings differ: {lost}"
+        )
+    if lost:
+        warnings.warn(
+            f"the folded network loses settings ({lost}): pass save(architecture=...) with them, or "
+            "save it unfolded",
+            stacklevel=4,
+        )
+
+
 def _checked(
     given: Architecture | None,
     model: nn.Module,
@@ -215,12 +241,17 @@ def _checked(
     if architecture is None:
         return None
     flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
+    if flaw is not None and given is None:
+        architecture = completed(architecture, model, plan)
+        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
     if flaw is None:
         return architecture
+    # A config of transformers would hide the flaw in a page of fields.
+    known = f" with {architecture.arguments}" if architecture.library == "timm" else ""
     if given is not None:
-        raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
+        raise WeightsError(f"{given.name!r}{known} is not this network: {flaw}")
     warnings.warn(
-        f"{architecture.name!r} with {architecture.arguments} is not this network ({flaw}), so "
+        f"{architecture.name!r}{known} is not this network ({flaw}), so "
         "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
         stacklevel=5,
     )
@@ -346,10 +377,14 @@ def _rebuild_flaw(
     try:
         anew = _restore(architecture.build(), plan, state, tied, unsaved_buffers(model))
         anew.to(device_of(model))
+        built = settings(anew)
         with evaluating(model), evaluating(anew):
             batch = example.to(model)
-            if not torch.equal(main_output(batch.run(model)), main_output(batch.run(anew))):
-                return "its outputs differ"
+            alike = torch.equal(main_output(batch.run(model)), main_output(batch.run(anew)))
     except Exception as error:  # noqa: BLE001  whatever fails, it cannot be built anew
         return f"{type(error).__name__}: {error}"
-    return None
+    after = settings(anew)
+    # What a forward pass changes is a state, a cache say, and no setting.
+    apart = differences(settings(model), after, but={*differing(built, after)})
+    reasons = ["" if alike else "its outputs differ", f"its settings differ: {apart}" if apart else ""]
+    return ", ".join(filter(None, reasons)) or None

@@ -46,6 +46,8 @@ LAYERS = [
     "plots",
     "weights",
     "architecture",
+    "tree_comparison",
+    "constructor",
     "catalogue",
     "probe",
     "fold",
