@@ -35,7 +35,7 @@ class Architecture(Frozen):
         # Names such as hf-hub:..., weights and kernels of a hub are downloaded by these libraries.
         if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name of an architecture of {self.library}")
-        flaw = next(_fetching(self.arguments), None)
+        flaw = next(fetching(self.arguments), None)
         if flaw is not None:
             raise ValueError(
                 f"the argument {flaw} fetches or loads something: an architecture does not"
@@ -70,7 +70,8 @@ class Architecture(Frozen):
         if transformers.PreTrainedModel not in getattr(found, "__mro__", ()):
             raise TypeError("it is no model class of transformers")
         fields = dict(self.arguments)
-        flags = {p.name: fields.pop(p.name) for p in self.flags() if p.name in fields}
+        given = [p.name for p in self.flags() if isinstance(fields.get(p.name), bool)]
+        flags = {name: fields.pop(name) for name in given}
         backends = {name: fields.pop(name) for name in _BACKENDS if name in fields}
         generation = fields.pop("generation_config", None)
         model: nn.Module = found._from_config(
@@ -119,17 +120,17 @@ _FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoi
 _FETCHING |= {"trust_remote_code", "auto_map", "quantization_config"}
 
 
-def _fetching(value: JsonValue) -> Iterator[str]:
+def fetching(value: JsonValue) -> Iterator[str]:
     """Keys below a value with which timm or transformers fetch or load something."""
     if isinstance(value, dict):
         for key, item in value.items():
             kernel = key.endswith("implementation") and any({*t} & {*"/:@"} for t in _texts(item))
             if key in _FETCHING or kernel:
                 yield f"{key}={str(item)[:60]!r}"
-            yield from _fetching(item)
+            yield from fetching(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _fetching(item)
+            yield from fetching(item)
 
 
 def _texts(value: JsonValue) -> Iterator[str]:
@@ -180,12 +181,12 @@ def _transformers_architecture(model: nn.Module) -> Architecture | None:
     routed = getattr(model, "_can_set_experts_implementation", lambda: False)()
     for name in _BACKENDS if routed else _BACKENDS[:1]:
         backend = {name: _backend(config, f"_{name}")}
-        if backend[name] is not None and not any(_fetching(backend)):
+        if backend[name] is not None and not any(fetching(backend)):
             fields |= backend
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         own = _generation(generation)
-        if own != _generation(type(generation).from_model_config(config)) and not any(_fetching(own)):
+        if own != _generation(type(generation).from_model_config(config)) and not any(fetching(own)):
             fields["generation_config"] = own
     return Architecture(library="transformers", name=type(model).__name__, arguments=fields)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch, main_output
 from rba_compress.calibration import fingerprint
-from rba_compress.constructor import completed, missing
+from rba_compress.constructor import completed
 from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
@@ -120,12 +120,14 @@ def write_artifact(
         plan: the plan that made it.
         directory: must not exist, or be empty.
         example: a batch. On its first sample the network is built anew from the architecture and
-            compared, bit for bit, before the architecture is written down. Where that fails, or there
-            is none, the artefact is written without one and `load` asks for `model=`. No sample is
-            written, but the range of their values is.
+            compared, bit for bit, before the architecture is written down; so are the settings of
+            both module trees. Where they differ, or there is no architecture, the artefact is written
+            without one and `load` asks for `model=`. No sample is written, but the range of their
+            values is.
         dense_weights: fingerprint of the original weights.
         report: written beside it.
-        architecture: what builds the dense network; by default what the model tells of itself.
+        architecture: what builds the dense network; by default what the model tells of itself, with
+            constructor arguments that are read off it.
         delta: write the fitted tensors alone, to be applied onto the original network.
         fold: leave replaced blocks out, so that the architecture's own code with fewer blocks loads
             the weights without this package.
@@ -150,7 +152,7 @@ def write_artifact(
         architecture = completed(own, model, plan) if own else architecture
         slim = model
         model, stock = folded(slim, plan, architecture, sample)
-        _require_settings(architecture, slim, plan, given=own is None)
+        _name_losses(architecture, slim, plan, sample, given=own is None)
     state, tied = unique(fitted_tensors(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
         architecture = None
@@ -202,23 +204,22 @@ def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
 
 
-def _require_settings(
-    architecture: Architecture | None, model: nn.Module, plan: Plan, *, given: bool
+def _name_losses(
+    architecture: Architecture | None, slim: nn.Module, plan: Plan, example: Batch, *, given: bool
 ) -> None:
-    """Name the settings that the architecture of a folded network does not build.
+    """Warn of settings that a folded network has lost; its architecture is the original's.
 
     Raises:
         WeightsError: the architecture was passed in.
     """
-    lost = "" if architecture is None else missing(architecture, model, plan)
-    if lost and given:
-        raise WeightsError(
-            f"the architecture passed in is not this network: its settings differ: {lost}"
-        )
-    if lost:
+    state, tied = unique(slim.state_dict())
+    flaw = architecture and _rebuild_flaw(architecture, slim, plan, state, tied, example=example)
+    if flaw and given:
+        raise WeightsError(f"the architecture that was passed in is not this network: {flaw}")
+    if flaw:
         warnings.warn(
-            f"the folded network loses settings ({lost}): pass save(architecture=...) with them, or "
-            "save it unfolded",
+            f"the folded network is not this network in all ways ({flaw}): save it unfolded, or pass "
+            "save(architecture=...) that builds it",
             stacklevel=4,
         )
 

@@ -21,10 +21,10 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from rba_compress.architecture import Architecture
+from rba_compress.architecture import Architecture, fetching
 from rba_compress.errors import WeightsError
 from rba_compress.plan import Plan
-from rba_compress.tree_comparison import CLASS, LENGTH, Settings, differences, differing, settings
+from rba_compress.tree_comparison import CLASS, LENGTH, Settings, differing, settings
 
 _BUILDS = 150
 """Networks that are built, on the meta device, in search of arguments."""
@@ -57,11 +57,6 @@ def completed(architecture: Architecture, model: nn.Module, plan: Plan) -> Archi
     return best
 
 
-def missing(architecture: Architecture, model: nn.Module, plan: Plan) -> str:
-    """Settings of a network that an architecture does not build, for a message; empty where none is."""
-    return _Search(model, plan).told(architecture)
-
-
 class _Search:
     """Greedy search for the arguments of a network that leave the fewest settings different."""
 
@@ -72,12 +67,6 @@ class _Search:
 
     def cost(self, architecture: Architecture) -> float:
         return math.inf if self._settings(architecture) is None else len(self._left(architecture))
-
-    def told(self, architecture: Architecture) -> str:
-        given = self._settings(architecture) or {}
-        return differences(
-            self.wanted, given, but={*differing(self.wanted, given)} - {*self._left(architecture)}
-        )
 
     def named(self, base: Architecture, parameters: Iterable[Parameter]) -> dict[str, JsonValue]:
         """Differing settings that are named as parameters are."""
@@ -221,7 +210,7 @@ def _kept_arguments(model: nn.Module) -> dict[str, JsonValue]:
     for name, value in kept.items() if isinstance(kept, Mapping) else ():
         for plain in _most([value], 1):
             arguments[str(name)] = plain
-    return arguments
+    return {} if any(fetching(arguments)) else arguments
 
 
 def _parameters(architecture: Architecture) -> list[Parameter]:

@@ -7,12 +7,14 @@ parameter, another parameter that is the same tensor, the values of a buffer tha
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 Settings = dict[tuple[str, str], Any]
 """Values by the path of a module and the name of a setting."""
@@ -36,28 +38,30 @@ _TOLD = 4
 
 def settings(model: nn.Module) -> Settings:
     """Every setting of a module tree."""
-    found: Settings = {}
+    values: Settings = {}
     first: dict[int, str] = {}
     saved = model.state_dict(keep_vars=True)
     known: dict[int, Any] = {}
     for path, module in model.named_modules():
-        found[path, CLASS] = _name(type(module))
+        values[path, CLASS] = _name(type(module))
         if isinstance(module, CONTAINERS):
-            found[path, LENGTH] = len(module)
+            values[path, LENGTH] = len(module)
+        embeds = isinstance(module, nn.Embedding) or hasattr(module, "get_input_embeddings")
         for name, value in vars(module).items():
-            if name not in _IGNORED:
-                found[path, name] = _plain(value, known)
+            # Which row is not trained follows a tokenizer that comes after the network.
+            if name not in _IGNORED and not (embeds and name == "padding_idx"):
+                values[path, name] = _plain(value, known)
         dot = "." if path else ""
         tensors = [*module._parameters.items(), *module._buffers.items()]
         for name, tensor in tensors:
             key = f"{path}{dot}{name}"
             if tensor is None or key not in saved:
-                found[path, name] = tensor
+                values[path, name] = tensor
                 continue
-            found[path, name] = tuple(tensor.shape)
+            values[path, name] = tuple(tensor.shape)
             if first.setdefault(id(tensor), key) != key:
-                found[path, f"tensor of {name}"] = first[id(tensor)]
-    return found
+                values[path, f"tensor of {name}"] = first[id(tensor)]
+    return values
 
 
 def differing(wanted: Settings, given: Settings) -> list[tuple[str, str]]:
@@ -130,14 +134,16 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")  # a schedule of rates is computed in float32
     inner = functools.partial(_plain, known=known, depth=depth + 1)
-    if depth > _DEPTH or isinstance(value, torch.device):
+    if depth > _DEPTH or isinstance(value, torch.device | RemovableHandle):
         return _name(type(value))
     if isinstance(value, list | tuple):
         return tuple(map(inner, value))
     if isinstance(value, Mapping):
         return {str(k): inner(v) for k, v in value.items() if str(k) not in _IGNORED}
-    if isinstance(value, torch.dtype | Enum | set | frozenset):
-        return str(sorted(map(str, value)) if isinstance(value, set | frozenset) else value)
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(map(str, value)))
+    if isinstance(value, torch.dtype | Enum):
+        return str(value)
     if callable(value) or not hasattr(value, "__dict__"):
         return _code(value, inner)
     if id(value) not in known:  # a config that every module holds
@@ -152,7 +158,7 @@ def _code(value: Any, inner: Callable[[Any], Any]) -> Any:
         return (inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, fx.GraphModule):
         return value.code
-    cells = getattr(value, "__closure__", None) or ()
+    cells = [c for c in getattr(value, "__closure__", None) or () if c != types.CellType()]
     held = tuple(inner(c.cell_contents) for c in cells if c.cell_contents is not value)
     name = _name(value if hasattr(value, "__qualname__") else type(value))
     return (name, held) if held else name
