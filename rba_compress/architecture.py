@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from rba_compress.schema import Frozen
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """What configs of transformers call the number of their layers."""
+_BACKENDS = ("attn_implementation", "experts_implementation")
+"""Keywords of a model of transformers that its config keeps and does not write."""
 
 
 class Architecture(Frozen):
@@ -32,7 +35,7 @@ class Architecture(Frozen):
         # Names such as hf-hub:..., weights and kernels of a hub are downloaded by these libraries.
         if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name of an architecture of {self.library}")
-        flaw = next(_fetching(self.arguments), None)
+        flaw = next(fetching(self.arguments), None)
         if flaw is not None:
             raise ValueError(
                 f"the argument {flaw} fetches or loads something: an architecture does not"
@@ -67,10 +70,25 @@ class Architecture(Frozen):
         if transformers.PreTrainedModel not in getattr(found, "__mro__", ()):
             raise TypeError("it is no model class of transformers")
         fields = dict(self.arguments)
-        attention = fields.pop("attn_implementation", None)
-        config = transformers.AutoConfig.for_model(**fields)
-        model: nn.Module = found._from_config(config, attn_implementation=attention)
+        given = [p.name for p in self.flags() if isinstance(fields.get(p.name), bool)]
+        flags = {name: fields.pop(name) for name in given}
+        backends = {name: fields.pop(name) for name in _BACKENDS if name in fields}
+        generation = fields.pop("generation_config", None)
+        model: nn.Module = found._from_config(
+            transformers.AutoConfig.for_model(**fields), **backends, **flags
+        )
+        if isinstance(generation, dict):
+            known: Any = transformers.GenerationConfig(**generation)
+            model.generation_config = known
         return model
+
+    def flags(self) -> list[inspect.Parameter]:
+        """Parameters of a class of transformers that its config does not hold: those that are bool."""
+        import transformers
+
+        kind: Any = getattr(transformers, self.name)
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        return [p for p in parameters if isinstance(p.default, bool)]
 
     def with_blocks(self, kept: Mapping[str, tuple[int, Sequence[int]]]) -> list[Architecture]:
         """Candidates for the architecture with fewer blocks; whether one of them is right is to check.
@@ -102,17 +120,26 @@ _FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoi
 _FETCHING |= {"trust_remote_code", "auto_map", "quantization_config"}
 
 
-def _fetching(value: JsonValue) -> Iterator[str]:
+def fetching(value: JsonValue) -> Iterator[str]:
     """Keys below a value with which timm or transformers fetch or load something."""
     if isinstance(value, dict):
         for key, item in value.items():
-            kernel = key.endswith("implementation") and isinstance(item, str) and {*item} & {*"/:@"}
+            kernel = key.endswith("implementation") and any({*t} & {*"/:@"} for t in _texts(item))
             if key in _FETCHING or kernel:
                 yield f"{key}={str(item)[:60]!r}"
-            yield from _fetching(item)
+            yield from fetching(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _fetching(item)
+            yield from fetching(item)
+
+
+def _texts(value: JsonValue) -> Iterator[str]:
+    """The strings of a value, and of the values of a mapping."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def architecture_of(model: nn.Module) -> Architecture | None:
@@ -138,8 +165,11 @@ def _timm_architecture(model: nn.Module) -> Architecture | None:
     if isinstance(size, tuple) and tuple(size) != tuple(config.get("input_size", ()))[1:]:
         arguments["img_size"] = list(size)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
-        arguments["in_chans"] = first.in_channels
+    channels = getattr(model, "in_chans", getattr(first, "in_channels", None))
+    if isinstance(channels, int) and channels != config.get("input_size", (3,))[0]:
+        arguments["in_chans"] = channels
+    if type(model).__module__ == "timm.models._features":
+        arguments |= {"features_only": True, "out_indices": list(model.feature_info.out_indices)}  # type: ignore[union-attr, arg-type]
     return Architecture(name=name, arguments=arguments)
 
 
@@ -147,13 +177,46 @@ def _transformers_architecture(model: nn.Module) -> Architecture | None:
     config: Any = getattr(model, "config", None)
     if not type(model).__module__.startswith("transformers.") or not hasattr(config, "to_json_string"):
         return None
-    fields = json.loads(config.to_json_string(use_diff=False))
-    dropped = {"transformers_version", *_FETCHING}
-    fields = {k: v for k, v in fields.items() if v is not None and k not in dropped}
-    attention = {"attn_implementation": getattr(config, "_attn_implementation", None)}
-    if isinstance(attention["attn_implementation"], str) and not any(_fetching(attention)):
-        fields |= attention
+    fields = _fields(config)
+    routed = getattr(model, "_can_set_experts_implementation", lambda: False)()
+    for name in _BACKENDS if routed else _BACKENDS[:1]:
+        backend = {name: _backend(config, f"_{name}")}
+        if backend[name] is not None and not any(fetching(backend)):
+            fields |= backend
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        own = _generation(generation)
+        if own != _generation(type(generation).from_model_config(config)) and not any(fetching(own)):
+            fields["generation_config"] = own
     return Architecture(library="transformers", name=type(model).__name__, arguments=fields)
+
+
+def _fields(config: Any) -> dict[str, JsonValue]:
+    """The fields of a config as JSON: None where a class would put in a default of its own."""
+    from transformers import AutoConfig
+
+    fields = json.loads(config.to_json_string(use_diff=False))
+    fields = {k: v for k, v in fields.items() if k not in {"transformers_version", *_FETCHING}}
+    known = {k: v for k, v in fields.items() if v is not None}
+    try:
+        again = AutoConfig.for_model(**known).to_dict()
+    except Exception:  # noqa: BLE001  a config of a class that is not transformers' own
+        return known
+    return known | {k: None for k, v in fields.items() if v is None and again.get(k) is not None}
+
+
+def _generation(config: Any) -> dict[str, JsonValue]:
+    fields = json.loads(config.to_json_string(use_diff=True))
+    return {k: v for k, v in fields.items() if k != "transformers_version" and not k.startswith("_")}
+
+
+def _backend(config: Any, name: str) -> JsonValue:
+    """A backend by its name; where parts of a config have other ones, by the name of the part."""
+    own = getattr(config, name, None)
+    parts = {k: getattr(config, k, None) for k in getattr(config, "sub_configs", {})}
+    known = {k: _backend(part, name) for k, part in parts.items() if part is not None}
+    others = {k: v for k, v in known.items() if v is not None and v != own}
+    return {"": own, **others} if others else own
 
 
 def siblings(model: nn.Module, path: str) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rba_compress.architecture import Architecture, architecture_of
 from rba_compress.batches import Batch
 from rba_compress.calibration import fingerprint
+from rba_compress.constructor import completed
 from rba_compress.details import versions
 from rba_compress.errors import ArtifactError, WeightsError
 from rba_compress.files import (
@@ -50,6 +51,7 @@ from rba_compress.recorder import evaluating, unwrap
 from rba_compress.report import Report
 from rba_compress.schema import Dtype
 from rba_compress.surgery import copy_model, splice
+from rba_compress.tree_comparison import differences, differing, settings
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
 SCHEMA = 6
@@ -119,12 +121,14 @@ def write_artifact(
         plan: the plan that made it.
         directory: must not exist, or be empty.
         example: a batch. On its first sample the network is built anew from the architecture and
-            compared, bit for bit, before the architecture is written down. Where that fails, or there
-            is none, the artefact is written without one and `load` asks for `model=`. No sample is
-            written, but the range of their values is.
+            compared, bit for bit, before the architecture is written down; so are the settings of
+            both module trees. Where they differ, or there is no architecture, the artefact is written
+            without one and `load` asks for `model=`. No sample is written, but the range of their
+            values is.
         dense_weights: fingerprint of the original weights.
         report: written beside it.
-        architecture: what builds the dense network; by default what the model tells of itself.
+        architecture: what builds the dense network; by default what the model tells of itself, with
+            constructor arguments that are read off it.
         delta: write the fitted tensors alone, to be applied onto the original network.
         fold: leave replaced blocks out, so that the architecture's own code with fewer blocks loads
             the weights without this package.
@@ -145,8 +149,11 @@ def write_artifact(
     if not delta:
         model = in_memory(model, device="cpu")
     if fold:
-        architecture = architecture or architecture_of(model)
-        model, stock = folded(model, plan, architecture, sample)
+        own = None if architecture else architecture_of(model)
+        architecture = completed(own, model, plan) if own else architecture
+        slim = model
+        model, stock = folded(slim, plan, architecture, sample)
+        _name_losses(architecture, slim, plan, sample, given=own is None)
     state, tied = unique(fitted_tensors(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
         architecture = None
@@ -198,6 +205,26 @@ def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
 
 
+def _name_losses(
+    architecture: Architecture | None, slim: nn.Module, plan: Plan, example: Batch, *, given: bool
+) -> None:
+    """Warn of settings that a folded network has lost; its architecture is the original's.
+
+    Raises:
+        WeightsError: the architecture was passed in.
+    """
+    state, tied = unique(slim.state_dict())
+    flaw = architecture and _rebuild_flaw(architecture, slim, plan, state, tied, example=example)
+    if flaw and given:
+        raise WeightsError(f"the architecture that was passed in is not this network: {flaw}")
+    if flaw:
+        warnings.warn(
+            f"the folded network is not this network in all ways ({flaw}): save it unfolded, or pass "
+            "save(architecture=...) that builds it",
+            stacklevel=4,
+        )
+
+
 def _checked(
     given: Architecture | None,
     model: nn.Module,
@@ -216,12 +243,17 @@ def _checked(
     if architecture is None:
         return None
     flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
+    if flaw is not None and given is None:
+        architecture = completed(architecture, model, plan)
+        flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
     if flaw is None:
         return architecture
+    # A config of transformers would hide the flaw in a page of fields.
+    known = f" with {architecture.arguments}" if architecture.library == "timm" else ""
     if given is not None:
-        raise WeightsError(f"{given.name!r} with {given.arguments} is not this network: {flaw}")
+        raise WeightsError(f"{given.name!r}{known} is not this network: {flaw}")
     warnings.warn(
-        f"{architecture.name!r} with {architecture.arguments} is not this network ({flaw}), so "
+        f"{architecture.name!r}{known} is not this network ({flaw}), so "
         "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
         stacklevel=5,
     )
@@ -347,10 +379,14 @@ def _rebuild_flaw(
     try:
         anew = _restore(architecture.build(), plan, state, tied, unsaved_buffers(model))
         anew.to(device_of(model))
+        built = settings(anew)
         with evaluating(model), evaluating(anew):
             batch = example.to(model)
-            if not torch.equal(main_output(batch.run(model)), main_output(batch.run(anew))):
-                return "its outputs differ"
+            alike = torch.equal(main_output(batch.run(model)), main_output(batch.run(anew)))
     except Exception as error:  # noqa: BLE001  whatever fails, it cannot be built anew
         return f"{type(error).__name__}: {error}"
-    return None
+    after = settings(anew)
+    # What a forward pass changes is a state, a cache say, and no setting.
+    apart = differences(settings(model), after, but={*differing(built, after)})
+    reasons = ["" if alike else "its outputs differ", f"its settings differ: {apart}" if apart else ""]
+    return ", ".join(filter(None, reasons)) or None

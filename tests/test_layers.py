@@ -50,6 +50,8 @@ LAYERS = [
     "plots",
     "weights",
     "architecture",
+    "tree_comparison",
+    "constructor",
     "catalogue",
     "probe",
     "fold",
