@@ -18,7 +18,7 @@ from rba_compress.analysis import analyse
 from rba_compress.batches import Batch, as_batch, main_output
 from rba_compress.errors import ModelError, NoChainError
 from rba_compress.offload import undispatched
-from rba_compress.plan import Block, Chain, Refusal, UnitCost
+from rba_compress.plan import Block, Chain, Refusal, UnitCost, listed
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.schema import nested
 from rba_compress.settings import Unit
@@ -39,7 +39,9 @@ class Support:
         lines = []
         for chain in self.chains:
             kind = chain.blocks[0].type
-            lines.append(f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}")
+            lines.append(
+                f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}, {listed(chain.paths)}"
+            )
             if chain.reads:
                 lines.append(
                     f"  behind it the first {chain.reads} of {chain.positions} positions are read"
