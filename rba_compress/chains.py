@@ -26,6 +26,7 @@ from rba_compress.signatures import Signature
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
 from rba_compress.thinning import Traces, example_inputs, thin
+from rba_compress.weight_types import require_plain_weights
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
 def _require_weights(model: nn.Module) -> None:
     """
     Raises:
-        ModelError: a weight has no value yet.
+        ModelError: a weight has no value yet, or is no plain tensor.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
@@ -116,6 +117,7 @@ def _require_weights(model: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise ModelError(f"{name} lies on the meta device, without a value: load the weights first")
+    require_plain_weights(model)
 
 
 def _others(batch: Batch) -> list[Batch]:
