@@ -30,6 +30,11 @@ def require_plain_weights(model: nn.Module) -> None:
         raise ModelError(f"{name} is a {kind}, which cannot be read as a plain tensor: {_REMEDY}")
 
 
+def of_peft(module: nn.Module) -> bool:
+    """Whether a module is of PEFT: a layer with adapters, or a network around them."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
 def _others(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names and kinds of what is no plain weight."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
