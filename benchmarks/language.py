@@ -162,7 +162,9 @@ def main(how: Run) -> None:
             {
                 "method": method,
                 "removed": int(number),
-                "layers": [r.start for r in found[key].plan.replacements],
+                "layers": [
+                    int(r.blocks[0].path.rpartition(".")[2]) for r in found[key].plan.replacements
+                ],
                 "perplexity": round(ppl, 3),
                 "kl_per_token": round(kl, 4),
                 "agreement": round(agreement, 4),

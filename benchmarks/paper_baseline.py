@@ -24,7 +24,7 @@ from rba_compress.drafts import fit_span, keyed, saving
 from rba_compress.maps import MapSpec
 from rba_compress.measure import compare_outputs, cost
 from rba_compress.outputs import main_output
-from rba_compress.plan import Plan
+from rba_compress.plan import Plan, listed
 from rba_compress.recorder import evaluating
 from rba_compress.surgery import splice_shared
 
@@ -61,7 +61,7 @@ def main(how: Baseline) -> None:
             row = {
                 "benchmark": "paper_baseline",
                 "model": "deit_tiny_patch16_224",
-                "span": [start, stop],
+                "blocks": chain.paths[start:stop],
                 "method": method,
                 "top1_dense": found.accuracy_dense,
                 "top1": found.accuracy_slim,
@@ -87,20 +87,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"top-1 {rows[0]['top1_dense']}. One linear map (plain least squares, no bias) in place of "
         "the span, against skipping it. Block Redundancy is of the span's blocks on the class token.",
         "",
-        "| span | MACs kept (skip / map) | top-1 skip | top-1 map | agreement skip | agreement map "
+        "| blocks | MACs kept (skip / map) | top-1 skip | top-1 map | agreement skip | agreement map "
         "| KL skip | KL map | R² of the map | Block Redundancy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for skip, fitted in zip(rows[::2], rows[1::2], strict=True):
-        assert skip["span"] == fitted["span"]
+        assert skip["blocks"] == fitted["blocks"]
         pairs = " | ".join(
             f"{skip[name]:.3f} | {fitted[name]:.3f}" for name in ("top1", "agreement", "kl")
         )
         redundancy = ", ".join(f"{value:.1f}" for value in skip["block_redundancy"])
-        start, stop = skip["span"]
         lines.append(
-            f"| {start}:{stop} | {skip['macs_kept']:.3f} / {fitted['macs_kept']:.3f} | {pairs} "
-            f"| {fitted['r2']:.3f} | {redundancy} |"
+            f"| {listed(skip['blocks'])} | {skip['macs_kept']:.3f} / {fitted['macs_kept']:.3f} "
+            f"| {pairs} | {fitted['r2']:.3f} | {redundancy} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -22,6 +22,7 @@ from rba_compress.plan import Block, Branch, Chain, Refusal
 from rba_compress.recorder import Call, Recording, module_stack
 from rba_compress.schema import Path, nested
 from rba_compress.signatures import Input, Signature
+from rba_compress.weight_types import of_peft
 
 _aten = torch.ops.aten
 _ADDITIONS = {_aten.add, _aten.add_, _aten.addcmul, _aten.addcmul_}
@@ -143,6 +144,11 @@ def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Ca
             candidate.reason = f"{outer or 'it '}is called {times[repeated[-1]]} times"
         elif quantized:
             candidate.reason = "its weights are quantised: compress the network before it is quantised"
+        elif any(map(of_peft, module.modules())):
+            candidate.reason = (
+                "it holds adapters of PEFT, which a replaced block could not merge or disable: call "
+                "merge_and_unload() before, or leave the block as it is"
+            )
         elif call.path in sharing:
             candidate.reason = "it shares {} with {}".format(*sharing[call.path])
         elif len(candidate.leaks) != 1:

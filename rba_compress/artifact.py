@@ -42,6 +42,7 @@ from rba_compress.files import (
     written_whole,
 )
 from rba_compress.fold import folded
+from rba_compress.formats import other_format
 from rba_compress.hub import write_hub
 from rba_compress.offload import device_of, in_memory
 from rba_compress.outputs import main_output
@@ -52,6 +53,7 @@ from rba_compress.report import Report
 from rba_compress.schema import Dtype
 from rba_compress.surgery import copy_model, splice
 from rba_compress.tree_comparison import differences, differing, settings
+from rba_compress.weight_types import require_plain_weights
 from rba_compress.weights import fill, read_state, unique, unsaved_buffers
 
 SCHEMA = 6
@@ -139,11 +141,13 @@ def write_artifact(
             hub.
         PlanError: the plan cannot be folded, or no architecture with fewer blocks is that network.
         WeightsError: the architecture that was passed in does not build this network.
+        ModelError: the network was quantised after it was compressed.
     """
     target = Path(directory).absolute()
     require_vacant(target)
     if delta and (fold or hub):
         raise ArtifactError("a delta needs the original beside it: it cannot be folded or for a hub")
+    require_plain_weights(model)
     probe = _probe(example, model)
     sample, stock = example.select([0]), None
     if not delta:
@@ -325,6 +329,14 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.
     """
+    if root.is_file():
+        reason = other_format(root) or "it is a file"
+        raise ArtifactError(f"{root} is no directory that save wrote: {reason}")
+    if root.is_dir() and not (root / MANIFEST).exists():
+        raise ArtifactError(
+            f"{root / MANIFEST} is unreadable: {root} is no directory that save wrote. Weights alone "
+            "go into a network of your own: rba_compress.weights.load_weights(model, file)"
+        )
     return read_sealed(root / MANIFEST, Manifest, newest=SCHEMA, sealed_since=3)
 
 

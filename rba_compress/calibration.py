@@ -31,6 +31,7 @@ from rba_compress.recorder import evaluating, unwrap
 from rba_compress.schema import Frozen
 from rba_compress.settings import Config
 from rba_compress.streams import attention_mask, run_with_streams
+from rba_compress.weight_types import require_plain_weights
 
 EVERY = 30.0
 """Seconds from checkpoint to checkpoint."""
@@ -197,7 +198,12 @@ class Profile:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one."""
+    """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one.
+
+    Raises:
+        ModelError: a weight is no plain tensor.
+    """
+    require_plain_weights(model)
     named = sorted(undispatched(model).state_dict().items())
     return tensor_digest((name, loaded(t)) for name, t in named if isinstance(t, Tensor))
 

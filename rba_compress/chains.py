@@ -21,7 +21,7 @@ from rba_compress.independence import require_independent
 from rba_compress.loader_form import batch_of
 from rba_compress.offload import undispatched
 from rba_compress.outputs import main_output
-from rba_compress.plan import Block, Chain, Refusal, UnitCost
+from rba_compress.plan import Block, Chain, Refusal, UnitCost, listed
 from rba_compress.recorder import Recording, evaluating, graph_arguments, record, unwrap
 from rba_compress.schema import nested
 from rba_compress.settings import Unit
@@ -29,6 +29,7 @@ from rba_compress.signatures import Signature
 from rba_compress.streams import run_with_streams
 from rba_compress.surgery import copy_model, replace_blocks
 from rba_compress.thinning import Traces, example_inputs, thin
+from rba_compress.weight_types import require_plain_weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Support:
         lines = []
         for chain in self.chains:
             kind = chain.blocks[0].type
-            lines.append(f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}")
+            lines.append(
+                f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}, {listed(chain.paths)}"
+            )
             if chain.reads:
                 lines.append(
                     f"  behind it the first {chain.reads} of {chain.positions} positions are read"
@@ -145,7 +148,7 @@ def _samples(a: Tensor, b: Tensor, sizes: tuple[int, int]) -> dict[str, int]:
 def _require_weights(model: nn.Module) -> None:
     """
     Raises:
-        ModelError: a weight has no value yet.
+        ModelError: a weight has no value yet, or is no plain tensor.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
@@ -154,6 +157,7 @@ def _require_weights(model: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise ModelError(f"{name} lies on the meta device, without a value: load the weights first")
+    require_plain_weights(model)
 
 
 def _others(batch: Batch) -> list[Batch]:

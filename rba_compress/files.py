@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rba_compress.errors import ArtifactError, RBAError
+from rba_compress.formats import other_format
 from rba_compress.schema import Frozen
 
 BLANK = "0" * 64
@@ -193,7 +194,8 @@ def read_tensors(path: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is not a {name} that this version reads: {error}") from error
+        reason = other_format(path) or error
+        raise ArtifactError(f"{path} is not a {name} that this version reads: {reason}") from error
     record = parsed(path, kind, header.get("record", ""))
     if tensor_digest(sorted(tensors.items())) != header.get("sha256"):
         raise ArtifactError(f"{path} is not what was saved (its SHA-256 differs): get it anew")

@@ -40,6 +40,7 @@ from rba_compress.schema import Frozen
 from rba_compress.settings import RATES, Healing
 from rba_compress.streams import observe
 from rba_compress.surgery import copy_model
+from rba_compress.weight_types import require_plain_weights
 
 HELD = 2
 """Of the samples that a search chooses on, one in so many is held out."""
@@ -526,6 +527,7 @@ def _require_trainable(original: nn.Module, slim: nn.Module, known: dict[str, nn
             raise ModelError(
                 f"weights of the {what} network are offloaded: load it into memory to heal"
             )
+        require_plain_weights(model)
     low = {p.dtype for p in slim.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
     if low:
         raise ModelError(

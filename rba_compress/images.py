@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
         elif not split.is_file():
             raise LoaderError(f"{split} is not a file of image paths")
         else:
-            self.paths = [root / line.strip() for line in _lines(split) if line.strip()]
+            self.paths = [_named(root, line) for line in _lines(split)]
         if split is None:
             left_out = set(without)
             self.paths = [path for path in self.paths if path not in left_out]
@@ -52,9 +53,17 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
             )
         absent = [path for path in self.paths if not path.is_file()]
         if absent:
-            raise LoaderError(f"{split} names {len(absent)} images that {root} lacks: {absent[0]}")
+            raise LoaderError(
+                f"{split} names {len(absent)} images that {root} lacks: {str(absent[0])!r}. It has one "
+                "path relative to that folder a line, <class>/<image>, and nothing else"
+            )
         if not self.paths:
             raise LoaderError(f"no images in {split or root}: expected {root}/<class>/<image>")
+        outside = [
+            p for p in self.paths if not p.is_relative_to(root) or ".." in p.relative_to(root).parts
+        ]
+        if outside:
+            raise LoaderError(f"{split} names {outside[0]}, which lies outside of {root}")
         shallow = [path for path in self.paths if len(path.relative_to(root).parts) < 2]
         if shallow:
             raise LoaderError(f"{shallow[0]} lies in no class folder: expected {root}/<class>/<image>")
@@ -82,10 +91,33 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
 
 
 def _lines(split: Path) -> list[str]:
+    """The lines of a text file that are not empty, without spaces and byte-order marks around them.
+
+    Raises:
+        LoaderError: the file is no UTF-8.
+    """
     try:
-        return split.read_text(encoding="utf-8").splitlines()
+        text = split.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LoaderError(f"{split} is not a text file of image paths: {error}") from error
+        raise LoaderError(
+            f"{split} is not a text file of image paths in UTF-8: {error}. Save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise LoaderError(f"{split} is not a text file of image paths in UTF-8: it holds a NUL byte")
+    # A mark stands in the middle where files were joined.
+    lines = (line.strip("\ufeff \t\r") for line in text.split("\n"))
+    return [line for line in lines if line]
+
+
+def _named(root: Path, line: str) -> Path:
+    """The image that a line names: below `root` or absolute, quoted or not, with the separators of
+    any system.
+    """
+    bare = line.strip("'\"")
+    ways = (line, bare, bare.replace("\\", "/"))
+    given = Path(os.path.normpath(next((way for way in ways if (root / way).is_file()), line)))
+    own = Path(os.path.normpath(root.absolute()))
+    return root / (given.relative_to(own) if given.is_relative_to(own) else given)
 
 
 def image_loader(files: ImageFiles, *, batch_size: int) -> DataLoader[tuple[Tensor, Tensor] | Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
@@ -94,6 +95,11 @@ class Chain(Frozen):
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of its blocks, in order."""
+        return tuple(block.path for block in self.blocks)
+
     def spans(self, window: int | None = None) -> list[tuple[int, int]]:
         """Every span (start, stop) of at most `window` blocks."""
         longest = len(self) if window is None else window
@@ -102,6 +108,21 @@ class Chain(Frozen):
             for start in range(len(self))
             for stop in range(start + 1, min(start + longest, len(self)) + 1)
         ]
+
+
+def listed(paths: Sequence[str]) -> str:
+    """Paths of consecutive blocks for a person; of more than three, the first and the last."""
+    return ", ".join(paths) if len(paths) <= 3 else f"{paths[0]} to {paths[-1]}"
+
+
+def boundary_names(paths: Sequence[str]) -> list[str]:
+    """Short names of a chain's boundaries in a figure: `in`, then the block that puts the stream out,
+    by its path without the parents that all blocks share.
+    """
+    split = [path.split(".") for path in paths]
+    while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
+        split = [parts[1:] for parts in split]
+    return ["in", *(".".join(parts) for parts in split)]
 
 
 class Replacement(Frozen):
@@ -161,7 +182,7 @@ class Replacement(Frozen):
         return bool(self.source % 1 or self.target % 1)
 
     def __str__(self) -> str:
-        block = f"{self.chain}[{self.start}]"
+        block = listed([block.path for block in self.blocks])
         match self.unit:
             case "attention_free":
                 return f"{block} attention -> {self.map}"
@@ -173,7 +194,7 @@ class Replacement(Frozen):
                 return f"{block} for {self.reads} read, others {others}"
             case "read_out_mlp":
                 return f"{block} MLP for {self.reads} read, others -> {self.map}"
-        return f"{self.chain}[{self.start}:{self.stop}] -> {self.map}"
+        return f"{block} -> {self.map}"
 
 
 _WIDEST = 1 << 24

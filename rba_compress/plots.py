@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rba_compress.chain_profile import ChainProfile
 from rba_compress.details import Summary
 from rba_compress.measure import DIVERGENCES
+from rba_compress.plan import boundary_names
 from rba_compress.similarity import TITLES, Metric
 
 if TYPE_CHECKING:
@@ -20,18 +21,20 @@ PICTURED: tuple[Metric, ...] = ("cosine", "cka", "r2")
 def plot_similarity(profiled: ChainProfile, metrics: tuple[Metric, ...] = PICTURED) -> Figure:
     """Block-to-block similarity heatmaps of one chain, side by side.
 
-    Boundary 0 is the chain's input, boundary b the output of block b - 1.
+    Rows and columns are the chain's boundaries: its input, and the stream behind each block.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4 * len(metrics), 4.2), layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    names = boundary_names(profiled.chain.paths)
     for axis, metric in zip(axes, metrics, strict=True):
         values = profiled.similarity(metric).numpy()
         image = axis.imshow(values, cmap="viridis", vmax=1 if metric in PICTURED else None)
         axis.set_title(TITLES[metric], fontsize=10)
-        axis.set_xlabel("boundary")
-        axis.set_ylabel("boundary")
+        _set_ticks(axis, names, names)
+        axis.set_xlabel("stream behind block")
+        axis.set_ylabel("stream behind block")
         figure.colorbar(image, ax=axis, shrink=0.8)
     figure.suptitle(f"chain {profiled.chain.name}: {len(profiled.chain)} blocks", fontsize=11)
     return figure
@@ -48,17 +51,26 @@ def plot_span_errors(profiled: ChainProfile) -> Figure:
     figure = Figure(figsize=(9.2, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     skipped, fitted = span_errors(profiled)
+    names = boundary_names(profiled.chain.paths)
     for axis, values, title in (
         (axes[0], skipped, "skipped"),
         (axes[1], fitted, "the best affine map"),
     ):
         image = axis.imshow(values, cmap="magma_r", vmin=0, vmax=1)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("span ends before block")
-        axis.set_ylabel("span starts at block")
+        _set_ticks(axis, ["", *names[1:]], [*names[1:], ""])
+        axis.set_xlabel("last block of the span")
+        axis.set_ylabel("first block of the span")
     figure.colorbar(image, ax=axes, shrink=0.8, extend="max", label="error, share of variance")
     figure.suptitle(f"chain {profiled.chain.name}: every span", fontsize=11)
     return figure
+
+
+def _set_ticks(axis: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Name the columns and rows of a picture, thirteen at the most."""
+    places = range(0, len(columns), math.ceil(len(columns) / 13))
+    axis.set_xticks(places, [columns[k] for k in places], rotation=90)
+    axis.set_yticks(places, [rows[k] for k in places])
 
 
 def span_errors(profiled: ChainProfile) -> tuple[list[list[float]], list[list[float]]]:

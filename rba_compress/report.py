@@ -17,6 +17,7 @@ from rba_compress.details import Details, Summary
 from rba_compress.files import write_text
 from rba_compress.markup import html_table, text_table
 from rba_compress.measure import DIVERGENCES, Cost, Fidelity, Latency, kept
+from rba_compress.plan import boundary_names
 from rba_compress.schema import Frozen
 from rba_compress.similarity import TITLES
 
@@ -164,7 +165,11 @@ def page(report: Report) -> str:
     details, kind = report.details, report.fidelity.kind
     front = details.front if details else ()
     heat = [
-        {"name": chain.name, "matrices": chain.similarity}
+        {
+            "name": chain.name,
+            "names": boundary_names([block.path for block in chain.blocks]),
+            "matrices": chain.similarity,
+        }
         for chain in (details.chains if details else ())
         if chain.similarity
     ]
@@ -181,6 +186,7 @@ def page(report: Report) -> str:
         rows=judged(report),
         headline=_headline(report),
         heat=heat,
+        boundary_names=boundary_names,
         data=data,
     )
 

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rba_compress.errors import ModelError, PlanError
+from rba_compress.errors import ArtifactError, ModelError, PlanError
 from rba_compress.maps import build_map
 from rba_compress.offload import copy_tree, deep_copy, execution_device, hold, take_place
-from rba_compress.plan import Block, Plan, Refit, Replacement
+from rba_compress.plan import Block, Plan, Refit, Replacement, listed
 from rba_compress.recorder import module_stack, unwrap
 from rba_compress.schema import nested
 from rba_compress.signatures import Signature
 from rba_compress.thinning import Thinned, Traces, thin
+from rba_compress.weight_types import of_peft
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers of a BatchNorm."""
@@ -40,6 +41,43 @@ class Spliced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = self.signature.stream_in(args, kwargs)
         return self.signature.rebuild(self.map(stream), args, kwargs)
+
+
+class RefusedWriter:
+    """A method that writes a stock network, in its place on the instance that is none any more.
+
+    A class attribute would change the class that the compressed network shares with its original.
+    """
+
+    def __init__(self, module: nn.Module, method: str, replaced: Sequence[str]) -> None:
+        self.module, self.method, self.replaced = module, method, replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the adapters alone, where transformers has loaded some: they fit the network as it is.
+
+        Raises:
+            ArtifactError: the weights would be read back into another network.
+        """
+        kind = type(self.module)
+        if getattr(self.module, "_hf_peft_config_loaded", False):
+            return getattr(kind, self.method)(self.module, *args, **kwargs)
+        raise ArtifactError(
+            f"{self.method} writes no compressed {kind.__name__}: from_pretrained would build the "
+            f"stock network, with random weights in {listed(self.replaced)}. Write the result with "
+            "result.save(directory, hub=True) and read it with rba_compress.load(directory); a result "
+            "of Config(foldable=True) becomes a stock network by result.save(..., fold=True, hub=True)"
+        )
+
+
+def _refuse_writers(model: nn.Module, plan: Plan) -> None:
+    """Let no module around a replaced block write itself as a stock network; PEFT writes adapters."""
+    replaced = [block.path for replacement in plan.replacements for block in replacement.blocks]
+    for path, module in model.named_modules():
+        inside = [each for each in replaced if not path or each.startswith(f"{path}.")]
+        if inside and hasattr(type(module), "from_pretrained") and not of_peft(module):
+            for method in ("save_pretrained", "push_to_hub"):
+                if hasattr(type(module), method):
+                    setattr(module, method, RefusedWriter(module, method, inside))
 
 
 def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
@@ -337,6 +375,7 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
             setattr(layer, name, value)
     if plan.healed is not None:
         replace_parameters(model, {key: tensors[key] for key in plan.healed.keys})
+    _refuse_writers(model, plan)
     return model
 
 

@@ -86,7 +86,16 @@ def _tensor(module: nn.Module, path: Sequence[str]) -> Any:
     for part in path[:-1]:
         module = module._modules[part]  # type: ignore[assignment]
     found = module._parameters.get(path[-1])
-    return getattr(module, path[-1]) if found is None else found
+    if found is not None:
+        return found
+    if "base_layer" in module._modules:
+        # Its weight is that of the layer without the adapter, which would be left out in silence.
+        raise ModelError(
+            f"{'.'.join(path[:-1])} of a thinned block has an adapter, and the block runs by a graph "
+            "that does not: leave it out of the adapter's target_modules, or compress with "
+            'Config(units=("span",), keep_features=True)'
+        )
+    return getattr(module, path[-1])
 
 
 def thin(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rba_compress.errors import WeightsError
+from rba_compress.formats import other_format
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -34,7 +35,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        reason = other_format(path) or error
+        raise WeightsError(f"{path} is not a readable safetensors file: {reason}") from error
 
 
 def require_fit(

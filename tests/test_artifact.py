@@ -262,7 +262,7 @@ def test_weights_that_are_no_safetensors_are_named_whatever_their_hash(
 
 
 def test_a_result_is_a_value(result: Result) -> None:
-    assert "blocks[" in repr(result)
+    assert "blocks." in repr(result)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.plan = None  # type: ignore[misc, assignment]
 

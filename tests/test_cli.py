@@ -43,7 +43,7 @@ def test_supports_prints_chains_refusals_and_the_row_of_a_network(
 ) -> None:
     assert main(["supports", "nn/mlp"]) == 0
     printed = capsys.readouterr().out
-    assert "chain 1: 4 x _Residual, width 16" in printed
+    assert "chain 1: 4 x _Residual, width 16, 1.0 to 1.3" in printed
     assert "nn/mlp: 1 chains, 4 blocks, found in" in printed
     assert "output of the same shape yes, finite yes, as by hand yes" in printed
     assert "saved and read back bit-equal: yes" in printed
@@ -270,6 +270,45 @@ def test_bad_input_is_one_line_and_an_exit_code(
     assert error.startswith("rba-compress: ")
     assert message in error
     assert not (folder / "slim").exists()
+
+
+SAID = "class0/0.png\nclass1/1.png\nclass0/2.png\n"
+READ = {
+    "a byte-order mark": SAID.encode("utf-8-sig"),
+    "files joined, each with a mark": b"\xef\xbb\xbfclass0/0.png\n\xef\xbb\xbfclass1/1.png\nclass0/2.png",
+    "line ends of Windows": SAID.replace("\n", "\r\n").encode(),
+    "separators of Windows": SAID.replace("/", "\\").encode(),
+    "quotes": b'"class0/0.png"\n"class1/1.png"\n\'class0/2.png\'\n',
+    "blank lines and spaces": b"\n class0/0.png \t\n\nclass1/1.png\n./class0/2.png\n\n",
+    "absolute paths": b"{images}/class0/0.png\n{images}/class1/1.png\n{images}/class1/../class0/2.png\n",
+}
+
+
+@pytest.mark.parametrize("content", READ.values(), ids=READ.keys())
+def test_a_split_is_read_however_its_lines_are_written(folder: Path, content: bytes) -> None:
+    model, images = seeded(timm.create_model, "test_vit", num_classes=2), folder / "images"
+    (folder / "own.txt").write_bytes(content.replace(b"{images}", str(images).encode()))
+    files = ImageFiles(images, folder / "own.txt", model)
+    assert [str(path.relative_to(images)) for path in files.paths] == SAID.split()
+    assert [int(files[k][1]) for k in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SAID.encode("utf-16"), "not a text file of image paths in UTF-8: .* Save it as UTF-8"),
+        (SAID.encode("utf-16-le"), "in UTF-8: it holds a NUL byte"),
+        (b"class0/0.png,0\nclass1/1.png,1\n", "lacks: .*0.png,0'. It has one path relative"),
+        (b"\xe2\x80\x8bclass0/0.png\n", r"lacks: .*\\u200bclass0/0.png"),
+        (b"../images/class0/0.png\n", "0.png, which lies outside of .*images"),
+        (b"{folder}/split.txt\n", "split.txt, which lies outside of .*images"),
+    ],
+)
+def test_a_split_of_another_kind_is_refused(folder: Path, content: bytes, message: str) -> None:
+    model = seeded(timm.create_model, "test_vit", num_classes=2)
+    (folder / "own.txt").write_bytes(content.replace(b"{folder}", str(folder).encode()))
+    with pytest.raises(LoaderError, match=message):
+        ImageFiles(folder / "images", folder / "own.txt", model)
 
 
 def test_images_that_are_absent_are_named(folder: Path) -> None:

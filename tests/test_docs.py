@@ -19,7 +19,7 @@ from tests.networks import seeded
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"vit_small_patch16_224": "test_vit"}
-SLOW = {"ecosystem": ("torchao", "lightning")}
+SLOW = {"ecosystem": ("torchao", "peft", "lightning")}
 """Pages that need packages which are large, or take long."""
 
 

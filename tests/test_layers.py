@@ -8,9 +8,11 @@ import rba_compress
 # Each module imports only from those above it.
 LAYERS = [
     "errors",
+    "formats",
     "markup",
     "ranks",
     "offload",
+    "weight_types",
     "moments",
     "maps",
     "similarity",

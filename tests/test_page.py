@@ -122,7 +122,7 @@ def test_points_and_metrics_answer_to_mouse_and_keyboard(
     tab.locator("#heat svg").focus()
     tab.keyboard.press("ArrowRight")
     (chain,) = details.chains
-    assert "0 to 1" in tab.locator("#heat").inner_text()
+    assert "in to 0" in tab.locator("#heat").inner_text()
     value = chain.similarity["cka"][0][1]
     assert f"{value:.3g}" in tab.locator("#heat").inner_text()
 

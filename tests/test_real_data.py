@@ -86,7 +86,7 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
 
     committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"
     rows = [json.loads(line) for line in committed.read_text().splitlines()]
-    (row,) = (r for r in rows if r["span"] == [5, 6] and r["method"] == "least squares")
+    (row,) = (r for r in rows if r["blocks"] == ["blocks.5"] and r["method"] == "least squares")
     model = deit_tiny()
     calibration = imagenet(model, "calibration")
     (chain,) = supports(model, calibration[0]).chains
