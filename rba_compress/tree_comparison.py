@@ -47,9 +47,10 @@ def settings(model: nn.Module) -> Settings:
         if isinstance(module, CONTAINERS):
             values[path, LENGTH] = len(module)
         embeds = isinstance(module, nn.Embedding) or hasattr(module, "get_input_embeddings")
+        # Which row is not trained follows a tokenizer that comes after the network.
+        ignored = _IGNORED | {"padding_idx"} if embeds else _IGNORED
         for name, value in vars(module).items():
-            # Which row is not trained follows a tokenizer that comes after the network.
-            if name not in _IGNORED and not (embeds and name == "padding_idx"):
+            if name not in ignored and not isinstance(value, RemovableHandle):
                 values[path, name] = _plain(value, known)
         dot = "." if path else ""
         tensors = [*module._parameters.items(), *module._buffers.items()]
