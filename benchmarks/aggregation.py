@@ -21,7 +21,7 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.stitching import read
-from rba_compress.latent.aggregation_trial import AggregationTrial, aggregating
+from rba_compress.cli.latent_demos.aggregation_trial import AggregationTrial, aggregating
 
 RESULTS = Path(__file__).parent / "results"
 

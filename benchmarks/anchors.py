@@ -26,9 +26,9 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from benchmarks.real_data import cifar10, deit_tiny, resnet20
-from rba_compress.digits import digits_data
-from rba_compress.latent.anchor_trial import AnchorTrial, Pair, recovering
-from rba_compress.latent.networks import Data, Kind, trained
+from rba_compress.cli.digits import digits_data
+from rba_compress.cli.latent_demos.anchor_trial import AnchorTrial, Pair, recovering
+from rba_compress.cli.latent_demos.networks import Data, Kind, trained
 
 RESULTS = Path(__file__).parent / "results"
 

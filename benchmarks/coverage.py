@@ -20,8 +20,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from rba_compress.catalogue import names, network
-from rba_compress.coverage import Row, tried
+from rba_compress.cli.catalogue import names, network
+from rba_compress.cli.coverage import Row, tried
 
 RESULTS = Path(__file__).parent / "results"
 

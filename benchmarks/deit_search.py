@@ -17,7 +17,7 @@ import tyro
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, compress
 from rba_compress.api import compare
-from rba_compress.batches import read
+from rba_compress.core.loader import read
 
 
 @dataclass

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from benchmarks.real_data import deit_tiny
 from rba_compress import Plan, export_onnx, splice, supports
-from rba_compress.batches import as_batch
-from rba_compress.certificate import OnnxModel
-from rba_compress.drafts import skip
-from rba_compress.maps import MapSpec
-from rba_compress.measure import benchmark, cost
-from rba_compress.plan import Chain, Replacement
+from rba_compress.artifacts.certificate import OnnxModel
+from rba_compress.core.batch import as_batch
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.plan import Chain, Replacement
+from rba_compress.planning.state import skip
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.latency import benchmark
 
 GOALS = {1: 1.08, 32: 1.03}
 

@@ -31,8 +31,8 @@ from rba_compress import (
     supports,
     verify,
 )
-from rba_compress.artifact import WEIGHTS, write_artifact
-from rba_compress.batches import as_batch
+from rba_compress.artifacts.artifact import WEIGHTS, write_artifact
+from rba_compress.core.batch import as_batch
 
 FLIPS = 50
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress import Budget, Config, RBAError, compress
-from rba_compress.artifact import MANIFEST, WEIGHTS, Manifest, read_manifest, rebuilt
-from rba_compress.files import BLANK, parsed, sealed
+from rba_compress.artifacts.artifact import MANIFEST, WEIGHTS, Manifest, read_manifest, rebuilt
+from rba_compress.core.io import BLANK, parsed, sealed
 
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 8, 7.5, -0.0, 1e308, 10**30, -(10**30), "", "a", "stream",

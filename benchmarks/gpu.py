@@ -32,17 +32,20 @@ import tyro
 from torch import Tensor, nn
 
 from rba_compress import Config, Profile, profile, splice
-from rba_compress.batches import Batch, Split, as_batch
-from rba_compress.calibration import calibrate, fingerprint
-from rba_compress.chains import discover
-from rba_compress.drafts import fit_spans
-from rba_compress.maps import MapSpec, fit_map
-from rba_compress.measure import benchmark, cost
-from rba_compress.moments import full_precision
-from rba_compress.outputs import main_output
-from rba_compress.plan import Chain
-from rba_compress.recorder import evaluating
-from rba_compress.streams import as_rows, run_with_streams
+from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.loader import Split
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Chain
+from rba_compress.graph.activations import as_rows, run_with_streams
+from rba_compress.graph.discovery import discover
+from rba_compress.linalg.maps import fit_map
+from rba_compress.linalg.moments import full_precision
+from rba_compress.planning.state import fit_spans
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.latency import benchmark
+from rba_compress.profiling.profiler import calibrate, fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GOALS = {"stream_share": 0.7, "profile_share": 0.7, "fit_seconds": 5.0}

@@ -36,13 +36,14 @@ from benchmarks.real_data import deit_tiny, imagenet, resnet20
 from benchmarks.resnet import loaders
 from rba_compress import Budget, Config, Healing, Result, compress, heal, profile
 from rba_compress.api import reopen
-from rba_compress.batches import as_batch
-from rba_compress.digits import batches, digits_data, digits_model
-from rba_compress.drafts import Solution, handed_out, replaced_blocks
-from rba_compress.front import write_front
-from rba_compress.measure import cost, fidelity
-from rba_compress.planner import Search
-from rba_compress.surgery import splice
+from rba_compress.artifacts.pareto_front import write_front
+from rba_compress.cli.digits import batches, digits_data, digits_model
+from rba_compress.core.batch import as_batch
+from rba_compress.graph.rewrite import splice
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Solution, handed_out, replaced_blocks
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import fidelity
 
 Loader = list[Any]
 

@@ -31,15 +31,16 @@ from tqdm import tqdm
 
 from benchmarks.real_data import smollm2, wikitext2
 from rba_compress import Budget, Config, profile
-from rba_compress.batches import as_batch
-from rba_compress.calibration import Profile
-from rba_compress.drafts import Solution, fit_spans, with_move
-from rba_compress.maps import MapSpec
-from rba_compress.measure import cost, divergence
-from rba_compress.plan import Plan
-from rba_compress.planner import Search
-from rba_compress.recorder import evaluating
-from rba_compress.surgery import splice_shared
+from rba_compress.core.batch import as_batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.plan import Plan
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Solution, fit_spans, with_move
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import divergence
+from rba_compress.profiling.profiler import Profile
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}

@@ -16,8 +16,9 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import Ridge
 
-from rba_compress.maps import Fit, Kind, MapSpec, fit_map
-from rba_compress.moments import PairMoments
+from rba_compress.core.map_spec import Kind, MapSpec
+from rba_compress.linalg.maps import Fit, fit_map
+from rba_compress.linalg.moments import PairMoments
 
 Rows = Any  # float64 arrays; numpy types what its functions return in ever new ways
 

@@ -43,20 +43,23 @@ from tqdm import tqdm
 
 from benchmarks.real_data import cifar10, deit_tiny, imagenet, resnet20
 from rba_compress import Budget, Config, profile, search
-from rba_compress.batches import Batch, read
-from rba_compress.calibration import Profile
-from rba_compress.digits import batches, digits_data, digits_model
-from rba_compress.drafts import Site, Solution, fit_spans, with_move
-from rba_compress.maps import MapSpec, fit_map, map_macs
-from rba_compress.measure import cost, divergence, interval
-from rba_compress.moments import PairMoments
-from rba_compress.outputs import main_output
-from rba_compress.plan import Plan, Refit, Replacement
-from rba_compress.planner import Search
-from rba_compress.recorder import evaluating
-from rba_compress.similarity import Metric
-from rba_compress.streams import observe
-from rba_compress.surgery import splice_shared
+from rba_compress.cli.digits import batches, digits_data, digits_model
+from rba_compress.core.batch import Batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.loader import read
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Plan, Refit, Replacement
+from rba_compress.graph.activations import observe
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.linalg.maps import fit_map, map_macs
+from rba_compress.linalg.moments import PairMoments
+from rba_compress.linalg.similarity import Metric
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Site, Solution, fit_spans, with_move
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import divergence, interval
+from rba_compress.profiling.profiler import Profile
 
 RESULTS = Path(__file__).parent / "results"
 LINEAR, SKIP = MapSpec(kind="linear"), MapSpec(kind="identity")

@@ -1,13 +1,13 @@
 """How many small faults, put into a module one at a time, its tests notice.
 
     pip install mutmut
-    python -m benchmarks.mutation moments maps surgery planner=100
+    python -m benchmarks.mutation linalg.moments linalg.maps graph.rewrite planning.search=100
 
 Faults are those of mutmut: another number, operator or constant, an argument gone or None, an
 assignment of None. Annotations, docstrings, decorators, what is raised and the case of strings stay as
 they are. The first failure of a module's tests ends them, in a fork of one process that holds all heavy
-imports. `planner=100` takes a sample of 100, the same for the same `--seed`. Survivors are printed as
-they are found, then a table.
+imports. `planning.search=100` takes a sample of 100, the same for the same `--seed`. Survivors are
+printed as they are found, then a table.
 """
 
 from __future__ import annotations
@@ -36,20 +36,25 @@ from mutmut.mutation.mutators import mutation_operators
 
 PACKAGE = Path(__file__).parent.parent / "rba_compress"
 NUMBERS = [
-    "tests/test_fitting.py::test_pair_moments_add_up_and_are_weighted",
-    "tests/test_fitting.py::test_a_correction_is_ridge_regression_of_the_gap",
+    "tests/planning/test_fit_statistics.py::test_pair_moments_add_up_and_are_weighted",
+    "tests/planning/test_fit_statistics.py::test_a_correction_is_ridge_regression_of_the_gap",
     *("tests/hostile/test_numbers.py", "-k", "not (another_scale or nearly)"),
 ]
 TESTS = {
-    "moments": ["tests/test_moments.py", "tests/test_maps.py", "tests/test_similarity.py", *NUMBERS],
-    "maps": ["tests/test_maps.py", *NUMBERS],
-    "surgery": [
-        *("tests/test_surgery.py", "tests/test_thinning.py", "-k"),
+    "linalg.moments": [
+        "tests/linalg/test_moments.py",
+        "tests/linalg/test_maps.py",
+        "tests/linalg/test_similarity.py",
+        *NUMBERS,
+    ],
+    "linalg.maps": ["tests/linalg/test_maps.py", *NUMBERS],
+    "graph.rewrite": [
+        *("tests/graph/test_rewrite.py", "tests/graph/test_block_variants.py", "-k"),
         "not (swin or resnet18 or convnext or exact or exported or combination or masks or never_seen"
         " or module-)",
     ],
-    "planner": [
-        *("tests/test_budget.py", "tests/test_search.py", "-k"),
+    "planning.search": [
+        *("tests/planning/test_budget.py", "tests/planning/test_search.py", "-k"),
         "not (a_module_and or real_network or agreement or quality or decision or same_inputs or logged"
         " or padding or decoder or profile_sees or sorted or several_chains or folded_plan"
         " or worse_than or fewer_streams or taken_first)",
@@ -62,6 +67,11 @@ OPTIONS = [
     *("-p", "no:unraisableexception"),  # which collects garbage for as long as the tests run
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # imported before the fork
 ]
+
+
+def source_of(module: str) -> Path:
+    """Return the file of a module of the package, such as linalg.maps."""
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
 class Faults(cst.CSTVisitor):  # type: ignore[misc]
@@ -117,7 +127,7 @@ class Faulty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name == self.name else None
 
     def exec_module(self, module: ModuleType) -> None:
-        file = str(PACKAGE / f"{module.__name__.rpartition('.')[2]}.py")
+        file = str(source_of(module.__name__.removeprefix("rba_compress.")))
         module.__file__ = file
         code = compile(self.code, file, "exec", dont_inherit=True)
         exec(code, module.__dict__)  # nosec B102 # of this package's own source, changed here
@@ -174,7 +184,7 @@ def main() -> None:
     for name, _, count in (given.partition("=") for given in asked.modules):
         tests = asked.tests or TESTS[name]
         preload(tests)
-        source = (PACKAGE / f"{name}.py").read_text()
+        source = source_of(name).read_text()
         said, seconds = outcome(name, source, tests, 600)
         if said != "survived":
             raise SystemExit(f"the tests of {name} fail as it is")

@@ -17,16 +17,17 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress.batches import read
-from rba_compress.calibration import calibrate
-from rba_compress.chains import supports
-from rba_compress.drafts import fit_span, keyed, saving
-from rba_compress.maps import MapSpec
-from rba_compress.measure import compare_outputs, cost
-from rba_compress.outputs import main_output
-from rba_compress.plan import Plan, listed
-from rba_compress.recorder import evaluating
-from rba_compress.surgery import splice_shared
+from rba_compress.core.inference import evaluating
+from rba_compress.core.loader import read
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Plan, listed
+from rba_compress.graph.discovery import supports
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.planning.state import fit_span, keyed, saving
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import compare_outputs
+from rba_compress.profiling.profiler import calibrate
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"skip": MapSpec(kind="identity"), "least squares": MapSpec(kind="linear")}

@@ -25,18 +25,21 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Config, Profile, moments, profile
-from rba_compress.batches import Batch, Split, as_batch, read
-from rba_compress.calibration import calibrate
-from rba_compress.chains import discover
-from rba_compress.drafts import fit_spans
-from rba_compress.maps import Kind, MapSpec, fit_map
-from rba_compress.measure import fidelity
-from rba_compress.moments import Moments, full_precision
-from rba_compress.plan import Chain
-from rba_compress.recorder import evaluating
-from rba_compress.streams import as_rows, run_with_streams
-from rba_compress.surgery import splice
+from rba_compress import Config, Profile, profile
+from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.loader import Split, read
+from rba_compress.core.map_spec import Kind, MapSpec
+from rba_compress.core.plan import Chain
+from rba_compress.graph.activations import as_rows, run_with_streams
+from rba_compress.graph.discovery import discover
+from rba_compress.graph.rewrite import splice
+from rba_compress.linalg import moments
+from rba_compress.linalg.maps import fit_map
+from rba_compress.linalg.moments import Moments, full_precision
+from rba_compress.planning.state import fit_spans
+from rba_compress.profiling.fidelity import fidelity
+from rba_compress.profiling.profiler import calibrate
 
 KINDS: tuple[Kind, ...] = ("scale", "linear", "affine", "low_rank", "orthogonal", "shrunk")
 

@@ -19,8 +19,8 @@ import tyro
 
 from benchmarks.real_data import data_root, deit_tiny
 from rba_compress import profile
-from rba_compress.images import ImageFiles, image_loader
-from rba_compress.moments import moment_bytes
+from rba_compress.cli.images import ImageFiles, image_loader
+from rba_compress.linalg.moments import moment_bytes
 
 
 @dataclass

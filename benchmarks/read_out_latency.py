@@ -20,9 +20,9 @@ import tyro
 from benchmarks.delivered_speed import forms, timed
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Plan, splice, supports
-from rba_compress.batches import as_batch
-from rba_compress.drafts import Solution, skip, with_read_outs
-from rba_compress.measure import cost
+from rba_compress.core.batch import as_batch
+from rba_compress.planning.state import Solution, skip, with_read_outs
+from rba_compress.profiling.cost import cost
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rba_compress.architecture import Architecture
-from rba_compress.images import ImageFiles
-from rba_compress.weights import load_weights
+from rba_compress.artifacts.architecture import Architecture
+from rba_compress.artifacts.weights import load_weights
+from rba_compress.cli.images import ImageFiles
 
 DEIT = Architecture(name="deit_tiny_patch16_224")
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from benchmarks.real_data import cifar10, resnet20
 from rba_compress import Budget, Config, profile, search
-from rba_compress.batches import Batch, as_batch
-from rba_compress.drafts import Solution, with_move
-from rba_compress.measure import cost, fidelity
-from rba_compress.planner import Search
-from rba_compress.surgery import splice_shared
+from rba_compress.core.batch import Batch, as_batch
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Solution, with_move
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import fidelity
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"skipped": "identity", "plain": "linear", "shrunk": "shrunk"}

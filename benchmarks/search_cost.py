@@ -21,9 +21,9 @@ import tyro
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, compress, profile
 from rba_compress.api import compare
-from rba_compress.batches import read
-from rba_compress.drafts import Site
-from rba_compress.planner import FINALISTS, Search
+from rba_compress.core.loader import read
+from rba_compress.planning.search import FINALISTS, Search
+from rba_compress.planning.state import Site
 
 
 @dataclass

@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from benchmarks.real_data import minilm, wikitext2
 from rba_compress import Budget, Config, profile, search
-from rba_compress.artifact import write_artifact
-from rba_compress.batches import Batch
-from rba_compress.calibration import Profile
-from rba_compress.drafts import Solution, fit_spans
-from rba_compress.maps import MapSpec
-from rba_compress.measure import cost
-from rba_compress.planner import Search
-from rba_compress.surgery import splice_shared
+from rba_compress.artifacts.artifact import write_artifact
+from rba_compress.core.batch import Batch
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Solution, fit_spans
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.profiler import Profile
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}

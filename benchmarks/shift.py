@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Plan, profile
-from rba_compress.batches import as_batch
-from rba_compress.shift import Usual
+from rba_compress.core.batch import as_batch
+from rba_compress.profiling.drift import Usual
 
 RESULTS = Path(__file__).with_name("results")
 ORDERS = 10

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.resnet import loaders
-from rba_compress.digits import digits_data
-from rba_compress.latent.networks import Data
-from rba_compress.latent.stitching_trial import MAPS, METHODS, Trial, stitching
+from rba_compress.cli.digits import digits_data
+from rba_compress.cli.latent_demos.networks import Data
+from rba_compress.cli.latent_demos.stitching_trial import MAPS, METHODS, Trial, stitching
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,10 +26,11 @@ import tyro
 
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, profile
-from rba_compress.batches import read
-from rba_compress.measure import cost, fidelity
-from rba_compress.planner import Search
-from rba_compress.surgery import splice_shared
+from rba_compress.core.loader import read
+from rba_compress.graph.rewrite import splice_shared
+from rba_compress.planning.search import Search
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import fidelity
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS = {

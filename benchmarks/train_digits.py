@@ -17,7 +17,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rba_compress.digits import WEIGHTS, digits_data, digits_model
+from rba_compress.cli.digits import WEIGHTS, digits_data, digits_model
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from rba_compress.cli import main
+from rba_compress.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["export", *sys.argv[1:], "--json"]))

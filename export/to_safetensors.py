@@ -15,8 +15,8 @@ import tyro
 from safetensors.torch import save_model
 
 from rba_compress import Architecture, load
-from rba_compress.files import sha256
-from rba_compress.weights import load_weights
+from rba_compress.artifacts.weights import load_weights
+from rba_compress.core.io import sha256
 
 
 @dataclass

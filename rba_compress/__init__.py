@@ -6,12 +6,13 @@ and what it loses. See README.md.
 """
 
 from rba_compress.api import Result, compress, heal, save
-from rba_compress.architecture import Architecture
-from rba_compress.artifact import load
-from rba_compress.calibration import Profile, profile
-from rba_compress.certificate import Certificate
-from rba_compress.chains import Support, supports
-from rba_compress.errors import (
+from rba_compress.artifacts.architecture import Architecture
+from rba_compress.artifacts.artifact import load
+from rba_compress.artifacts.certificate import Certificate
+from rba_compress.artifacts.onnx_export import export_onnx, export_pt2
+from rba_compress.artifacts.verification import verify
+from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.errors import (
     ActivationError,
     ArtifactError,
     BudgetError,
@@ -28,16 +29,15 @@ from rba_compress.errors import (
     SpaceError,
     WeightsError,
 )
-from rba_compress.measure import benchmark
-from rba_compress.onnx_export import export_onnx, export_pt2
-from rba_compress.plan import Plan
-from rba_compress.planner import search
-from rba_compress.plots import plot_pareto, plot_similarity, plot_span_errors
-from rba_compress.report import Report
-from rba_compress.settings import Budget, Config, Healing
-from rba_compress.shift import Shift
-from rba_compress.surgery import splice
-from rba_compress.verification import verify
+from rba_compress.core.plan import Plan
+from rba_compress.graph.discovery import Support, supports
+from rba_compress.graph.rewrite import splice
+from rba_compress.planning.search import search
+from rba_compress.profiling.drift import Shift
+from rba_compress.profiling.latency import benchmark
+from rba_compress.profiling.profiler import Profile, profile
+from rba_compress.reporting.plots import plot_pareto, plot_similarity, plot_span_errors
+from rba_compress.reporting.report import Report
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from rba_compress.cli import main
+from rba_compress.cli.main import main
 
 sys.exit(main())

@@ -12,38 +12,39 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from rba_compress.architecture import Architecture, architecture_of
-from rba_compress.artifact import fitted_tensors, load, read_manifest, read_report, write_artifact
-from rba_compress.batches import Batch, Split, as_batch, workers_named
-from rba_compress.calibration import Profile, fingerprint, profile
-from rba_compress.chains import discover
-from rba_compress.changed import MostChanged
-from rba_compress.criterion import criterion_of
-from rba_compress.details import Details, Summary
-from rba_compress.drafts import Solution, network_load, papers_span
-from rba_compress.errors import ArtifactError, FidelityError, PlanError
-from rba_compress.front import Point
-from rba_compress.healing import distil
-from rba_compress.loader_form import form_of
-from rba_compress.measure import (
-    Cost,
-    Criterion,
-    Fidelity,
-    Function,
-    Latency,
-    benchmark,
-    cost,
-    fidelity,
+from rba_compress.artifacts.architecture import Architecture, architecture_of
+from rba_compress.artifacts.artifact import (
+    fitted_tensors,
+    load,
+    read_manifest,
+    read_report,
+    write_artifact,
 )
-from rba_compress.offload import device_of
-from rba_compress.plan import Healed, JudgedOutput, Plan
-from rba_compress.planner import DEFAULT_BUDGET, search
-from rba_compress.ranks import current
-from rba_compress.recorder import record, unwrap
-from rba_compress.report import Report, divergence_name
-from rba_compress.settings import Budget, Config, Healing
-from rba_compress.shift import Shift, Usual
-from rba_compress.surgery import copy_model, replace_parameters, splice, splice_shared
+from rba_compress.artifacts.pareto_front import Point
+from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.distributed import current
+from rba_compress.core.errors import ArtifactError, FidelityError, PlanError
+from rba_compress.core.inference import unwrap
+from rba_compress.core.loader import Split, workers_named
+from rba_compress.core.loader_form import form_of
+from rba_compress.core.offload import device_of
+from rba_compress.core.plan import Healed, JudgedOutput, Plan
+from rba_compress.graph.discovery import discover
+from rba_compress.graph.rewrite import copy_model, replace_parameters, splice, splice_shared
+from rba_compress.graph.tracer import record
+from rba_compress.healing.distillation import distil
+from rba_compress.planning.search import DEFAULT_BUDGET, search
+from rba_compress.planning.state import Solution, network_load, papers_span
+from rba_compress.profiling.cost import Cost, cost
+from rba_compress.profiling.criterion import criterion_of
+from rba_compress.profiling.drift import Shift, Usual
+from rba_compress.profiling.fidelity import Criterion, Fidelity, Function, fidelity
+from rba_compress.profiling.latency import Latency, benchmark
+from rba_compress.profiling.profiler import Profile, fingerprint, profile
+from rba_compress.reporting.changed_samples import MostChanged
+from rba_compress.reporting.report import Report, divergence_name
+from rba_compress.reporting.report_data import Details, Summary
 
 HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}

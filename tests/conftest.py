@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress import Budget, Result, api, benchmark, compress
-from rba_compress.digits import Split, batches, digits_data, digits_model
-from rba_compress.measure import Latency
+from rba_compress.cli.digits import Split, batches, digits_data, digits_model
+from rba_compress.profiling.latency import Latency
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; so do the processes that they start.

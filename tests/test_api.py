@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rba_compress
 from rba_compress import Budget, Config, FidelityError, Result, compress, supports
-from rba_compress.digits import Split, digits_model
+from rba_compress.cli.digits import Split, digits_model
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 
 

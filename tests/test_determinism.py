@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_delivery import script
+from tests.artifacts.test_delivery import script
 
 COMPRESSED = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from rba_compress import Architecture, Budget, Config, compress
-from rba_compress.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
+from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
 from tests.networks import Chain, loader, seeded
 config = Config(maps=("folded", "shrunk"), shrinks=(0.6,))
 if sys.argv[3] == "digits":

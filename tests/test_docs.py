@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import rba_compress
-from rba_compress.cli import main
+from rba_compress.cli.main import main
 from tests.networks import seeded
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rba_compress import (
-    ArtifactError,
-    Budget,
-    Config,
-    compress,
-    fitter,
-    profile,
-)
-from rba_compress import calibration as of_calibration
-from rba_compress import moments as of_moments
-from rba_compress.errors import MemoryLimitError
+from rba_compress import ArtifactError, Budget, Config, compress, profile
+from rba_compress.core.errors import MemoryLimitError
+from rba_compress.linalg import moments as of_moments
+from rba_compress.planning import candidates as fitter
+from rba_compress.profiling import profiler as of_calibration
+from tests.artifacts.test_delivery import script
 from tests.networks import LIGHT, Chain, loader, rows, seeded
-from tests.test_delivery import script
 
 # --- killed
 
@@ -31,7 +25,9 @@ import os, random, signal, sys, time, warnings
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from rba_compress import Budget, Profile, calibration, compress, heal, healing, load, profile, save
+from rba_compress import Budget, Profile, compress, heal, load, profile, save
+from rba_compress.profiling import profiler as calibration
+from rba_compress.healing import distillation as healing
 from safetensors.torch import load_file, save_file
 from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 
@@ -173,7 +169,7 @@ def test_memory_that_runs_out_is_named_with_what_was_wanted() -> None:
 def test_a_limit_of_the_process_is_seen_before() -> None:
     printed = script(
         "import resource, torch\n"
-        "from rba_compress.moments import device_bytes\n"
+        "from rba_compress.core.memory import device_bytes\n"
         "resource.setrlimit(resource.RLIMIT_AS, (5 << 30, resource.RLIM_INFINITY))\n"
         "print(device_bytes(torch.device('cpu')))"
     )
@@ -252,7 +248,9 @@ def test_another_error_of_torch_is_no_memory() -> None:
 FULL = """
 import os, resource, signal, sys
 from pathlib import Path
-from rba_compress import ArtifactError, Budget, calibration, compress, heal, healing, profile, export_onnx
+from rba_compress import ArtifactError, Budget, compress, heal, profile, export_onnx
+from rba_compress.profiling import profiler as calibration
+from rba_compress.healing import distillation as healing
 from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 folder = Path(sys.argv[1])
 calibration.EVERY = healing.EVERY = 0.0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import TOLERANCE, Run, main
-from rba_compress import chain_profile
-from rba_compress.streams import as_rows
+from rba_compress.graph.activations import as_rows
+from rba_compress.profiling import chain_statistics as chain_profile
 
 
 def tiny(out: Path, **settings: Any) -> Run:

@@ -11,10 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress, load, supports
-from rba_compress.calibration import profile
-from rba_compress.drafts import fit_spans
-from rba_compress.maps import MapSpec
-from rba_compress.surgery import splice
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.graph.rewrite import splice
+from rba_compress.planning.state import fit_spans
+from rba_compress.profiling.profiler import profile
 from tests.networks import seeded
 from tests.releases import reads_attention_type
 

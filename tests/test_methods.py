@@ -25,7 +25,7 @@ from rba_compress import (
     splice,
     supports,
 )
-from rba_compress.errors import ArtifactError
+from rba_compress.core.errors import ArtifactError
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from rba_compress import Budget, Plan, Result, compress, load, save, splice, supports
-from rba_compress.batches import as_batch
-from rba_compress.drafts import replacement_of
-from rba_compress.maps import Kind, MapSpec, fit_map
-from rba_compress.measure import cost
-from rba_compress.moments import Moments, PairMoments
+from rba_compress.core.batch import as_batch
+from rba_compress.core.map_spec import Kind, MapSpec
+from rba_compress.linalg.maps import fit_map
+from rba_compress.linalg.moments import Moments, PairMoments
+from rba_compress.planning.state import replacement_of
+from rba_compress.profiling.cost import cost
 from tests.networks import LIGHT, Chain, loader, rows
 
 SEEDS = st.integers(0, 2**31)

@@ -12,11 +12,13 @@ import torch
 from benchmarks import profile_memory
 from benchmarks.real_data import data_root, deit_tiny, imagenet
 from rba_compress import Plan, Report, load, splice, supports
-from rba_compress.artifact import read_manifest
-from rba_compress.batches import as_batch, read
-from rba_compress.cli import main
-from rba_compress.drafts import Solution, with_read_outs
-from rba_compress.measure import cost, fidelity
+from rba_compress.artifacts.artifact import read_manifest
+from rba_compress.cli.main import main
+from rba_compress.core.batch import as_batch
+from rba_compress.core.loader import read
+from rba_compress.planning.state import Solution, with_read_outs
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import fidelity
 
 pytestmark = [
     pytest.mark.skipif(
@@ -77,12 +79,12 @@ def test_the_exact_read_out_is_exact_on_real_images() -> None:
 
 @pytest.mark.slow
 def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
-    from rba_compress.calibration import calibrate
-    from rba_compress.chains import supports
-    from rba_compress.drafts import fit_span, keyed
-    from rba_compress.maps import MapSpec
-    from rba_compress.plan import Plan
-    from rba_compress.surgery import splice
+    from rba_compress.core.map_spec import MapSpec
+    from rba_compress.core.plan import Plan
+    from rba_compress.graph.discovery import supports
+    from rba_compress.graph.rewrite import splice
+    from rba_compress.planning.state import fit_span, keyed
+    from rba_compress.profiling.profiler import calibrate
 
     committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"
     rows = [json.loads(line) for line in committed.read_text().splitlines()]

@@ -12,12 +12,12 @@ import torch
 from benchmarks import language, sentences
 from benchmarks.real_data import data_root, smollm2, wikitext2
 from rba_compress import Budget, Config, profile, search
-from rba_compress.batches import as_batch
-from rba_compress.calibration import calibrate
-from rba_compress.chains import supports
-from rba_compress.drafts import fit_spans
-from rba_compress.maps import MapSpec
-from rba_compress.surgery import splice
+from rba_compress.core.batch import as_batch
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.graph.discovery import supports
+from rba_compress.graph.rewrite import splice
+from rba_compress.planning.state import fit_spans
+from rba_compress.profiling.profiler import calibrate
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.delivered_speed import plans, spliced
 from benchmarks.real_data import DEIT, data_root, deit_tiny, imagenet
 from rba_compress import Plan, export_onnx, export_pt2, load, supports, verify
-from rba_compress.artifact import WEIGHTS, write_artifact
-from rba_compress.batches import as_batch
-from rba_compress.calibration import fingerprint
+from rba_compress.artifacts.artifact import WEIGHTS, write_artifact
+from rba_compress.core.batch import as_batch
+from rba_compress.profiling.profiler import fingerprint
 
 pytestmark = [
     pytest.mark.slow,

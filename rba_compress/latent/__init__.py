@@ -15,7 +15,7 @@ from rba_compress.latent.bootstrapping import (
 )
 from rba_compress.latent.relative import InvarianceProduct, RelativeProjection
 from rba_compress.latent.stitching import Stitched, stitch
-from rba_compress.similarity import Invariant, relative_similarity
+from rba_compress.linalg.similarity import Invariant, relative_similarity
 
 __all__ = [
     "Aggregate",

@@ -14,9 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rba_compress.errors import SpaceError
+from rba_compress.core.errors import SpaceError
 from rba_compress.latent.anchors import Anchors
-from rba_compress.similarity import INVARIANTS, Invariant, check_space, check_spaces, relative, require
+from rba_compress.linalg.similarity import (
+    INVARIANTS,
+    Invariant,
+    check_space,
+    check_spaces,
+    relative,
+    require,
+)
 
 Id = str | int
 

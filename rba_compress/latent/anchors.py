@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rba_compress.errors import SpaceError
-from rba_compress.similarity import check_space
+from rba_compress.core.errors import SpaceError
+from rba_compress.linalg.similarity import check_space
 
 ROUNDS = 100
 """Of k-means, at the most."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 from tqdm import tqdm
 
-from rba_compress.errors import SpaceError
+from rba_compress.core.errors import SpaceError
 from rba_compress.latent.anchors import Anchors, random_points
-from rba_compress.similarity import check_space, check_spaces, require
+from rba_compress.linalg.similarity import check_space, check_spaces, require
 
 Solver = Literal["adam", "least_squares"]
 STEPS: dict[Solver, int] = {"adam": 250, "least_squares": 40}

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rba_compress.errors import SpaceError
+from rba_compress.core.errors import SpaceError
 from rba_compress.latent.anchors import Anchors
-from rba_compress.similarity import INVARIANTS, Invariant, relative, require
+from rba_compress.linalg.similarity import INVARIANTS, Invariant, relative, require
 
 Aggregation = Literal["concatenation", "sum", "attention"]
 

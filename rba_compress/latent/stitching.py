@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rba_compress.errors import SpaceError
+from rba_compress.core.errors import SpaceError
+from rba_compress.core.inference import evaluating
+from rba_compress.core.map_spec import MapSpec
 from rba_compress.latent.anchors import Anchors
 from rba_compress.latent.relative import InvarianceProduct, RelativeProjection
-from rba_compress.maps import MapSpec, fit_map
-from rba_compress.moments import PairMoments
-from rba_compress.recorder import evaluating
-from rba_compress.similarity import Invariant
+from rba_compress.linalg.maps import fit_map
+from rba_compress.linalg.moments import PairMoments
+from rba_compress.linalg.similarity import Invariant
 
 BETWEEN = ("linear", "affine", "orthogonal")
 """Maps between spaces of any widths. An orthogonal one is as orthogonal as two widths allow."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rba_compress import Budget, Config, Healing, RBAError, compress, heal, profile, search
-from rba_compress.errors import BudgetError, ConfigError
+from rba_compress.core.errors import BudgetError, ConfigError
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Chain, loader, seeded
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rba_compress import Budget, Profile, RBAError, Result, compress, load, profile, verify
-from rba_compress.artifact import MANIFEST, REPORT, WEIGHTS, read_report
-from rba_compress.errors import ArtifactError, PlanError, WeightsError
-from rba_compress.files import BLANK, sealed, sha256
-from rba_compress.weights import load_weights
+from rba_compress.artifacts.artifact import MANIFEST, REPORT, WEIGHTS, read_report
+from rba_compress.artifacts.weights import load_weights
+from rba_compress.core.errors import ArtifactError, PlanError, WeightsError
+from rba_compress.core.io import BLANK, sealed, sha256
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Chain, loader, seeded
 from tests.releases import STORES_COMPLEX
@@ -347,8 +347,8 @@ def test_other_files_are_refused(
 
 
 def test_a_profile_of_other_moments_is_refused(tmp_path: Path) -> None:
-    from rba_compress.calibration import SavedProfile
-    from rba_compress.files import read_tensors, write_tensors
+    from rba_compress.core.io import read_tensors, write_tensors
+    from rba_compress.profiling.profiler import SavedProfile
 
     path = tmp_path / "seen"
     profile(seeded(Chain), loader()).save(path)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rba_compress import Budget, LoaderError, ModelError, compress
-from rba_compress import batches as of_batches
-from rba_compress.errors import ActivationError
+from rba_compress.core import batch as of_batches
+from rba_compress.core.errors import ActivationError
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 

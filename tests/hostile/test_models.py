@@ -25,9 +25,9 @@ from rba_compress import (
     splice,
     supports,
 )
-from rba_compress.batches import as_batch
-from rba_compress.errors import ActivationError
-from rba_compress.measure import cost
+from rba_compress.core.batch import as_batch
+from rba_compress.core.errors import ActivationError
+from rba_compress.profiling.cost import cost
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Block, Chain, loader, rows, seeded
 

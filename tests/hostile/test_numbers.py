@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress
-from rba_compress.maps import Kind, MapSpec, build_map, fit_map
-from rba_compress.moments import Moments, PairMoments
+from rba_compress.core.map_spec import Kind, MapSpec
+from rba_compress.linalg.maps import build_map, fit_map
+from rba_compress.linalg.moments import Moments, PairMoments
 from tests.networks import Chain, loader, seeded
 
 Rows = tuple[Tensor, Tensor]

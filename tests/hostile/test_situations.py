@@ -24,9 +24,9 @@ from rba_compress import (
     profile,
     supports,
 )
-from rba_compress.batches import as_batch
-from rba_compress.loader_form import batch_of, form_of
-from rba_compress.measure import cost
+from rba_compress.core.batch import as_batch
+from rba_compress.core.loader_form import batch_of, form_of
+from rba_compress.profiling.cost import cost
 from tests.hostile.cases import Case, table
 from tests.networks import BRIEF, LIGHT, Block, Chain, images, loader, rows, seeded
 

@@ -1,0 +1,185 @@
+"""What was measured of an exported file against the network that it was exported from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rba_compress.artifacts.reference_io import Probe
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import ExportError
+from rba_compress.core.inference import evaluating
+from rba_compress.core.io import Sealed, read_sealed
+from rba_compress.core.schema import Frozen
+from rba_compress.profiling.fidelity import gap
+from rba_compress.profiling.latency import Latency
+
+SCHEMA = 1
+Format = Literal["onnx", "pt2"]
+CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
+SIZES = (1, 3, 8)
+"""Batch sizes to compare on; the last one is larger where the example is."""
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The largest difference allowed, relative to the largest absolute value of the outputs."""
+
+
+class Parity(Frozen):
+    """How far a file's outputs are from the network's on one batch."""
+
+    batch: int
+    max_abs: float
+    max_rel: float
+    """max_abs over the largest absolute value of that output; the largest of all outputs."""
+    argmax_agreement: float | None
+    """Share of equal argmax along the last axis of the first output; None where that has one entry."""
+
+
+class Weight(Frozen):
+    """What a file weighs."""
+
+    bytes: int
+    """Of all its parts."""
+    nodes: int
+    """Operations of its graph."""
+    opset: int | None
+
+
+class Certificate(Sealed):
+    """certificate.json: what was exported, and how its parity with the network was measured."""
+
+    schema_version: int = SCHEMA
+    format: Format
+    file: str
+    sha256: dict[str, str]
+    """Of the file, and of external weights beside it."""
+    weights: str | None
+    """SHA-256 of the artefact's weights that it was exported from."""
+    model: str
+    """Class of the network."""
+    dtype: str
+    dynamic: bool
+    """Whether batches of any size may be run."""
+    sequences: bool
+    """Whether inputs (N, T) of integers may have any length T."""
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    probe: Probe | None
+    """Inputs that are like those it was exported with; no sample of them is kept."""
+    preprocessing: dict[str, JsonValue] | None
+    """timm's: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    tolerance: float
+    """Of max_rel."""
+    parity: tuple[Parity, ...]
+    slim: Weight
+    dense: Weight | None
+    """Of the dense network, exported alike; None where it was not at hand."""
+    latency: Latency | None
+    """Of both in ONNX Runtime, in pairs; None where the dense network was not at hand."""
+    versions: dict[str, str]
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file in ONNX Runtime on the CPU: tensors in, in the file's order, and all outputs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Threads of one session that wait in a loop would slow down the next one that is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [given.name for given in self.session.get_inputs()]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = {n: t.numpy() for n, t in zip(self.names, tensors, strict=True)}
+        return tuple(torch.from_numpy(found) for found in self.session.run(None, given))
+
+
+def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
+    """certificate.json of a directory.
+
+    Raises:
+        ArtifactError: it is missing, of a newer schema, not a certificate, or not what was written.
+    """
+    return read_sealed(directory / CERTIFICATES[kind], Certificate, newest=SCHEMA)
+
+
+def compared(
+    network: nn.Module, runner: nn.Module, batch: Batch, tolerance: float, name: str
+) -> Parity:
+    """How far a file's outputs are from the network's on one batch.
+
+    Raises:
+        ExportError: the file does not run, or its outputs differ by more than `tolerance`.
+    """
+    moved = batch.to(network)
+    with evaluating(network):
+        wanted = leaves(moved.run(network))
+    try:
+        with torch.no_grad():
+            found = leaves(flat(moved).run(runner))
+    except Exception as error:
+        raise ExportError(f"{name} does not run on a batch of {len(batch)}: {error}") from error
+    shapes = [[tuple(t.shape) for t in each] for each in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise ExportError(f"{name} gives outputs of shapes {shapes[1]}, the network of {shapes[0]}")
+    furthest, relative = 0.0, 0.0
+    for a, b in zip(wanted, found, strict=True):
+        apart, share = gap(a, b)
+        if not share <= tolerance:  # NaN is not, either
+            raise ExportError(
+                f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
+                f"{share:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
+                "network runs other code in export, or allow more by tolerance="
+            )
+        furthest, relative = max(furthest, apart), max(relative, share)
+    first, second = wanted[0].detach().cpu(), found[0]
+    classes = first.ndim > 1 and first.shape[-1] > 1
+    agreed = float((first.argmax(-1) == second.argmax(-1)).double().mean()) if classes else None
+    return Parity(batch=len(batch), max_abs=furthest, max_rel=relative, argmax_agreement=agreed)
+
+
+def open_file(kind: Format, file: Path) -> nn.Module:
+    """A file as a module from tensors to tensors.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    try:
+        if kind == "onnx":
+            return OnnxModel(file)
+        module: nn.Module = torch.export.load(file).module()
+    except Exception as error:
+        raise ExportError(f"{file.name} cannot be opened: {error}") from error
+    return module
+
+
+def require_valid(file: Path) -> None:
+    """
+    Raises:
+        ExportError: onnx.checker refuses the file.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:
+        raise ExportError(f"onnx.checker refuses {file.name}: {error}") from error
+
+
+def leaves(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a network's output, in order."""
+    return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def flat(batch: Batch) -> Batch:
+    """The tensors of a batch, in order and on the CPU: what a file is run on."""
+    return Batch(tuple(tensor.cpu() for tensor in batch.tensors.values()), {}, None)

@@ -1,0 +1,118 @@
+"""A slim network as a stock architecture with fewer blocks, which loads without this package.
+
+A span that passes its stream on, the layer before it re-solved or not, is as good as gone: leave its
+blocks out and number the others anew. A linear map on a residual stream is no part of a block, and
+there is no place for it in the architecture.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rba_compress.artifacts.architecture import Architecture, siblings
+from rba_compress.artifacts.weights import fill, unsaved_buffers
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import PlanError, WeightsError
+from rba_compress.core.inference import evaluating
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Plan
+from rba_compress.profiling.fidelity import gap
+
+FOLDABLE = ("identity", "folded")
+TOLERANCE = 1e-5
+"""Of the folded network's output, relative to the largest absolute value of the slim one's."""
+
+
+def unfoldable(plan: Plan) -> str | None:
+    """Why a plan cannot be folded; None where it can."""
+    for replacement in plan.replacements:
+        if replacement.unit != "span":
+            return f"{replacement}: a thinned block is not a block of the architecture"
+        if replacement.map.kind not in FOLDABLE:
+            return f"{replacement}: a linear map on a residual stream has no place in a stock network"
+    return None
+
+
+def folded(
+    model: nn.Module, plan: Plan, architecture: Architecture | None, example: Batch
+) -> tuple[nn.Module, Architecture]:
+    """The slim network in its own architecture's code with fewer blocks, and that architecture.
+
+    Args:
+        model: the slim network.
+        plan: what made it.
+        architecture: of the dense network.
+        example: a batch on which both are compared.
+
+    Raises:
+        PlanError: the plan has maps that cannot be folded, the architecture is not known, or no
+            network of it with fewer blocks gives the same outputs to 1e-5.
+    """
+    reason = unfoldable(plan)
+    if reason is not None:
+        raise PlanError(f"{reason}: search with Config(foldable=True)")
+    if architecture is None:
+        raise PlanError(
+            f"a {type(model).__name__} is neither timm's nor transformers', so none with fewer blocks "
+            "can be built: pass save(architecture=...), or save it unfolded"
+        )
+    kept = _kept(model, plan)
+    state = _renumbered(model.state_dict(), kept)
+    flaws = []
+    for candidate in architecture.with_blocks(kept) if kept else [architecture]:
+        try:
+            stock = candidate.build()
+        except WeightsError as error:
+            flaws.append(str(error))
+            continue
+        flaw = _flaw(stock, model, state, example)
+        if flaw is None:
+            return stock, candidate
+        flaws.append(f"{candidate.arguments}: {flaw}")
+    counts = {path: len(indices) for path, (_, indices) in kept.items()}
+    raise PlanError(
+        f"{architecture.library} builds no {architecture.name} of {counts} blocks that is this network "
+        f"({'; '.join(flaws) or 'it has no argument for its depth'}): save it unfolded"
+    )
+
+
+def _kept(model: nn.Module, plan: Plan) -> dict[str, tuple[int, list[int]]]:
+    """Of each list of blocks, in the network's order, its length and the indices that are kept."""
+    gone = {block.path for replacement in plan.replacements for block in replacement.blocks}
+    lists = dict.fromkeys(
+        name for path in sorted(gone) for name in siblings(model, path.rpartition(".")[0])
+    )
+    found = {}
+    for name in lists:
+        blocks = [child for child, _ in model.get_submodule(name).named_children()]
+        found[name] = (len(blocks), [k for k, c in enumerate(blocks) if f"{name}.{c}" not in gone])
+    return found
+
+
+def _renumbered(state: dict[str, Tensor], kept: dict[str, tuple[int, list[int]]]) -> dict[str, Tensor]:
+    """A state dict with the kept blocks alone, counted anew."""
+    moved = {}
+    for key, tensor in state.items():
+        for path, (_, indices) in kept.items():
+            if key.startswith(f"{path}."):
+                number, dot, rest = key.removeprefix(f"{path}.").partition(".")
+                if number.isdigit():
+                    if int(number) in indices:
+                        moved[f"{path}.{indices.index(int(number))}{dot}{rest}"] = tensor
+                    break
+        else:
+            moved[key] = tensor
+    return moved
+
+
+def _flaw(stock: nn.Module, model: nn.Module, state: dict[str, Tensor], example: Batch) -> str | None:
+    """Load the weights into a stock network, and say how it differs from the slim one, or None."""
+    try:
+        fill(stock, state, unsaved_buffers(model), "the folded network")
+    except WeightsError as error:
+        return str(error)
+    stock.to(next(model.parameters()).device)
+    with evaluating(model), evaluating(stock):
+        batch = example.to(model)
+        apart, share = gap(main_output(batch.run(model)), main_output(batch.run(stock)))
+    return None if share <= TOLERANCE else f"outputs are {apart:.3g} apart"

@@ -1,0 +1,394 @@
+"""ONNX and `torch.export` files, each with a certificate that it computes what the network computes.
+
+A file is written to a temporary directory, checked, run against the network on several batch sizes, and
+moved to where it is wanted when all of that holds; `certificate.json` beside it says what was measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rba_compress.artifacts.artifact import WEIGHTS, load, read_manifest
+from rba_compress.artifacts.certificate import (
+    CERTIFICATES,
+    SIZES,
+    TOLERANCES,
+    Certificate,
+    Format,
+    Weight,
+    compared,
+    flat,
+    leaves,
+    open_file,
+    read_certificate,
+    require_valid,
+)
+from rba_compress.artifacts.reference_io import Probe
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import ExportError
+from rba_compress.core.inference import evaluating, unwrap
+from rba_compress.core.io import flush, sealed, sha256, sibling
+from rba_compress.core.loader_form import batch_of
+from rba_compress.core.offload import in_memory
+from rba_compress.graph.rewrite import copy_model
+from rba_compress.profiling.latency import benchmark
+from rba_compress.reporting.report_data import versions
+
+_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
+EXTERNAL = 1_900_000_000
+"""Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB."""
+
+
+class _Flat(nn.Module):
+    """A network from the tensors of a batch, in order, to those of its output."""
+
+    def __init__(self, network: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.network = network
+        self.places = len(batch.args)
+        self.keys = [key for key, value in batch.kwargs.items() if isinstance(value, Tensor)]
+        self.constants = {k: v for k, v in batch.kwargs.items() if k not in self.keys}
+        self.wrapped = batch.wrapped
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.keys, tensors[self.places :], strict=True))
+        batch = Batch(tensors[: self.places], {**named, **self.constants}, None, self.wrapped)
+        return leaves(batch.run(self.network))
+
+
+def export_onnx(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dense: nn.Module | None = None,
+    dynamic: bool = True,
+    tolerance: float | None = None,
+    seconds: float = 2.0,
+) -> Certificate:
+    """Write a network as ONNX, with `certificate.json` beside it, or neither.
+
+    Args:
+        model: a network in any mode, or the directory of an artefact that `load` reads alone.
+        path: of the file to write; neither it nor a certificate of another file may be there.
+        example: a batch of real inputs in any form that a loader may yield, on which the file is
+            compared; the more samples, the more is compared.
+        dense: the network to compare cost and latency with; by default, of an artefact whose
+            architecture is known, the dense one with random weights.
+        dynamic: batches of any size, and for inputs (N, T) of integers sequences of any length.
+        tolerance: the largest difference of outputs, relative to the largest absolute value of the
+            output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
+        seconds: how long to time it in ONNX Runtime.
+
+    Raises:
+        ExportError: the example does not run, the network has an operation that ONNX lacks, ONNX
+            Runtime cannot run the file, or its outputs differ; nothing is left at `path`.
+        ArtifactError, WeightsError: the directory holds no artefact that loads.
+    """
+    return _export(
+        "onnx",
+        model,
+        path,
+        example,
+        dense=dense,
+        dynamic=dynamic,
+        tolerance=tolerance,
+        seconds=seconds,
+    )
+
+
+def export_pt2(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: bool = True,
+    tolerance: float | None = None,
+) -> Certificate:
+    """Write a network as `torch.export` does, with the checks of `export_onnx`.
+
+    Raises:
+        ExportError, ArtifactError, WeightsError: as `export_onnx`.
+    """
+    return _export("pt2", model, path, example, dynamic=dynamic, tolerance=tolerance)
+
+
+@torch.inference_mode(False)
+def _export(
+    kind: Format,
+    model: nn.Module | str | Path,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: bool,
+    tolerance: float | None,
+    dense: nn.Module | None = None,
+    seconds: float = 0.0,
+) -> Certificate:
+    target = Path(path).absolute()
+    _require_free(target, kind)
+    weights = None
+    if not isinstance(model, nn.Module):
+        root = Path(model)
+        manifest = read_manifest(root)
+        weights = manifest.sha256[WEIGHTS]
+        if kind == "onnx" and dense is None and manifest.architecture is not None:
+            dense = manifest.architecture.build()
+        model = load(root)
+    network = in_memory(unwrap(model), device="cpu")
+    batch = batch_of(network, example).to(network)
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    if dtype is torch.bfloat16 and kind == "onnx":
+        raise ExportError(
+            "the network is in bfloat16, which ONNX Runtime does not run on a CPU: export it in "
+            "float32 or float16"
+        )
+    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+    names = _input_names(network, batch), _output_names(_run(network, batch))
+    half = _half(network, batch) if dynamic else None
+    batches = [batch]
+    if dynamic:
+        batches = _sized(batch, half)
+        for each in batches:
+            _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
+    with _beside(target) as folder:
+
+        def traced(net: nn.Module) -> torch.export.ExportedProgram:
+            return _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
+
+        def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
+            program = traced(net)
+            try:
+                weight = _write(kind, program, names, file)
+            except ExportError as error:
+                if not any("scaled_dot_product" in str(n.target) for n in program.graph.nodes):
+                    raise
+                # Taken apart, attention with a bias has other strides than it was traced with, and
+                # views of it fail: not in its plain form.
+                try:
+                    with sdpa_kernel(SDPBackend.MATH):
+                        weight = _write(kind, traced(net), names, file)
+                except ExportError:
+                    raise error from None
+            return weight, open_file(kind, file)
+
+        slim, runner = written(network, folder / target.name)
+        parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
+        other, latency = None, None
+        if dense is not None:
+            with tempfile.TemporaryDirectory() as aside:
+                dense = in_memory(copy_model(unwrap(dense))).to(
+                    next(network.parameters()).device, dtype
+                )
+                other, twin = written(dense, Path(aside) / f"dense{target.suffix}")
+                latency = benchmark(twin, runner, flat(batch), seconds=seconds)
+        content = Certificate(
+            format=kind,
+            file=target.name,
+            sha256={p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+            weights=weights,
+            model=type(network).__name__,
+            dtype=str(dtype).removeprefix("torch."),
+            dynamic=dynamic,
+            sequences=half is not None,
+            input_names=tuple(names[0]),
+            output_names=tuple(names[1]),
+            probe=Probe.of(batch),
+            preprocessing=_preprocessing(network),
+            tolerance=allowed,
+            parity=parity,
+            slim=slim,
+            dense=other,
+            latency=latency,
+            versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
+        ).model_dump_json(indent=2)
+        (folder / CERTIFICATES[kind]).write_bytes(sealed(content + "\n"))
+        return read_certificate(folder, kind)
+
+
+def _sized(batch: Batch, half: int | None) -> list[Batch]:
+    """The example's samples in batches of several sizes; sequences of the second of length `half`."""
+    n = len(batch)
+    sizes = (*SIZES[:-1], max(SIZES[-1], n))
+    found = [batch.select([(row + k) % n for row in range(size)]) for k, size in enumerate(sizes)]
+    if half is not None:
+        found[1] = found[1].cut(half)
+    return found
+
+
+def _half(network: nn.Module, batch: Batch) -> int | None:
+    """Half the length of its sequences, if the network takes that; of codes in columns it does not."""
+    if batch.length is None or batch.length < 4:
+        return None
+    half = batch.length // 2
+    try:
+        _run(network, batch.cut(half))
+    except ExportError:
+        return None
+    return half
+
+
+def _run(network: nn.Module, batch: Batch, hint: str = "") -> Any:
+    """
+    Raises:
+        ExportError: the network does not run on the batch.
+    """
+    try:
+        with evaluating(network):
+            return batch.run(network)
+    except Exception as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.tensors.items()}
+        raise ExportError(
+            f"the {type(network).__name__} does not run on the example ({shapes}){hint}: {error}"
+        ) from error
+
+
+def _require_free(target: Path, kind: Format) -> None:
+    certificate = target.parent / CERTIFICATES[kind]
+    if target.exists() or target.is_symlink():
+        raise ExportError(f"{target} exists: name a new file, or remove it first")
+    if certificate.exists() and (target.parent / _named(certificate)).is_file():
+        raise ExportError(f"{certificate} is that of {_named(certificate)}: name another directory")
+
+
+def _named(certificate: Path) -> str:
+    """The file that a certificate is of."""
+    try:
+        return str(json.loads(certificate.read_bytes())["file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return certificate.name
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary sibling directory whose files are moved beside `target` at the end, that one last."""
+    try:
+        with sibling(target) as folder:
+            yield folder
+            # The file comes last: where it is, its certificate is.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
+                flush(path)
+                path.replace(target.parent / path.name)
+            flush(target.parent)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
+
+
+def _traced(
+    network: nn.Module, batch: Batch, *, dynamic: bool, sequences: bool
+) -> torch.export.ExportedProgram:
+    """The network's program, from the tensors of a batch to those of its output."""
+    whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
+    shapes: tuple[dict[int, Any], ...] | None = None
+    if dynamic:
+        # Without a bound torch < 2.8 finds that it may be too long.
+        rows = torch.export.Dim("batch", max=2**31)
+        long = torch.export.Dim.DYNAMIC  # its bound is the network's
+        shapes = tuple(
+            ({0: rows} if tensor.ndim and len(tensor) == len(batch) else {})
+            | ({1: long} if sequences and batch.is_sequence(tensor) else {})
+            for tensor in tensors
+        )
+    try:
+        with warnings.catch_warnings(), evaluating(whole):
+            warnings.simplefilter("ignore")  # of torch, about its own passes
+            return torch.export.export(
+                whole, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot trace the {type(network).__name__}"
+            f"{' for batches of any size (try dynamic=False)' if dynamic else ''}: {error}"
+        ) from error
+
+
+def _write(
+    kind: Format, program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
+) -> Weight:
+    """Write the file, inputs and outputs named, and say what it weighs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "pt2":
+            torch.export.save(program, file)
+            return Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
+        return _write_onnx(program, *names, file)
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], file: Path
+) -> Weight:
+    import onnx
+
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+        )
+    except Exception as error:
+        raise ExportError(_lacking(program, error)) from error
+    assert exported is not None
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    exported.save(file, external_data=size > EXTERNAL)
+    require_valid(file)
+    model = onnx.load(str(file), load_external_data=False)
+    size = sum(p.stat().st_size for p in file.parent.iterdir() if p.name.startswith(file.name))
+    opset = next(each.version for each in model.opset_import if not each.domain)
+    return Weight(bytes=size, nodes=len(model.graph.node), opset=opset)
+
+
+def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
+    """What the exporter stumbled over: the operation, and the module that it comes from."""
+    found = re.search(r"op='([\w.:]+)'", str(error))
+    if found is None:
+        # Of a page of advice, the exception that is summed up; without the terminal's colours.
+        text = re.sub(r"\x1b\[\d+m", "", str(error))
+        _, _, summary = text.rpartition("## Exception summary")
+        return f"torch.onnx cannot export the network: {summary.strip().splitlines()[0]}"
+    name = found[1]
+    for node in program.run_decompositions().graph.nodes:
+        if str(node.target).startswith(name):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            path, module = stack[-1] if stack else ("", "")
+            path = re.sub(r"^L\['self'\]\.?|^network\.?", "", str(path))
+            kind = module if isinstance(module, str) else module.__name__
+            return (
+                f"ONNX lacks the operation {name} of {path or 'the network'} "
+                f"({kind.rpartition('.')[2]}): write it in other operations there"
+            )
+    return f"ONNX lacks the operation {name}"
+
+
+def _input_names(network: nn.Module, batch: Batch) -> list[str]:
+    """The keywords of a batch, and before them what the network's forward calls its first arguments."""
+    parameters = list(inspect.signature(network.forward).parameters)
+    return [*parameters[: len(batch.args)], *(k for k in batch.kwargs if k in batch.tensors)]
+
+
+def _output_names(output: Any) -> list[str]:
+    if isinstance(output, Mapping):
+        keys = [key for key, value in output.items() for _ in leaves(value)]
+    else:
+        keys = ["output" for _ in leaves(output)]
+    return [key if keys.count(key) == 1 else f"{key}_{k}" for k, key in enumerate(keys)]
+
+
+def _preprocessing(network: nn.Module) -> dict[str, JsonValue] | None:
+    if not isinstance(getattr(network, "pretrained_cfg", None), Mapping):
+        return None
+    from timm.data import resolve_data_config
+
+    found = resolve_data_config({}, model=network)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}

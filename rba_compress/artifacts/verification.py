@@ -1,0 +1,116 @@
+"""Every check of what was written, over again: hashes, reload, parity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from rba_compress.artifacts.artifact import (
+    MANIFEST,
+    REPORT,
+    Manifest,
+    read_manifest,
+    rebuilt,
+    require_report,
+)
+from rba_compress.artifacts.certificate import (
+    CERTIFICATES,
+    SIZES,
+    Certificate,
+    compared,
+    open_file,
+    read_certificate,
+    require_valid,
+)
+from rba_compress.core.errors import ArtifactError, ExportError, RBAError
+from rba_compress.core.io import require_intact
+
+
+def verify(
+    directory: str | Path, *, model: nn.Module | None = None, base: nn.Module | None = None
+) -> list[str]:
+    """Check an artefact, the files that were exported into it, or both; returns each check that held.
+
+    Args:
+        directory: what `save`, `export_onnx` or `export_pt2` wrote.
+        model, base: as for `load`, where the directory alone does not load. Without them, what needs
+            the network is not checked, and a line says so.
+
+    Raises:
+        ArtifactError: the first thing that is not as it was written.
+    """
+    return list(checks(Path(directory), model=model, base=base))
+
+
+def checks(
+    root: Path, *, model: nn.Module | None = None, base: nn.Module | None = None
+) -> Iterator[str]:
+    """As `verify`, one by one: every hash, then what takes longer."""
+    kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
+    manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
+    certificates = {kind: read_certificate(root, kind) for kind in kinds}
+    if manifest is not None:
+        yield f"{MANIFEST}: intact, schema {manifest.schema_version}"
+    for digests in (each.sha256 for each in (manifest, *certificates.values()) if each):
+        for name, digest in digests.items():
+            require_intact(root, name, digest)
+            yield f"{name}: SHA-256 is as written"
+    certified = {name for each in certificates.values() for name in each.sha256}
+    for path in root.iterdir():
+        if path.suffix in (".onnx", ".pt2") and path.name not in certified:
+            raise ArtifactError(f"{path} has no certificate: export it again")
+    network = None
+    if manifest is not None:
+        require_report(root, manifest)
+        if manifest.report:
+            yield f"{REPORT}: intact"
+        if (base if manifest.delta else manifest.builder or model or base) is None:
+            wanted = "base" if manifest.delta else "model"
+            yield f"reload: not checked, it needs the {manifest.model} ({wanted}=)"
+        else:
+            network = _reloaded(root, manifest, model, base)
+            yield "reload: the network is built anew, its outputs are as recorded"
+    for certificate in certificates.values():
+        if manifest and certificate.weights not in (None, *manifest.sha256.values()):
+            raise ArtifactError(f"{certificate.file} was exported from other weights than those here")
+        yield f"{certificate.file}: {_parity(root, certificate, network)}"
+
+
+def _reloaded(
+    root: Path, manifest: Manifest, model: nn.Module | None, base: nn.Module | None
+) -> nn.Module:
+    try:
+        network = rebuilt(root, manifest, model=model, base=base)
+    except RBAError as error:
+        raise ArtifactError(f"{root} does not load: {error}") from error
+    flaw = manifest.probe.flaw(network) if manifest.probe else None
+    if flaw is not None:
+        raise ArtifactError(f"{root} loads, but it is not the network that was saved: {flaw}")
+    return network
+
+
+def _parity(root: Path, certificate: Certificate, network: nn.Module | None) -> str:
+    """What an exported file gives against the network."""
+    if certificate.format == "pt2":
+        # Its reader unpickles parts of the archive.
+        return "not opened; parity was measured when it was exported"
+    file = root / certificate.file
+    try:
+        require_valid(file)
+        runner = open_file("onnx", file)
+        if network is None or certificate.probe is None:
+            return "opens; parity is not checked, it needs the network"
+        sizes = SIZES if certificate.dynamic else (certificate.parity[0].batch,)
+        found = [
+            compared(network, runner, batch, certificate.tolerance, file.name)
+            for batch in certificate.probe.draws(sizes, sequences=certificate.sequences)
+        ]
+    except ExportError as error:
+        raise ArtifactError(str(error)) from error
+    furthest = max(parity.max_rel for parity in found)
+    return (
+        f"outputs at batch {', '.join(map(str, sizes))} are at most {furthest:.2g} of the largest "
+        f"apart, allowed are {certificate.tolerance:g}"
+    )

@@ -1,0 +1,478 @@
+"""What each subcommand of `rba-compress` is given, and what it does.
+
+A command says what people read as it goes, and returns what `--json` prints: one value, the same facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
+from rba_compress.artifacts.architecture import Architecture
+from rba_compress.artifacts.artifact import REPORT, load, read_manifest, read_report
+from rba_compress.artifacts.onnx_export import export_onnx, export_pt2
+from rba_compress.artifacts.pareto_front import write_front
+from rba_compress.artifacts.verification import checks
+from rba_compress.artifacts.weights import load_weights
+from rba_compress.cli.catalogue import network
+from rba_compress.cli.coverage import tried
+from rba_compress.cli.demo import free_directory, run_demo
+from rba_compress.cli.images import ImageFiles, image_loader
+from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.distributed import current, own_device
+from rba_compress.core.errors import ArtifactError, LoaderError, ModelError
+from rba_compress.core.io import require_intact, require_vacant, written_whole
+from rba_compress.core.loader import read
+from rba_compress.core.map_spec import Kind
+from rba_compress.planning.search import search
+from rba_compress.profiling.chain_statistics import ChainProfile
+from rba_compress.profiling.latency import benchmark
+from rba_compress.profiling.profiler import profile
+from rba_compress.reporting.plots import plot_similarity
+from rba_compress.reporting.report import PAGE
+from rba_compress.reporting.report import Report as Measured
+
+Say = Callable[[str], None]
+"""Prints a line for people; with `--json` it does not."""
+
+
+@dataclass(kw_only=True)
+class Command:
+    json: bool = False
+    """Print one JSON value and nothing else."""
+    debug: bool = False
+    """Print the traceback of an error."""
+
+    def run(self, say: Say) -> JsonValue:
+        """Do it."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Demo(Command):
+    """Compress the embedded digits ViT, save it and load it again; needs no data and no network."""
+
+    out: Path = Path("demo")
+    """Directory to write; a number is appended where it exists."""
+
+    def run(self, say: Say) -> JsonValue:
+        out = free_directory(self.out)
+        return _told(run_demo(out, say=say), out)
+
+
+@dataclass(kw_only=True)
+class _Images(Command):
+    weights: Path
+    """The weights of the original network, a safetensors file."""
+    images: Path
+    """A folder of images, <class>/<image>."""
+    out: Path
+    """Directory to write; must not exist, or be empty."""
+    split: Path | None = None
+    """Text file with the images to calibrate on, one path a line; by default all."""
+    test_split: Path | None = None
+    """Text file with the images to report on; by default calibration images that are held out."""
+    batch_size: int = 16
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def read(self, dense: nn.Module, *, labelled: str = "") -> _Read:
+        """The loaders of a network's images.
+
+        Args:
+            labelled: what needs labels.
+
+        Raises:
+            LoaderError: there are no images, or no labels where they are needed.
+        """
+        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
+        files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
+        if labelled and not files.labelled:
+            raise LoaderError(
+                f"{self.images} has {len(files.labels)} class folders, the model other classes: "
+                f"{labelled} needs a folder for each class, in their order"
+            )
+        return _Read(
+            image_loader(files, batch_size=self.batch_size),
+            None if tests is None else image_loader(tests, batch_size=self.batch_size),
+            "held out of the loader"
+            if self.test_split is None
+            else f"test split {self.test_split.name}",
+        )
+
+    def original(self, architecture: Architecture) -> nn.Module:
+        """The network with its weights, on the device.
+
+        Raises:
+            RBAError: one of its subclasses, with what is wrong.
+        """
+        dense = architecture.build()
+        load_weights(dense, self.weights)
+        _to_device(dense, own_device(self.device))
+        return dense
+
+
+@dataclass
+class _Read:
+    loader: DataLoader[Any]
+    tests: DataLoader[Any] | None
+    samples: str
+    """What is reported on."""
+
+    def reported(self, result: Result, dense: nn.Module) -> Result:
+        """The result with a report on the test images, where there are any."""
+        if self.tests is None:
+            return result
+        seen = result.profile
+        batches = read(self.tests, seen.form)
+        report = compare(dense, result.model, batches, seen, result.plan, samples=self.samples)
+        return result.with_report(report)
+
+
+@dataclass(kw_only=True)
+class _Job(_Images):
+    model: str
+    """Name of a timm architecture."""
+    num_classes: int | None = None
+    """Classes of a fine-tuned model."""
+    macs: float | None = None
+    """Share of MACs to keep; 0.75 where no limit is given."""
+    params: float | None = None
+    """Share of parameters to keep."""
+    latency: float | None = None
+    """Share of the latency of one batch to keep, as measured here; above 1, milliseconds."""
+    divergence: float | None = None
+    """The highest divergence of the output."""
+    agreement: float | None = None
+    """The lowest share of equal predictions."""
+    accuracy_drop: float | None = None
+    """The most that accuracy may fall; 0.01 is one point. Folders are the classes."""
+    maps: tuple[Kind, ...] = Config().maps
+    """Maps to try beside the identity."""
+    shrinks: tuple[float, ...] = Config().shrinks
+    """The dial a of the shrunk map (1 - a) I + a T, and of folded corrections."""
+    refit: bool = True
+    """Re-solve kept layers behind a replaced span where that helps."""
+    keep_features: bool = False
+    """Compute every position, also those that the output does not read."""
+    foldable: bool = False
+    """Search for a stock network with fewer blocks, which timm loads without this package."""
+    seed: int = 0
+    """Deals the images to fit, choose and confirm."""
+
+    def prepare(self) -> _Ready:
+        """Everything that the work needs, once all that can be checked before it is checked.
+
+        Raises:
+            RBAError: one of its subclasses, with what is wrong.
+        """
+        require_vacant(self.out)
+        given = {name: getattr(self, name) for name in Budget.model_fields}
+        budget = Budget(**given) if any(v is not None for v in given.values()) else None
+        own = ("maps", "shrinks", "refit", "keep_features", "foldable", "seed")
+        config = Config(**{name: getattr(self, name) for name in own})
+        arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        architecture = Architecture(name=self.model, arguments=dict(arguments))
+        dense = self.original(architecture)
+        labelled = "" if self.accuracy_drop is None else "accuracy_drop"
+        return _Ready(architecture, dense, budget, config, self.read(dense, labelled=labelled))
+
+
+@dataclass
+class _Ready:
+    architecture: Architecture
+    dense: nn.Module
+    budget: Budget | None
+    config: Config
+    data: _Read
+
+
+@dataclass(kw_only=True)
+class Compress(_Job):
+    """Compress a timm model on your images and save the slim model."""
+
+    hub: bool = False
+    """Write config.json and a model card beside it, for a model hub."""
+    html: bool = False
+    """Write report.html beside it; it shows the images that changed most."""
+
+    def run(self, say: Say) -> JsonValue:
+        job = self.prepare()
+        result = compress(job.dense, job.data.loader, budget=job.budget, config=job.config)
+        result = job.data.reported(result, job.dense)
+        result.save(self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub)
+        if current().leads:
+            _plot(result.profile.chains, self.out)
+            if self.html:
+                result.report.to_html(self.out / PAGE)
+        say(result.report.table())
+        say(f"saved to {self.out}")
+        return _told(result.report, self.out)
+
+
+@dataclass(kw_only=True)
+class Heal(_Images):
+    """Train a slim model that was saved towards its original, on your images without labels."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote."""
+    healing: tyro.conf.OmitArgPrefixes[Healing] = field(default_factory=Healing)
+    checkpoint: Path | None = None
+    """Written twice a minute; where it is there, the training goes on from it."""
+    hub: bool = False
+    """Write config.json and a model card beside it, for a model hub."""
+
+    def run(self, say: Say) -> JsonValue:
+        require_vacant(self.out)
+        architecture = read_manifest(self.directory).architecture
+        if architecture is None:
+            raise ArtifactError(
+                f"{self.directory} does not know how to build its original: heal it in Python, with "
+                "rba_compress.heal"
+            )
+        dense = self.original(architecture)
+        data = self.read(dense, labelled="labels" if self.healing.labels else "")
+        slim = reopen(self.directory, data.loader, original=dense)
+        healed = heal(
+            slim, data.loader, original=dense, healing=self.healing, checkpoint=self.checkpoint
+        )
+        notes = healed.report.warnings
+        healed = data.reported(healed, dense)
+        healed.save(self.out, architecture=architecture, hub=self.hub)
+        say("\n".join([healed.report.table(), *notes, f"saved to {self.out}"]))
+        return _told(healed.report, self.out)
+
+
+@dataclass(kw_only=True)
+class Profile(_Job):
+    """Profile a timm model on your images and save what was seen, with a picture of each chain."""
+
+    checkpoint: Path | None = None
+    """Written twice a minute; where it is there, the profile goes on from it."""
+
+    def run(self, say: Say) -> JsonValue:
+        job = self.prepare()
+        seen = profile(job.dense, job.data.loader, config=job.config, checkpoint=self.checkpoint)
+        if current().leads:
+            with written_whole(self.out.absolute()) as folder:
+                seen.save(folder / "profile.safetensors")
+                _plot(seen.chains, folder)
+        say("\n".join([str(seen), *seen.warnings, f"saved to {self.out}"]))
+        return {
+            "out": str(self.out),
+            "samples": seen.samples,
+            "chains": [
+                {
+                    "name": p.chain.name,
+                    "blocks": len(p.chain),
+                    "block_redundancy": [*p.block_redundancy],
+                }
+                for p in seen.chains
+            ],
+            "warnings": [*seen.warnings],
+        }
+
+
+@dataclass(kw_only=True)
+class Search(_Job):
+    """Search a timm model on your images and save what was found as deltas of its weights."""
+
+    front: bool = False
+    """Save the network of every step, not of the last alone."""
+
+    def run(self, say: Say) -> JsonValue:
+        job = self.prepare()
+        data = job.data
+        seen = profile(job.dense, data.loader, config=job.config)
+        found = search(job.dense, seen, data.loader, budget=job.budget)
+        kept = found if self.front else replace(found, points=found.points[-1:])
+        if not kept.points:
+            say("nothing was replaced: the network meets its budget, or no step keeps within it")
+            return {"out": None, "front": []}
+        batches = (
+            seen.split(data.loader).part("confirm")
+            if data.tests is None
+            else read(data.tests, seen.form)
+        )
+        points = measure_front(job.dense, seen, kept, list(batches), samples=data.samples)
+        if current().leads:
+            write_front(points, job.dense, seen, self.out)
+        for point in points:
+            say(f"{point.report.table()}\n")
+        say(f"saved to {self.out}; load({str(self.out / 'point-01')!r}, base=model) gives the first")
+        return {"out": str(self.out), "front": [p.report.summary.model_dump() for p in points]}
+
+
+@dataclass(kw_only=True)
+class Supports(Command):
+    """Print the replaceable blocks of a network, why others are refused, and what comes of it: one
+    block replaced, saved, read back and exported.
+    """
+
+    name: tyro.conf.Positional[str]
+    """Any architecture of timm, or transformers/bert, torchvision/resnet18, nn/encoder and the like; it
+    gets random weights."""
+    onnx: bool = True
+    """Export it, which takes most of the time."""
+
+    def run(self, say: Say) -> JsonValue:
+        support, row = tried(network(self.name), onnx=self.onnx)
+        say(f"{support}\n{row}")
+        return {
+            **row.model_dump(mode="json"),
+            "found": [{"name": chain.name, "blocks": len(chain)} for chain in support.chains],
+            "refusals": [refusal.model_dump(mode="json") for refusal in support.refusals],
+        }
+
+
+@dataclass(kw_only=True)
+class Verify(Command):
+    """Check every file of an artefact again: hashes, reload, parity; exits 4 on the first lie."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote, with or without exported files."""
+
+    def run(self, say: Say) -> JsonValue:
+        held: list[JsonValue] = []
+        for line in checks(self.directory):
+            say(line)
+            held.append(line)
+        return {"directory": str(self.directory), "held": held}
+
+
+@dataclass(kw_only=True)
+class Export(Command):
+    """Write a saved slim model as ONNX (or .pt2) with a certificate that it computes the same."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote."""
+    inputs: Path
+    """Real inputs to compare on: a folder <class>/<image>, or a .npy of what the network takes."""
+    out: Path | None = None
+    """The file to write, .onnx or .pt2; by default model.onnx in the directory."""
+    samples: int = 32
+    """How many of the inputs are taken."""
+
+    def run(self, say: Say) -> JsonValue:
+        out = self.out or self.directory / "model.onnx"
+        export = export_pt2 if out.suffix == ".pt2" else export_onnx
+        certificate = export(self.directory, out, self._example())
+        agreement = [p.argmax_agreement for p in certificate.parity if p.argmax_agreement is not None]
+        worst, latency = max(p.max_rel for p in certificate.parity), certificate.latency
+        say(
+            f"{out}: {certificate.slim.bytes:,} bytes, {worst:.1e} from PyTorch at the most"
+            + (f", latency {latency.ratio:.3f} of the dense network's" if latency else "")
+        )
+        return {
+            "file": str(out),
+            "bytes": certificate.slim.bytes,
+            "max_rel": worst,
+            "argmax_agreement": min(agreement, default=None),
+            "latency_ratio": latency.ratio if latency else None,
+        }
+
+    def _example(self) -> Tensor:
+        """The first samples of the inputs.
+
+        Raises:
+            LoaderError: they cannot be read.
+        """
+        if self.inputs.suffix == ".npy":
+            try:
+                return torch.from_numpy(np.load(self.inputs, allow_pickle=False)[: self.samples])
+            except (OSError, ValueError) as error:
+                raise LoaderError(f"{self.inputs} is not a readable .npy file: {error}") from error
+        files = ImageFiles(self.inputs, None, load(self.directory))
+        items = (files[k] for k in range(min(self.samples, len(files))))
+        return torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
+
+
+@dataclass(kw_only=True)
+class Report(Command):
+    """Write the report of a saved slim model as one HTML page."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote."""
+    out: Path | None = None
+    """The page; by default report.html in the directory."""
+
+    def run(self, say: Say) -> JsonValue:
+        out = self.out or self.directory / PAGE
+        digest, found = (
+            read_manifest(self.directory).sha256.get(REPORT),
+            read_report(self.directory),
+        )
+        if digest is not None:
+            require_intact(self.directory, REPORT, digest)
+        if found is None:
+            raise ArtifactError(f"{self.directory} has no {REPORT}: save a result, not a network alone")
+        found.to_html(out)
+        say(f"{found.table()}\nwritten to {out}")
+        return _told(found, out)
+
+
+@dataclass(kw_only=True)
+class Bench(Command):
+    """Time a saved slim model beside its original, in pairs, on inputs that are drawn alike."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `compress` or `save` wrote."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    seconds: float = 5.0
+    """For each batch size."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = False
+    """Time both through torch.compile."""
+
+    def run(self, say: Say) -> JsonValue:
+        manifest = read_manifest(self.directory)
+        if manifest.architecture is None or manifest.probe is None:
+            raise ArtifactError(
+                f"{self.directory} does not know how to build its original, or what that takes: time "
+                "both in Python, with rba_compress.benchmark"
+            )
+        dense, slim = manifest.architecture.build(), load(self.directory)
+        for built in (dense, slim):
+            _to_device(built, self.device)
+            if self.compile:
+                built.compile()
+        rows: dict[str, JsonValue] = {}
+        for size in self.batch_sizes:
+            if size < 1:
+                raise LoaderError(f"a batch of {size} samples")
+            timed = benchmark(dense, slim, manifest.probe.draw(size), seconds=self.seconds)
+            rows[str(size)] = timed.model_dump(mode="json")
+            say(
+                f"batch {size}: {timed.dense_ms:.2f} ms before, {timed.slim_ms:.2f} after, ratio "
+                f"{timed.ratio:.3f}, quartiles {timed.ratio_low:.3f} to {timed.ratio_high:.3f} of "
+                f"{timed.pairs} pairs on {timed.device}"
+            )
+        return rows
+
+
+def _told(report: Measured, out: Path) -> JsonValue:
+    """What a program is told of a network that was made."""
+    told: dict[str, JsonValue] = {"out": str(out), **report.summary.model_dump(mode="json")}
+    return told | {"notes": [*report.notes], "warnings": [*report.warnings]}
+
+
+def _plot(chains: Sequence[ChainProfile], folder: Path) -> None:
+    for profiled in chains:
+        name = profiled.chain.name.replace(".", "_")
+        plot_similarity(profiled).savefig(folder / f"similarity_{name}.png", dpi=120)
+
+
+def _to_device(model: nn.Module, name: str) -> None:
+    try:
+        model.to(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {name!r} cannot be used: {error}") from error

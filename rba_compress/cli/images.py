@@ -1,0 +1,131 @@
+"""Images of a folder as a loader, prepared as a timm model wants them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from rba_compress.core.errors import LoaderError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
+    """Images in `root/<class>/<image>`; labels are the places of the sorted class folders, and there
+    are none (`labelled`) where the model has another number of classes.
+
+    Args:
+        root: the folder; labels count all of its class folders, whatever `split` names.
+        split: a text file with one path relative to `root` a line; None takes every image.
+        model: a timm model, whose own size, crop, mean and standard deviation are applied.
+        without: images that must not be among them; left out where there is no `split`.
+
+    Raises:
+        LoaderError: there is no image, or `split` names one that is not there or is in `without`.
+    """
+
+    def __init__(
+        self, root: Path, split: Path | None, model: nn.Module, *, without: Sequence[Path] = ()
+    ) -> None:
+        from timm.data import create_transform, resolve_model_data_config
+
+        if not root.is_dir():
+            raise LoaderError(f"{root} is not a folder of images")
+        if split is None:
+            self.paths = sorted(p for p in root.glob("*/*") if p.suffix.lower() in SUFFIXES)
+        elif not split.is_file():
+            raise LoaderError(f"{split} is not a file of image paths")
+        else:
+            self.paths = [_named(root, line) for line in _lines(split)]
+        if split is None:
+            left_out = set(without)
+            self.paths = [path for path in self.paths if path not in left_out]
+        shared = sorted(set(self.paths).intersection(without))
+        if shared:
+            raise LoaderError(
+                f"{len(shared)} images are in {split} and in the test split, such as {shared[0]}: what "
+                "is reported on must not be calibrated on"
+            )
+        absent = [path for path in self.paths if not path.is_file()]
+        if absent:
+            raise LoaderError(
+                f"{split} names {len(absent)} images that {root} lacks: {str(absent[0])!r}. It has one "
+                "path relative to that folder a line, <class>/<image>, and nothing else"
+            )
+        if not self.paths:
+            raise LoaderError(f"no images in {split or root}: expected {root}/<class>/<image>")
+        outside = [
+            p for p in self.paths if not p.is_relative_to(root) or ".." in p.relative_to(root).parts
+        ]
+        if outside:
+            raise LoaderError(f"{split} names {outside[0]}, which lies outside of {root}")
+        shallow = [path for path in self.paths if len(path.relative_to(root).parts) < 2]
+        if shallow:
+            raise LoaderError(f"{shallow[0]} lies in no class folder: expected {root}/<class>/<image>")
+        self.root = root
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        self.labels = {name: index for index, name in enumerate(classes)}
+        self.labelled = len(classes) == getattr(model, "num_classes", None)
+        self.transform = create_transform(**resolve_model_data_config(model), is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels: Tensor = self.transform(image.convert("RGB"))
+        except OSError as error:
+            raise LoaderError(f"{path} is not a readable image: {error}") from error
+        if not self.labelled:
+            return pixels
+        return pixels, torch.tensor(self.labels[path.relative_to(self.root).parts[0]])
+
+
+def _lines(split: Path) -> list[str]:
+    """The lines of a text file that are not empty, without spaces and byte-order marks around them.
+
+    Raises:
+        LoaderError: the file is no UTF-8.
+    """
+    try:
+        text = split.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LoaderError(
+            f"{split} is not a text file of image paths in UTF-8: {error}. Save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise LoaderError(f"{split} is not a text file of image paths in UTF-8: it holds a NUL byte")
+    # A mark stands in the middle where files were joined.
+    lines = (line.strip("\ufeff \t\r") for line in text.split("\n"))
+    return [line for line in lines if line]
+
+
+def _named(root: Path, line: str) -> Path:
+    """The image that a line names: below `root` or absolute, quoted or not, with the separators of
+    any system.
+    """
+    bare = line.strip("'\"")
+    ways = (line, bare, bare.replace("\\", "/"))
+    given = Path(os.path.normpath(next((way for way in ways if (root / way).is_file()), line)))
+    own = Path(os.path.normpath(root.absolute()))
+    return root / (given.relative_to(own) if given.is_relative_to(own) else given)
+
+
+def image_loader(files: ImageFiles, *, batch_size: int) -> DataLoader[tuple[Tensor, Tensor] | Tensor]:
+    """Files in batches, in the order of their split.
+
+    Raises:
+        LoaderError: `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise LoaderError(f"a batch of {batch_size} images: the batch size is 1 or more")
+    return DataLoader(files, batch_size=batch_size)

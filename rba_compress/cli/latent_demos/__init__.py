@@ -1,0 +1,1 @@
+"""Networks that were trained apart on digits: stitched, matched and merged, with pictures."""

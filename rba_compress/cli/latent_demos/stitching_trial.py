@@ -1,0 +1,185 @@
+"""Does a head read an encoder that it was not trained with? Networks trained apart, each pair stitched.
+
+Each network is an encoder trained with a head of its own, to tell classes or to give its input back.
+The encoder is then kept as it is, and for every bridge a head is trained on its space alone: no network
+sees another one before the pair is stitched. All random state is passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rba_compress.cli.latent_demos.networks import Data, Kind, encoder, fit, head, score
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.latent.anchors import Anchors, random_points
+from rba_compress.latent.relative import Aggregation, InvarianceProduct
+from rba_compress.latent.stitching import bridge_between
+from rba_compress.linalg.similarity import INVARIANTS, Invariant
+
+Task = Literal["classification", "reconstruction"]
+MAPS = {
+    "affine map": MapSpec(kind="affine", damping=1e-2),
+    "orthogonal map": MapSpec(kind="orthogonal"),
+}
+"""Fitted to the anchors of both spaces: the strong rivals, which must be fitted for every pair."""
+PRODUCTS: dict[str, Aggregation] = {f"product, {name}": name for name in get_args(Aggregation)}
+TRAINED = ("absolute", *INVARIANTS, *PRODUCTS)
+"""Methods with a head of their own; a map leads to the space that the absolute one reads."""
+METHODS = (*TRAINED, *MAPS)
+Bridge = Invariant | InvarianceProduct | MapSpec | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How to train and stitch.
+
+    Args:
+        seeds: of initial weights and the order of samples, one network of each kind a seed.
+        kinds: of encoders.
+        anchors: how many.
+        width: channels of every space.
+        encoder_steps, head_steps: of Adam, at `batch` samples.
+    """
+
+    task: Task = "classification"
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    kinds: tuple[Kind, ...] = ("mlp", "conv")
+    anchors: int = 128
+    width: int = 64
+    encoder_steps: int = 600
+    head_steps: int = 400
+    batch: int = 64
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over all ordered pairs of networks: accuracy, or R² of the pixels.
+
+    `own` is the mean over networks of the head on the encoder that it was trained with.
+    """
+
+    task: Task
+    method: str
+    pairs: str
+    count: int
+    mean: float
+    spread: float
+    """The standard deviation over pairs."""
+    own: float
+
+
+def bridge_of(method: str, how: Trial) -> Bridge:
+    """What a method puts between two spaces, its weights not trained yet; None is nothing."""
+    if method in PRODUCTS:
+        return InvarianceProduct(INVARIANTS, PRODUCTS[method], anchors=how.anchors)
+    known: dict[str, Bridge] = {"absolute": None, **{m: m for m in INVARIANTS}, **MAPS}
+    return known[method]
+
+
+def crossed(source: Anchors, target: Anchors, bridge: Bridge) -> nn.Module:
+    """The module of a bridge from one space to another."""
+    return nn.Identity() if bridge is None else bridge_between(source, target, bridge)
+
+
+@dataclass
+class _Network:
+    """One encoder's space of the test images, and what was trained on its space."""
+
+    kind: Kind
+    test: Tensor
+    anchors: Anchors
+    bridges: dict[str, Bridge]
+    heads: dict[str, nn.Module]
+
+    def reads(self, other: _Network, method: str) -> Tensor:
+        """What this network's head gives on the test images as `other` encodes them."""
+        bridge = crossed(other.anchors, self.anchors, self.bridges[method])
+        output: Tensor = self.heads["absolute" if method in MAPS else method](bridge(other.test))
+        return output
+
+
+def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterator[_Network]:
+    """Each network of each seed, trained, with its heads."""
+    x, labels = data.train
+    target = labels if how.task == "classification" else x.flatten(1)
+    outputs = data.classes if how.task == "classification" else x[0].numel()
+    rows = random_points(x.flatten(1), how.anchors)
+    for kind, seed in itertools.product(how.kinds, how.seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            body = encoder(kind, x[0], how.width)
+            whole = nn.Sequential(body, head(how.width, outputs))
+            fit(whole, (x, target), how.encoder_steps, seed=seed, batch=how.batch, rate=how.rate)
+            progress("encoder")
+            with torch.no_grad():
+                train, test = body(x), body(data.test[0])
+            anchors = Anchors.of(train, rows)
+            bridges = {method: bridge_of(method, how) for method in MAPS}
+            heads: dict[str, nn.Module] = {}
+            for method in TRAINED:
+                bridges[method] = bridge_of(method, how)
+                bridge = crossed(anchors, anchors, bridges[method])
+                heads[method] = head(bridge(train[:1]).shape[1], outputs)
+                fit(
+                    nn.Sequential(bridge, heads[method]),
+                    (train, target),
+                    how.head_steps,
+                    seed=seed,
+                    batch=how.batch,
+                    rate=how.rate,
+                )
+                progress("heads")
+        yield _Network(kind, test, anchors, bridges, heads)
+
+
+@torch.no_grad()
+def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
+    """Every method over the ordered pairs of one kind, and of two."""
+    images, labels = data.test
+    target = labels if how.task == "classification" else images.flatten(1)
+    rows = []
+    for method in METHODS:
+        own = statistics.fmean(score(n.reads(n, method), target) for n in made)
+        for pairs, alike in (("one architecture", True), ("two architectures", False)):
+            found = [
+                score(one.reads(other, method), target)
+                for one, other in itertools.permutations(made, 2)
+                if (one.kind == other.kind) == alike
+            ]
+            if found:
+                spread = statistics.stdev(found) if len(found) > 1 else 0.0
+                mean = statistics.fmean(found)
+                rows.append(Row(how.task, method, pairs, len(found), mean, spread, own))
+    return rows
+
+
+@dataclass(frozen=True)
+class Stitching:
+    """What came of every pair, and the spaces of the test images, by network."""
+
+    rows: tuple[Row, ...]
+    spaces: dict[str, Tensor]
+
+
+def stitching(data: Data, how: Trial) -> Stitching:
+    """Train the networks of a trial and stitch every pair of them."""
+    each = 1 + len(TRAINED)
+    with tqdm(total=each * len(how.seeds) * len(how.kinds), desc=how.task, disable=None) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update()
+
+        made = [*networks(data, how, progress)]
+    names = [f"{kind} {seed}" for kind, seed in itertools.product(how.kinds, how.seeds)]
+    spaces = {name: network.test for name, network in zip(names, made, strict=True)}
+    return Stitching(tuple(table(made, data, how)), spaces)

@@ -1,0 +1,162 @@
+"""Several processes as one: each reads its share of the loader, and all of them decide alike.
+
+Where `torch.distributed` runs more than one process (`accelerate launch`, `torchrun`), `profile`,
+`search` and `compress` are called on every rank with the same model and the same, whole loader. What a
+decision stands on is summed up or gathered first, so every rank takes the same one.
+
+All of it goes over gloo, through the host: a pass over the data ends in one sum, whose speed hardly
+matters, and a peer that has died is noticed at once, by its connection.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from rba_compress.core.errors import RankError
+
+_PATIENCE = timedelta(hours=6)
+"""For peers that live and have longer shares to read."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together, seen from one of them; by default there is one."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this process that writes, prints and takes the time."""
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks of tensors of one shape."""
+        if self.count == 1:
+            return tensor
+        summed = tensor.detach().to("cpu", copy=True)
+        with self.answered():
+            dist.all_reduce(summed, group=_group())
+        return summed.to(tensor.device)
+
+    def sum(self, number: float) -> float:
+        """The sum over all ranks of a number; of integers up to 2^53 exact."""
+        return float(self.total(torch.tensor(float(number), dtype=torch.float64)))
+
+    def gathered(self, rows: Tensor) -> list[Tensor]:
+        """The tensors (n, ...) of all ranks, in their order; n may differ, and be 0."""
+        if self.count == 1:
+            return [rows]
+        counts = torch.zeros(self.count, dtype=torch.long)
+        counts[self.rank] = len(rows)
+        lengths = self.total(counts).tolist()
+        padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype)
+        padded[: len(rows)] = rows.detach().cpu()
+        found = [torch.empty_like(padded) for _ in lengths]
+        with self.answered():
+            dist.all_gather(found, padded, group=_group())
+        return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What the leading rank makes, a JSON value: a time, say, which no two ranks measure alike."""
+        if self.count == 1:
+            return make()
+        return self.collected(make() if self.leads else None)[0]
+
+    def collected(self, value: Any) -> list[Any]:
+        """A JSON value of every rank, in their order."""
+        if self.count == 1:
+            return [value]
+        text = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8)
+        return [json.loads(bytes(part)) for part in self.gathered(text)]
+
+    def require_equal(self, what: str, digest: int) -> None:
+        """
+        Raises:
+            RankError: the ranks hold different ones of something that they must share.
+        """
+        found = torch.cat(self.gathered(torch.tensor([digest]))).tolist()
+        other = next((r for r, value in enumerate(found) if value != found[0]), None)
+        if other is not None:
+            raise RankError(
+                f"rank {other} has another {what} than rank 0: give every process the same model, "
+                "settings and whole loader, not one that was sharded already"
+            )
+
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """A collective operation in it that fails ends in a `RankError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RankError(
+                f"one of the {self.count} processes ended or does not answer: its own error says why; "
+                f"start all of them again ({error})"
+            ) from error
+
+    def bar(self, *args: Any, **kwargs: Any) -> Any:
+        """A progress bar, on a terminal, of the leading rank."""
+        return tqdm(*args, disable=None if self.leads else True, **kwargs)
+
+
+ALONE = Ranks()
+
+
+def current() -> Ranks:
+    """The ranks of `torch.distributed` where it runs; its first call is made by all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    if dist.get_world_size() == 1:
+        return ALONE
+    _group()
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Of a world its gloo group, no longer than the world itself: its threads end with the last reference,
+and one that outlives the interpreter aborts the process."""
+
+
+def _group() -> Any:
+    world = dist.group.WORLD
+    if world not in _GROUPS:
+        _GROUPS[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _GROUPS[world]
+
+
+def own_device(name: str) -> str:
+    """The card of this process, where `name` is any."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None else name
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """Join the processes that a launcher has started, where one has, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Without it accelerate takes processes without cards for single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu)
+    try:
+        yield current()
+    finally:
+        state.destroy_process_group()

@@ -1,0 +1,87 @@
+"""Forward passes in eval mode, whose failures have a name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import ModelError
+from rba_compress.core.loader import named_elsewhere
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`.
+
+    Raises:
+        ModelError: the model is no `nn.Module`, or one whose forward pass cannot be rewritten.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is a ScriptModule, which cannot be rewritten: pass the original")
+    if not isinstance(model, nn.Module):  # whatever the annotation says, users pass it
+        kind = type(model).__name__  # type: ignore[unreachable]
+        hint = ": pass its .module()" if kind == "ExportedProgram" else ": pass an nn.Module"
+        raise ModelError(f"the model is a {kind}{hint}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        raise ModelError(
+            "the model was compiled in place by its compile() method: pass a copy that was not, and "
+            "compile the slim one"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards.
+
+    The flags are set directly: `eval()` of an exported program raises, and some modules change their
+    weights in it. torch's fast path of attention is off meanwhile: it runs blocks as one operation, on
+    nested tensors where there is padding, and neither shows what happens inside.
+    """
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for module in modes:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """A forward pass that fails in it is a `ModelError`, unless its error tells more by itself.
+
+    Raises:
+        ModelError: the forward pass fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if named_elsewhere(error):
+            raise
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.tensors.items())
+        raise ModelError(
+            f"the forward pass of {type(model).__name__} fails on a batch of {len(batch)} samples "
+            f"({shapes}): {type(error).__name__}: {error}. Pass batches that the model accepts, of any "
+            "number of samples"
+        ) from error
+
+
+def ran(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch; a failure is as in `running`."""
+    with running(model, batch):
+        return batch.run(model)

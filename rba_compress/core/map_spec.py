@@ -1,0 +1,53 @@
+"""Specification of a map and diagnostics of its fit, without tensors."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal", "shrunk", "folded"]
+
+
+class MapSpec(BaseModel):
+    """Which map, and its settings; a decision without tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    kind: Kind
+    damping: float = Field(0.0, ge=0)
+    """Ridge, relative to the mean diagonal of the Gram matrix."""
+    rank: int | None = Field(None, gt=0)
+    """low_rank only."""
+    shrink: float | None = Field(None, ge=0, le=1)
+    """shrunk and folded: a in (1 - a) I + a T, and the share of the correction."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> Self:
+        for setting, kinds in (("rank", ("low_rank",)), ("shrink", ("shrunk", "folded"))):
+            if (getattr(self, setting) is not None) != (self.kind in kinds):
+                raise ValueError(f"`{setting}` is set for the map {kinds[0]!r} and none but {kinds}")
+        return self
+
+    def __str__(self) -> str:
+        setting = self.rank if self.kind == "low_rank" else self.shrink
+        return self.kind if setting is None else f"{self.kind}({setting:g})"
+
+
+class Diagnostics(BaseModel):
+    """How good a fit is and how well posed it was; a bad fit is reported, never raised."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    residual: float
+    """E ||y - W x - b||^2 over the rows that were fitted."""
+    r2: float
+    """1 - residual / E ||y - E y||^2."""
+    effective_rank: float
+    """exp of the entropy of the normalised eigenvalues of cov(x); Roy and Vetterli 2007."""
+    condition: float
+    """Largest over smallest eigenvalue of the Gram matrix that was solved, damping included."""
+    damping: float
+    """The ridge that was added to that Gram matrix, absolute."""
+    rows: float
+    """Rows (or their weight) behind the fit; fewer than the width means that damping decides."""

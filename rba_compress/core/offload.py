@@ -1,0 +1,327 @@
+"""The tensors of a network that accelerate has dispatched, wherever they are, and copies of its tree.
+
+Accelerate's hooks (`module._hf_hook`) bring a module's inputs to its device, load its weights from
+memory or disk when it runs, and leave meta tensors behind. A search needs weights at other times, too:
+it names them in a recording, solves layers anew, runs blocks by a graph. So it works on a network
+without hooks, `undispatched`, in which such a weight is `Offloaded`: each operation that reads it
+loads it, and it is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from rba_compress.core.errors import ModelError
+
+_ADDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+"""Methods that accelerate wraps on an instance, to warn: in a copy they would move the original."""
+
+
+class Offloaded(Tensor):
+    """A tensor that lies elsewhere: `load` brings it to its device for each operation that reads it.
+
+    Views of it are such tensors, too, so that nothing is held by what only looks at it.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    load: Callable[[], Tensor]
+    like: Tensor
+    """Of its geometry, on the meta device."""
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Offloaded({tuple(self.shape)}, {self.dtype}, for {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), _as(self, self.detach()))  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch.inference_mode(False):  # of such a tensor there are no views from that mode
+            if func.is_view and isinstance(args[0], Offloaded):
+                like = func(args[0].like, *args[1:], **kwargs)
+                if isinstance(like, Tensor):
+                    load = partial(_view, args[0], func, args[1:], kwargs)
+                    return _offloaded(load, like, args[0].device)
+            args, kwargs = pytree.tree_map(loaded, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _offloaded(load: Callable[[], Tensor], like: Tensor, device: torch.device) -> Offloaded:
+    made: Offloaded = Tensor._make_wrapper_subclass(
+        Offloaded,
+        like.shape,
+        strides=like.stride(),
+        storage_offset=like.storage_offset(),
+        dtype=like.dtype,
+        device=device,
+    )
+    made.load, made.like = load, like
+    return made
+
+
+def _view(source: Offloaded, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = func(source.load(), *args, **kwargs)
+    return found
+
+
+def _fetch(weights: Mapping[str, Tensor], name: str, like: Tensor, device: torch.device) -> Tensor:
+    return weights[name].detach().to(device, like.dtype)
+
+
+def loaded(value: Any) -> Any:
+    """The tensor itself, where a value is an `Offloaded` one; any other value as it is."""
+    return value.load() if isinstance(value, Offloaded) else value
+
+
+def _as(old: Tensor, new: Tensor) -> Tensor:
+    """A tensor as a parameter, where another is one."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate that move a module's inputs, and its weights where they are offloaded.
+
+    Raises:
+        ModelError: a GraphModule has one, which no copy of it would have; or a hook of another kind
+            stands beside, and what that does is not known.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return []
+    parts = getattr(hook, "hooks", (hook,))
+    found = [part for part in parts if hasattr(part, "weights_map")]
+    if found and isinstance(module, fx.GraphModule):
+        raise ModelError(
+            "accelerate has dispatched a GraphModule: pass the plain module, or dispatch the slim one"
+        )
+    if found and len(found) < len(parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ModelError(
+            f"a {type(module).__name__} that accelerate has dispatched has other hooks, too ({kinds}): "
+            "remove those that do not dispatch it"
+        )
+    return found
+
+
+def dispatched(model: nn.Module) -> bool:
+    """Whether hooks of accelerate move the inputs and weights of a network."""
+    return any(_hooks(module) for module in model.modules())
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers; shared ones under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def execution_device(model: nn.Module, tensor: Tensor, path: str = "") -> torch.device:
+    """Where a tensor of the module at `path` is when that runs."""
+    if not tensor.is_meta:
+        return tensor.device
+    above = [model.get_submodule(part) for part in reversed(_above(path))]
+    for module in (*model.get_submodule(path).modules(), *above):
+        for hook in _hooks(module):
+            if hook.execution_device is not None:
+                return torch.empty(0, device=hook.execution_device).device  # with its index
+    return tensor.device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network runs: the device of its first parameter when that is read."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else execution_device(model, first)
+
+
+def _above(path: str) -> list[str]:
+    """The modules around a path, the outermost first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:k]) for k in range(len(parts))]
+
+
+def undispatched(model: nn.Module, path: str = "") -> nn.Module:
+    """The module at `path` of a dispatched network without hooks, in a tree of its own over the same
+    tensors: all on one device, the offloaded ones, and those of other devices, as `Offloaded`.
+
+    Of a network that is not dispatched, the module itself.
+
+    Raises:
+        ModelError: a meta tensor is loaded by no hook, or a GraphModule has one.
+    """
+    module = model.get_submodule(path)
+    if not dispatched(model):
+        return module
+    first = next((tensor for _, tensor in _tensors(module)), torch.empty(0))
+    device = execution_device(model, first, path)
+    sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    tied: list[Tensor] = []
+    for at, held in model.named_modules():
+        for hook in _hooks(held):
+            loads = _loads(held, hook)
+            sources |= {f"{at}.{name}".lstrip("."): (hook.weights_map, name) for name in loads}
+            tied += [loads[name] for name in hook.tied_params_names if name in loads]
+    memo: dict[int, Any] = {}
+    for name, tensor in _tensors(module):
+        load: Callable[[], Tensor] = partial(tensor.detach().to, device)
+        if tensor.is_meta:
+            source = sources.get(f"{path}.{name}".lstrip("."))
+            if source is None:
+                raise ModelError(
+                    f"the tensor {name} of the {type(model).__name__} is on the meta device, and no "
+                    "hook of accelerate loads it: load the weights before they are dispatched"
+                )
+            load = partial(_fetch, *source, tensor, device)
+        elif tensor.device == device:
+            continue
+        like = tensor.detach().to("meta")
+        memo[id(tensor)] = _as(tensor, _offloaded(load, like, device))
+    _tie(memo, [tensor for _, tensor in _tensors(module)], tied)
+    return _unhooked(copy_tree(module, memo))
+
+
+def _tie(memo: dict[int, Any], tensors: Sequence[Tensor], tied: Sequence[Tensor]) -> None:
+    """Let one tensor stand for tied weights again.
+
+    Once they are offloaded each is a meta tensor of its own; accelerate knows that they were tied, and
+    not to which.
+    """
+    names = {id(tensor) for tensor in tied}
+    known = [tensor for tensor in tensors if id(tensor) not in memo]
+    for tensor in (t for t in tensors if id(t) in names):
+        new = memo[id(tensor)]
+        alike = (old for old in known if (old.shape, old.dtype) == (new.shape, new.dtype))
+        same = next((old for old in alike if torch.equal(loaded(old), loaded(new))), None)
+        memo[id(tensor)] = new if same is None else same
+        known += [new] if same is None else []
+
+
+def _loads(module: nn.Module, hook: Any) -> dict[str, Tensor]:
+    """What a hook of a module loads: what is meta of its own tensors, or of all below it."""
+    whole = hook.place_submodules
+    named = dict(_tensors(module)) if hook.offload else {}
+    return {n: tensor for n, tensor in named.items() if tensor.is_meta and (whole or "." not in n)}
+
+
+def _unhooked(model: nn.Module) -> nn.Module:
+    """The same modules, changed: without those hooks."""
+    for module in model.modules():
+        if _hooks(module):
+            old: Any = module._old_forward
+            if getattr(old, "__func__", None) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = old
+            del module._hf_hook, module._old_forward
+    return model
+
+
+def in_memory(model: nn.Module, path: str = "", *, device: str | None = None) -> nn.Module:
+    """The module at `path` without hooks or `Offloaded` tensors: those have become ordinary ones of
+    its own. A module that has neither is given back itself.
+
+    Args:
+        device: where all its tensors go; by default where they are loaded.
+    """
+    module = undispatched(model, path)
+    named = list(_tensors(module))
+    if module is model.get_submodule(path) and not any(isinstance(t, Offloaded) for _, t in named):
+        return module
+    memo: dict[int, Any] = {}
+    for _, tensor in named:
+        own = tensor.load().clone() if isinstance(tensor, Offloaded) else tensor.detach()
+        memo.setdefault(id(tensor), _as(tensor, own.to(device or own.device)))
+    return copy_tree(module, memo)
+
+
+def hold(model: nn.Module, path: str) -> None:
+    """Bring the tensors of the module at `path` into memory for good: no hook loads them from then on.
+
+    With them come those of a module around it that a hook loads as a whole.
+    """
+    for at in (*_above(path), path):
+        module = model.get_submodule(at)
+        hooks = [h for h in _hooks(module) if h.offload and (at == path or h.place_submodules)]
+        names = {name for hook in hooks for name in _loads(module, hook)}
+        found = dict(_tensors(undispatched(model, at))) if names else {}
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            own = _as(found[name], loaded(found[name]).clone())
+            setattr(module.get_submodule(parent), last, own)
+        for hook in hooks:
+            hook.offload = False
+
+
+def take_place(new: nn.Module, old: nn.Module) -> None:
+    """Give a module that stands where a dispatched one stood the hook that brings its inputs."""
+    hooks = _hooks(old)
+    if hooks:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        kept = ("execution_device", "io_same_device", "skip_keys")
+        hook = AlignDevicesHook(**{name: getattr(hooks[-1], name) for name in kept})
+        add_hook_to_module(new, hook)
+
+
+# --- copies
+
+
+def copy_tree(model: nn.Module, tensors: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy` with the tensors left out, and by hand: a search copies hundreds of times.
+
+    Args:
+        tensors: what stands for parameters and buffers, by their ids; for others they themselves.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo |= {**(tensors or {}), **_maps(model)}
+    modules = list(model.modules())
+    kinds = {type(module) for module in modules}
+    if any(hasattr(k, "__deepcopy__") or k.__getstate__ != nn.Module.__getstate__ for k in kinds):
+        return _freed(copy.deepcopy(model, memo))
+    for module in modules:
+        memo[id(module)] = type(module).__new__(type(module))
+    # Trees first: what else a module holds may point into them.
+    held = {"_parameters", "_buffers", "_modules"}
+    for module in modules:
+        state = memo[id(module)].__dict__
+        for name in held:
+            items = module.__dict__[name].items()
+            state[name] = {key: memo[id(v)] if v is not None else None for key, v in items}
+    for module in modules:
+        state = memo[id(module)].__dict__
+        for name, value in module.__dict__.items():
+            if name not in held:
+                empty = type(value) in (dict, OrderedDict, set) and not value
+                state[name] = type(value)() if empty else copy.deepcopy(value, memo)
+    return _freed(memo[id(model)])
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """`copy.deepcopy`; what is offloaded stays where it is, for the hooks of both."""
+    return _freed(copy.deepcopy(model, _maps(model)))
+
+
+def _maps(model: nn.Module) -> dict[int, Any]:
+    """Where hooks load weights from, by id."""
+    found = (hook.weights_map for module in model.modules() for hook in _hooks(module))
+    return {id(weights): weights for weights in found if weights is not None}
+
+
+def _freed(model: nn.Module) -> nn.Module:
+    """The same copy, changed: without methods of the original."""
+    for module in model.modules():
+        for name in _ADDED if "hf_device_map" in module.__dict__ else ():
+            module.__dict__.pop(name, None)
+    return model

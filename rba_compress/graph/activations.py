@@ -1,0 +1,190 @@
+"""Reading the stream at every boundary of chains during one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import ModelError
+from rba_compress.core.inference import running
+from rba_compress.core.plan import Chain
+from rba_compress.graph.tracer import graph_arguments
+
+
+class _Reached(BaseException):
+    """Ends a pass that has seen enough: no error, so nothing on the way out takes it for one."""
+
+
+@dataclass
+class Observed:
+    """What one forward pass showed."""
+
+    output: Any = None
+    """None where the pass was stopped early."""
+    streams: list[dict[int, Tensor]] = field(default_factory=list)
+    """For each chain: boundary -> stream. In a rewritten GraphModule, not those inside of a span."""
+    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """For each layer that ran as a module: its input and its output."""
+    times: list[dict[int, float]] = field(default_factory=list)
+    """For each chain: boundary -> what the clock showed there."""
+
+
+def observe(
+    model: nn.Module,
+    chains: Sequence[Chain],
+    batch: Batch,
+    *,
+    layers: Sequence[str] = (),
+    stop: tuple[int, int] | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Observed:
+    """Run a model, rewritten or not, and keep the streams of its chains as the model made them.
+
+    Args:
+        layers: paths of modules whose inputs and outputs are kept, too.
+        stop: (chain, boundary) after which the pass is ended.
+        clock: read at every boundary.
+
+    Raises:
+        ModelError: the forward pass fails; a block runs twice, or writes into its input, so that a
+            boundary is gone when it is read.
+    """
+    seen = Observed(streams=[{} for _ in chains], times=[{} for _ in chains])
+    versions: list[tuple[Tensor, int, str]] = []
+
+    def keep(chain: int, boundary: int, tensor: Tensor) -> None:
+        blocks = chains[chain].blocks
+        if boundary in seen.streams[chain]:
+            raise ModelError(_other_ways(blocks[max(boundary - 1, 0)].path, "ran twice", batch))
+        seen.streams[chain][boundary] = tensor
+        if clock is not None:
+            seen.times[chain][boundary] = clock()
+        if boundary < len(blocks) and not tensor.is_inference():  # which have no versions
+            versions.append((tensor, tensor._version, blocks[boundary].path))
+        if stop == (chain, boundary):
+            raise _Reached
+
+    def keep_layer(path: str) -> Callable[..., None]:
+        def after(_: Any, args: Any, output: Tensor) -> None:
+            seen.layers[path] = (args[0], output)
+
+        return after
+
+    handles = [model.get_submodule(p).register_forward_hook(keep_layer(p)) for p in layers]
+    try:
+        with running(model, batch):
+            if isinstance(model, fx.GraphModule):
+                seen.output = _run_graph(model, chains, batch, keep)
+            else:
+                handles += _hook_blocks(model, chains, keep)
+                seen.output = batch.run(model)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    for tensor, version, path in versions:
+        if tensor._version != version:
+            raise ModelError(f"the block {path} changes its input in place")
+    return seen
+
+
+def run_with_streams(
+    model: nn.Module, chains: Sequence[Chain], batch: Batch
+) -> tuple[Any, list[list[Tensor]]]:
+    """The output of a model that is not rewritten, and each chain's streams h_0 .. h_L.
+
+    Raises:
+        ModelError: as `observe`; a block did not run.
+    """
+    seen = observe(model, chains, batch)
+    for chain, found in zip(chains, seen.streams, strict=True):
+        missing = next((b for b, block in enumerate(chain.blocks) if b + 1 not in found), None)
+        if missing is not None:
+            raise ModelError(_other_ways(chain.blocks[missing].path, "did not run", batch))
+    return seen.output, [[found[j] for j in range(len(found))] for found in seen.streams]
+
+
+def _other_ways(path: str, what: str, batch: Batch) -> str:
+    return (
+        f"the block {path} {what} on a batch of {len(batch)} samples: the forward pass takes other "
+        "ways for other data. Pass data that takes one way, or a network without such branches"
+    )
+
+
+def _hook_blocks(
+    model: nn.Module, chains: Sequence[Chain], keep: Callable[[int, int, Tensor], None]
+) -> list[RemovableHandle]:
+    handles = []
+    for c, chain in enumerate(chains):
+        for b, block in enumerate(chain.blocks):
+            module, signature = model.get_submodule(block.path), block.signature
+            assert signature is not None, "blocks of a plain module have a signature"
+            if b == 0:
+
+                def before(_: Any, args: Any, kwargs: Any, c: int = c, s: Any = signature) -> None:
+                    keep(c, 0, s.stream_in(args, kwargs))
+
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+            def after(_: Any, __: Any, out: Any, c: int = c, b: int = b, s: Any = signature) -> None:
+                keep(c, b + 1, s.stream_out(out))
+
+            handles.append(module.register_forward_hook(after))
+    return handles
+
+
+def _run_graph(
+    model: fx.GraphModule,
+    chains: Sequence[Chain],
+    batch: Batch,
+    keep: Callable[[int, int, Tensor], None],
+) -> Any:
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for c, chain in enumerate(chains):
+        for b, block in enumerate(chain.blocks):
+            assert block.nodes is not None, "blocks of a GraphModule have stream nodes"
+            if b == 0:
+                wanted.setdefault(block.nodes[0], []).append((c, 0))
+            wanted.setdefault(block.nodes[1], []).append((c, b + 1))
+
+    class Reader(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            for place in wanted.get(n.name, ()):
+                keep(*place, result)
+            return result
+
+    return Reader(model).run(*graph_arguments(model, batch))
+
+
+def as_rows(
+    stream: Tensor, axis: int, mask: Tensor | None = None, taken: Tensor | None = None
+) -> Tensor:
+    """The positions of a stream as rows (N * positions, d).
+
+    Args:
+        mask: (N, positions), true at the positions that count; of those taken.
+        taken: the positions that are taken; all by default.
+    """
+    rows = stream.movedim(axis, -1)
+    if taken is not None:
+        rows = rows.flatten(1, -2).index_select(1, taken.to(rows.device))
+    if mask is not None:
+        return rows[mask]
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def attention_mask(batch: Batch, chain: Chain) -> Tensor | None:
+    """Return the padding mask of a text batch, true at real tokens: (N, T), or (T, N) where the stream
+    counts samples second; None where there is none.
+
+    A decoder that has an input of its own has a mask of its own.
+    """
+    mask = batch.padding(decoder="decoder" in chain.blocks[0].path)
+    return mask if mask is None or chain.sample_axis != 1 else mask.T

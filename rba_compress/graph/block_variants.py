@@ -1,0 +1,436 @@
+"""Thinner blocks: a block traced into an aten graph, cut down to what a unit leaves of it, and run.
+
+A block of two sublayers is x -> m = mix(x) -> y = f(m), where f treats positions apart (an MLP) and
+mix does not (attention); m is found on the graph as a value that every path from x to y crosses.
+With T a map and P the positions that are read:
+
+    read_out        y = [P f(mix(x)), T (1 - P) x]      the others pass by a map
+    attention_free  y = f(T x)
+    mlp_free        y = T mix(x)
+    read_out_mlp    y = [f(P m), T (1 - P) m]
+    exact           y = P f(mix(x))                     the others are not computed at all
+
+Each is an edit of the graph by a node or two; `narrow` then moves the selections up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rba_compress.core.call_signature import Signature
+from rba_compress.core.config import Unit
+from rba_compress.core.errors import ModelError
+from rba_compress.core.inference import evaluating
+from rba_compress.core.offload import in_memory, undispatched
+from rba_compress.core.plan import Block
+from rba_compress.graph.liveness import copy_graph, demand, packet_of
+from rba_compress.graph.slice_propagation import narrow
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.linear,
+    _aten.matmul,
+    _aten.bmm,
+    _aten.addmm,
+    _aten.mm,
+    _aten.conv1d,
+    _aten.conv2d,
+    _aten.convolution,
+    _aten.scaled_dot_product_attention,
+}
+_CHECKS = ("_assert", "sym_constrain")
+_END = 2**63 - 1
+
+
+class Thinned(nn.Module):
+    """What is left of a block: its own submodules, run by a graph instead of its own code."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        bodies: Sequence[tuple[Signature, tuple[str, ...], fx.GraphModule]],
+        map: nn.Module,  # noqa: A002
+    ) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        for name, parameter in block.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in block.named_buffers(recurse=False):
+            kept = name not in block._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent=kept)
+        self.map = map
+        # No submodules: they hold the map, whose weights a state dict shall list once.
+        self._bodies = tuple((way, [n.split(".") for n in names], body) for way, names, body in bodies)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for signature, names, body in self._bodies:
+            if signature.mismatch(args, kwargs) is None:
+                values = [_tensor(self, name) for name in names]
+                stream = body.forward(*values, *signature.tensors(args, kwargs))
+                return signature.rebuild(stream, args, kwargs)
+        signature = self._bodies[0][0]
+        raise ModelError(
+            f"a thinned block is called in another way than on calibration data: "
+            f"{signature.mismatch(args, kwargs)}"
+        )
+
+
+def _tensor(module: nn.Module, path: Sequence[str]) -> Any:
+    """A parameter or buffer; past `getattr`, which takes microseconds a step of each forward pass."""
+    for part in path[:-1]:
+        module = module._modules[part]  # type: ignore[assignment]
+    found = module._parameters.get(path[-1])
+    if found is not None:
+        return found
+    if "base_layer" in module._modules:
+        # Its weight is that of the layer without the adapter, which would be left out in silence.
+        raise ModelError(
+            f"{'.'.join(path[:-1])} of a thinned block has an adapter, and the block runs by a graph "
+            "that does not: leave it out of the adapter's target_modules, or compress with "
+            'Config(units=("span",), keep_features=True)'
+        )
+    return getattr(module, path[-1])
+
+
+def thin(
+    model: nn.Module,
+    block: Block,
+    map: nn.Module,  # noqa: A002
+    traces: Traces,
+    *,
+    unit: Unit,
+    reads: int = 0,
+    exact: bool = False,
+) -> Thinned:
+    """A thinned block of `model`, around its own weights; what is not run is left out.
+
+    Raises:
+        ModelError: the block cannot be traced, or does not offer the unit.
+    """
+    module = undispatched(model, block.path)
+    traced = traces.of(model, block)
+    bodies = []
+    for each in traced:
+        names, graph = each.body(unit, reads, exact)
+        bodies.append((each.signature, names, fx.GraphModule(nn.ModuleDict({"map": map}), graph)))
+    thinned = Thinned(module, bodies, map)
+    for each in traced:
+        for name, tensor in each.constants.items():
+            thinned.register_buffer(name, tensor.clone(), persistent=False)
+    _prune(thinned, {name for _, names, _ in bodies for name in names}, keep=("map",))
+    return thinned.train(module.training)
+
+
+def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> None:
+    """Drop submodules, parameters and buffers that are not used; what is left stays where it is."""
+    for name, child in list(module.named_children()):
+        if name in keep:
+            continue
+        below = {path.removeprefix(f"{name}.") for path in used if path.startswith(f"{name}.")}
+        if below:
+            _prune(child, below)
+        else:
+            delattr(module, name)
+    # None and not gone: a layer's repr asks for its bias.
+    for tensors in (module._parameters, module._buffers):
+        tensors.update({name: None for name in tensors if name not in used})
+
+
+class _StreamOnly(nn.Module):
+    """A block as a function from tensors to its stream."""
+
+    def __init__(self, block: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.block, self.signature = block, signature
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.signature.call(tensors)
+        return self.signature.stream_out(self.block(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A block's aten graph for one way of calling it, weights lifted to inputs."""
+
+    signature: Signature
+    graph: fx.Graph
+    names: tuple[str, ...]
+    """The first placeholders: parameters and buffers of the block."""
+    constants: dict[str, Tensor]
+    """Tensors among `names` that the block's code makes."""
+    entry: str
+    """Placeholder of the stream."""
+    middle: str | None
+    """The stream between the block's two sublayers; None where it is no such block."""
+    _bodies: dict[Any, tuple[tuple[str, ...], fx.Graph]] = field(default_factory=dict)
+
+    def body(self, unit: Unit, reads: int, exact: bool) -> tuple[tuple[str, ...], fx.Graph]:
+        """The tensors of the block that a thinned one uses, and its graph, which calls a module `map`.
+
+        Raises:
+            ModelError: the unit needs two sublayers, and the block is not made of such.
+        """
+        key = unit, reads, exact
+        if key not in self._bodies:
+            graph = self._cut(unit, reads, exact)
+            weights = list(zip(list(graph.nodes), self.names, strict=False))
+            for placeholder, _ in weights:
+                if not placeholder.users:
+                    graph.erase_node(placeholder)
+            self._bodies[key] = tuple(name for node, name in weights if node.users), graph
+        return self._bodies[key]
+
+    def _cut(self, unit: Unit, reads: int, exact: bool) -> fx.Graph:
+        if self.middle is None and unit != "read_out":
+            raise ModelError("its sublayers cannot be told apart")
+        graph, values, output = copy_graph(self.graph)
+        assert isinstance(output, fx.Node)
+        named = {old.name: new for old, new in values.items()}
+        entry, middle = named[self.entry], named[self.middle] if self.middle else None
+
+        def mapped(node: fx.Node) -> fx.Node:
+            called = graph.call_module("map", (node,))
+            called.meta["shape"] = node.meta["shape"]
+            return called
+
+        def part(node: fx.Node, start: int, end: int) -> fx.Node:
+            n, positions, *rest = node.meta["shape"]
+            taken = graph.call_function(_aten.slice.Tensor, (node, 1, start, end))
+            taken.meta["shape"] = (n, min(end, positions) - start, *rest)
+            return taken
+
+        if unit in ("whole", "attention_free"):
+            assert middle is not None
+            readers = list(middle.users)
+            with graph.inserting_after(middle):
+                new = mapped(middle if unit == "whole" else entry)
+            for reader in readers:
+                reader.replace_input_with(middle, new)
+        elif unit == "mlp_free":
+            assert middle is not None
+            output = mapped(middle)
+        elif not exact:
+            source = entry if unit == "read_out" else middle
+            assert source is not None
+            # All are mapped, the read ones to no use: a part of a stream is not contiguous.
+            halves = [part(output, 0, reads), part(mapped(source), reads, _END)]
+            output = graph.call_function(_aten.cat.default, (halves, 1))
+            output.meta["shape"] = source.meta["shape"]
+        if exact:
+            output = part(output, 0, reads)
+        graph.output(output)
+        return narrow(graph)
+
+
+class Traces:
+    """Blocks traced so far: it takes tenths of a second, and a search splices often."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[Traced]] = {}
+        self._kinds: dict[str, list[list[Traced]]] = {}
+
+    def of(self, model: nn.Module, block: Block) -> list[Traced]:
+        """A block of a model that is not rewritten there, traced for each of its signatures.
+
+        Raises:
+            ModelError: it cannot be traced, or it writes into tensors.
+        """
+        if block.path not in self._known:
+            ways = (block.signature, *block.variants)
+            alike = self._kinds.setdefault(f"{block.type} {ways}", [])
+            found = next((t for t in alike if _is_of(model, block, t)), None)
+            if found is None:
+                found = [_trace(model, block, way, f"constant_{k}") for k, way in enumerate(ways)]
+                alike.append(found)
+            self._known[block.path] = found
+        return self._known[block.path]
+
+
+@torch.inference_mode(False)
+def _is_of(model: nn.Module, block: Block, traced: Sequence[Traced]) -> bool:
+    """Whether graphs that were traced of a like block compute, bit for bit, what this one does."""
+    if isinstance(model, fx.GraphModule):
+        return False
+    module = in_memory(model, block.path)
+    generator = torch.Generator().manual_seed(0)
+    for each in traced:
+        wrapped, tensors = _StreamOnly(module, each.signature), example_inputs(module, each.signature)
+        stream = tensors[each.signature.stream_index]
+        stream.copy_(torch.randn(stream.shape, generator=generator))
+        try:
+            own = [each.constants.get(n) for n in each.names]
+            values = [
+                _tensor(module, name.split(".")) if value is None else value
+                for name, value in zip(each.names, own, strict=True)
+            ]
+            with evaluating(wrapped):
+                found = fx.GraphModule(nn.Module(), each.graph)(*values, *tensors)
+                if not torch.equal(found, wrapped(*tensors)):
+                    return False
+        except Exception:  # noqa: BLE001  whatever is in the way, it is traced anew
+            return False
+    return True
+
+
+def example_inputs(module: nn.Module, signature: Signature) -> list[Tensor]:
+    """Inputs of a call, zeros."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return [given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs]
+
+
+@torch.inference_mode(False)
+def _trace(model: nn.Module, block: Block, signature: Signature, constant: str) -> Traced:
+    if not signature.inputs:
+        raise ModelError("what it is called with cannot be written down")
+    module = in_memory(model, block.path)
+    taken = {"map", "_bodies"}.intersection(name for name, _ in module.named_children())
+    if taken:
+        raise ModelError(f"it has a submodule {taken.pop()!r} of its own")
+    prefix = "block."
+    if isinstance(model, fx.GraphModule):
+        module, prefix = _cut_out(model, block), f"block.{block.path}."
+    auto = torch.export.Dim.AUTO
+    tensors = tuple(example_inputs(module, signature))
+    # Batches and lengths of text may change. A size of one is one for good, and so are images': to
+    # reason about windows of any size takes export seconds a block.
+    free = 1 if tensors[signature.stream_index].ndim > 3 else 4
+    shapes = tuple({d: auto for d, size in enumerate(t.shape[:free]) if size > 1} for t in tensors)
+    wrapped = _StreamOnly(module, signature)
+    try:
+        with evaluating(wrapped):
+            exported = torch.export.export(wrapped, tensors, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        raise ModelError(f"it cannot be traced ({type(error).__name__}: {error})") from error
+    return _lifted(exported, signature, prefix, constant)
+
+
+def _cut_out(model: fx.GraphModule, block: Block) -> fx.GraphModule:
+    """The nodes of a block as a module of their own; its weights keep their paths."""
+    assert block.nodes is not None
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    named = {node.name: node for node in model.graph.nodes}
+    for name in (block.nodes[0], *block.sides):
+        made[named[name]] = graph.placeholder(name)
+    wanted, frontier = set(), [named[block.nodes[1]]]
+    while frontier:
+        node = frontier.pop()
+        if node not in wanted and node not in made:
+            wanted.add(node)
+            frontier += node.all_input_nodes
+    for node in model.graph.nodes:
+        if node in wanted:
+            made[node] = graph.node_copy(node, lambda n: made[n])
+    graph.output(made[named[block.nodes[1]]])
+    return fx.GraphModule(model, graph)
+
+
+def _lifted(
+    exported: torch.export.ExportedProgram, signature: Signature, prefix: str, constant: str
+) -> Traced:
+    graph, kinds = exported.graph, torch.export.graph_signature.InputKind
+    names: list[str] = []
+    constants: dict[str, Tensor] = {}
+    placeholders = iter(node for node in graph.nodes if node.op == "placeholder")
+    entry = ""
+    inputs = 0
+    for spec, node in zip(exported.graph_signature.input_specs, placeholders, strict=True):
+        if spec.kind is kinds.USER_INPUT:
+            if inputs == signature.stream_index:
+                entry = node.name
+            inputs += 1
+        elif spec.kind is kinds.CONSTANT_TENSOR:
+            name = f"{constant}_{len(constants)}"
+            constants[name] = exported.constants[str(spec.target)]
+            names.append(name)
+        else:
+            if not str(spec.target).startswith(prefix):
+                raise ModelError(f"it reads {str(spec.target).removeprefix('block.')} outside of it")
+            names.append(str(spec.target).removeprefix(prefix))
+    output = next(node for node in graph.nodes if node.op == "output")
+    mutated = [s for s in exported.graph_signature.output_specs if "MUTATION" in s.kind.name]
+    for node in reversed(list(graph.nodes)):
+        schema = getattr(node.target, "_schema", None)
+        if not node.users and any(text in str(node.target) for text in _CHECKS):
+            graph.erase_node(node)
+        elif packet_of(node) is _aten.dropout and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif schema is not None and schema.is_mutable:
+            mutated.append(node)
+    if mutated:
+        raise ModelError(f"it writes into a tensor ({mutated[0]})")
+    (result,) = output.args[0]
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        shape = tuple(map(_hint, value.shape)) if isinstance(value, Tensor) else None
+        node.meta["shape"] = shape
+    output.args = (result,)
+    start = next(node for node in graph.nodes if node.name == entry)
+    return Traced(signature, graph, tuple(names), constants, entry, _middle(start, result))
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _middle(entry: fx.Node, output: fx.Node) -> str | None:
+    """The stream between two sublayers, of which the second alone treats positions apart.
+
+    Cuts are values of the stream's shape that every path from entry to output crosses. What lies
+    between two of them and holds no product of matrices (a norm) belongs to the sublayer before.
+    """
+    cuts = [
+        node
+        for node in entry.graph.nodes
+        if node.meta["shape"] == entry.meta["shape"]
+        and node not in (entry, output)
+        and not _reaches(entry, output, without=node)
+        and _reaches(entry, node)
+    ]
+    cuts = [
+        node
+        for node, after in zip(cuts, [*cuts[1:], output] if cuts else [], strict=True)
+        if any(packet_of(n) in _PRODUCTS for n in _between(node, after))
+    ]
+    cuts = [n for n in cuts if any(packet_of(m) in _PRODUCTS for m in _between(entry, n))]
+    if len(cuts) != 1 or _treats_apart(entry, cuts[0]) or not _treats_apart(cuts[0], output):
+        return None
+    return str(cuts[0].name)
+
+
+def _reaches(start: fx.Node, end: fx.Node, *, without: fx.Node | None = None) -> bool:
+    seen, frontier = {start, without}, [start]
+    while frontier:
+        node = frontier.pop()
+        if node is end:
+            return True
+        fresh = [user for user in node.users if user not in seen]
+        seen.update(fresh)
+        frontier += fresh
+    return False
+
+
+def _between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """Nodes on paths from start to end, the end among them."""
+    for node in start.graph.nodes:
+        if node is not start and _reaches(start, node) and _reaches(node, end):
+            yield node
+
+
+def _treats_apart(start: fx.Node, end: fx.Node) -> bool:
+    """Whether the first position of `end` needs no other position of `start`."""
+    graph, values, _ = copy_graph(start.graph)
+    dim = 1 if len(end.meta["shape"]) == 3 else 2
+    first = graph.call_function(_aten.slice.Tensor, (values[end], dim, 0, 1))
+    first.meta = {"shape": tuple(1 if d == dim else s for d, s in enumerate(end.meta["shape"]))}
+    graph.output(first)
+    # What lies before `start` does not matter.
+    need = demand(graph).needs.get(values[start])
+    return need is not None and need.count == 1

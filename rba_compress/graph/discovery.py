@@ -1,0 +1,430 @@
+"""The replaceable blocks of any network, each chain verified by surgery.
+
+What the analysis finds is rewritten and run before it is reported, so that no chain is reported that
+cannot be replaced exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.call_signature import Signature
+from rba_compress.core.config import Unit
+from rba_compress.core.errors import ModelError, NoChainError
+from rba_compress.core.inference import evaluating, unwrap
+from rba_compress.core.loader_form import batch_of
+from rba_compress.core.offload import undispatched
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Block, Chain, Refusal, UnitCost, listed
+from rba_compress.core.schema import nested
+from rba_compress.core.weight_types import require_plain_weights
+from rba_compress.graph.activations import run_with_streams
+from rba_compress.graph.block_analysis import analyse
+from rba_compress.graph.block_variants import Traces, example_inputs, thin
+from rba_compress.graph.independence import require_independent
+from rba_compress.graph.rewrite import copy_model, replace_blocks
+from rba_compress.graph.tracer import Recording, graph_arguments, record
+
+
+@dataclass(frozen=True)
+class Support:
+    """What of a model can be replaced, and why the rest cannot."""
+
+    chains: tuple[Chain, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for chain in self.chains:
+            kind = chain.blocks[0].type
+            lines.append(
+                f"chain {chain.name}: {len(chain)} x {kind}, width {chain.width}, {listed(chain.paths)}"
+            )
+            if chain.reads:
+                lines.append(
+                    f"  behind it the first {chain.reads} of {chain.positions} positions are read"
+                )
+            else:
+                lines.append(f"  behind it every position is computed: {chain.unread}")
+            units = dict.fromkeys(u.unit for block in chain.blocks for u in block.units)
+            lines.append(f"  units: {', '.join(('span', *units))}")
+        lines += [f"refused {refusal}" for refusal in self.refusals]
+        return "\n".join(lines) or "no module maps a tensor to one of the same shape"
+
+
+@torch.inference_mode(False)
+def supports(model: nn.Module, example: Any) -> Support:
+    """The chains of replaceable blocks of `model`, each verified by surgery, and every refusal.
+
+    Args:
+        model: any `nn.Module` or `fx.GraphModule`; left as it is.
+        example: one batch, in any form that a loader may yield; at most four samples are used.
+
+    Raises:
+        LoaderError: the example is not a batch.
+        ModelError: the model is of a kind that cannot be rewritten, or its forward pass fails.
+    """
+    model = undispatched(unwrap(model))
+    found, _ = discover(model, batch_of(model, example))
+    return found
+
+
+def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
+    """The chains of `model`, and the recording they were found in (two samples of `batch`).
+
+    A second recording of other samples drops what depends on the input's values.
+
+    Raises:
+        ModelError: the forward pass fails; rows of a batch depend on each other.
+    """
+    _require_weights(model)
+    size = len(batch)
+    batch = batch.to(model)
+    first = batch.select(list(range(min(2, size))))
+    recording = record(model, first)
+    analysis = analyse(model, recording)
+    again = [analyse(model, record(model, other)).chains for other in _others(batch)]
+    found: list[Chain] = []
+    refusals: list[Refusal] = []
+    for chain in analysis.chains:
+        if any(nested(b.path, o.path) for b in chain.blocks for c in found for o in c.blocks):
+            continue
+        joined: Chain | None = chain
+        for others in again:
+            joined = None if joined is None else _joined(joined, others)
+        if joined is None:
+            refusals.append(_refuse(chain, "its control flow differs between two batches"))
+            continue
+        verified, refused = _verified(model, joined, first)
+        refusals += refused
+        found += [_with_units(model, each, first) for each in verified]
+    order = [call.path for call in recording.calls]
+    found.sort(key=lambda chain: order.index(chain.blocks[0].path))
+    seen = [path for chain in found for path in (b.path for b in chain.blocks)]
+    told = [path for refusal in refusals for path in refusal.paths]
+    refusals = [r for r in refusals if not any(nested(p, s) for p in r.paths for s in seen)]
+    if found:
+        require_independent(model, batch)
+        found = _with_samples(model, found, batch, first)
+    return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+
+
+def _with_samples(model: nn.Module, chains: list[Chain], batch: Batch, first: Batch) -> list[Chain]:
+    """Tell where a stream counts samples, by its shapes and values for batches of two sizes."""
+    others = ([0], list(range(min(4, len(batch)))))  # an exported program may take no batch of one
+    for rows in (rows for rows in others if len(rows) != len(first)):
+        try:
+            with evaluating(model):
+                streams = [run_with_streams(model, chains, b)[1] for b in (first, batch.select(rows))]
+        except ModelError:
+            continue
+        sizes = len(first), len(rows)
+        return [
+            chain.model_copy(update=_samples(two[0], other[0], sizes))
+            for chain, two, other in zip(chains, *streams, strict=True)
+        ]
+    return chains
+
+
+def _samples(a: Tensor, b: Tensor, sizes: tuple[int, int]) -> dict[str, int]:
+    """Return `sample_axis` and `rows` of a stream, from batches of two sizes that start alike."""
+    n, m = sizes
+    for axis in range(a.ndim):
+        each = a.shape[axis] // n
+        if not each or (a.shape[axis], b.shape[axis]) != (each * n, each * m) or (axis and each > 1):
+            continue
+        one, other = (t.movedim(axis, 0)[:each] for t in (a, b))
+        alike = one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+        return {"sample_axis": axis, "rows": each if alike else 0}
+    return {"rows": 0}
+
+
+def _require_weights(model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: a weight has no value yet, or is no plain tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(
+                f"{name} is a lazy parameter without a size: run the model on a batch first"
+            )
+        if tensor.is_meta:
+            raise ModelError(f"{name} lies on the meta device, without a value: load the weights first")
+    require_plain_weights(model)
+
+
+def _others(batch: Batch) -> list[Batch]:
+    """Batches of two that may take other ways through the model than the first two samples."""
+    found = []
+    if len(batch) > 2:
+        found.append(batch.select([len(batch) - 2, len(batch) - 1]))
+    mask = batch.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # A mask of ones is often dropped on the way, one with a zero is not.
+        for last in (0, 1):
+            full = torch.ones_like(mask)
+            full[0, -1] = last
+            masked = replace(batch, kwargs={**batch.kwargs, "attention_mask": full})
+            found.append(masked.select(list(range(min(2, len(batch))))))
+    return found
+
+
+def _joined(chain: Chain, others: Sequence[Chain]) -> Chain | None:
+    """The chain, where it is among others, with every way in which its blocks are called there."""
+    other = next((o for o in others if [*map(_core, o.blocks)] == [*map(_core, chain.blocks)]), None)
+    if other is None:
+        return None
+    blocks = [_with_variant(a, b.signature) for a, b in zip(chain.blocks, other.blocks, strict=True)]
+    same = chain.reads == other.reads
+    return chain.model_copy(
+        update={
+            "blocks": tuple(blocks),
+            "reads": chain.reads if same else 0,
+            "unread": chain.unread if same else "which of its positions are read differs",
+        }
+    )
+
+
+def _core(block: Block) -> Block:
+    signature = Signature(stream=block.signature.stream, output=block.signature.output)
+    return block.model_copy(update={"signature": signature, "variants": ()})
+
+
+def _with_variant(block: Block, other: Signature) -> Block:
+    known = (block.signature, *block.variants)
+    if not all(signature.inputs for signature in (*known, other)):
+        return block.model_copy(update={"signature": _core(block).signature, "variants": ()})
+    if any(signature.arguments == other.arguments for signature in known):
+        return block
+    return block.model_copy(update={"variants": (*block.variants, other)})
+
+
+def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain], list[Refusal]]:
+    """The chain where it can be rewritten, without its first block where that alone is in the way."""
+    reason = _verify(model, chain, batch)
+    if reason is None:
+        return [chain], []
+    if len(chain) > 1:
+        rest = chain.model_copy(
+            update={
+                "blocks": chain.blocks[1:],
+                "macs": chain.macs[1:],
+                "params": chain.params[1:],
+            }
+        )
+        if _verify(model, rest, batch) is None:
+            return [rest], [_refuse(chain.model_copy(update={"blocks": chain.blocks[:1]}), reason)]
+    return [], [_refuse(chain, reason)]
+
+
+def why_none(support: Support, model: nn.Module) -> str:
+    """One sentence on why nothing of a model can be replaced; empty where something can."""
+    if support.chains:
+        return ""
+    said = (
+        f"nothing of a {type(model).__name__} can be replaced: it has no blocks in a row that each add "
+        "to a stream of one shape, which the next block alone reads"
+    )
+
+    def weight(refusal: Refusal) -> int:
+        parts = (model.get_submodule(path).parameters() for path in refusal.paths)
+        return sum(p.numel() for part in parts for p in part)
+
+    closest = max(support.refusals, key=weight, default=None)
+    return said if closest is None else f"{said}. Closest: {closest}"
+
+
+def require_chains(support: Support, model: nn.Module) -> None:
+    """
+    Raises:
+        NoChainError: there is none; the message lists the refusals.
+    """
+    if not support.chains:
+        raise NoChainError(f"{why_none(support, model)}\n{support}")
+
+
+def _refuse(chain: Chain, reason: str) -> Refusal:
+    return Refusal(paths=tuple(b.path for b in chain.blocks), type=chain.blocks[0].type, reason=reason)
+
+
+# --- verification by surgery -----------------------------------------------------------------
+
+
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+class _Rebuilt(nn.Module):
+    """The block itself, its output rebuilt from its stream by the signature's template."""
+
+    def __init__(self, block: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.block, self.signature = block, signature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = self.signature.stream_out(self.block(*args, **kwargs))
+        return self.signature.rebuild(stream, args, kwargs)
+
+
+def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
+    """Why the chain cannot be rewritten, or None: it was rewritten and did what it should.
+
+    1. Two runs agree. 2. The blocks' outputs, rebuilt from their streams, change nothing (plain
+    modules). 3. With every block skipped, the output keeps its shape. 4. `0.5 x` spliced in place of an
+    interior block gives, bit for bit, what the untouched model gives with that value put in by hand.
+    """
+    try:
+        with evaluating(model):
+            output, (streams,) = run_with_streams(model, [chain], batch)
+            dense = main_output(output)
+            if not _same(dense, main_output(batch.run(model))):
+                return "two runs on the same batch differ: is it random in eval mode?"
+            if not isinstance(model, fx.GraphModule):
+                rebuilt = main_output(batch.run(_rebuilt(model, chain)))
+                if not _same(dense, rebuilt):
+                    return "rebuilding its output from its stream changes the model's output"
+            skipped = copy_model(model, share=True)
+            replace_blocks(skipped, chain.blocks, nn.Identity())
+            if main_output(batch.run(skipped)).shape != dense.shape:
+                return "skipping it changes the shape of the model's output"
+            block = chain.blocks[len(chain) // 2]
+            halved = copy_model(model, share=True)
+            replace_blocks(halved, [block], _Half())
+            by_hand = with_value(model, block, batch, 0.5 * streams[len(chain) // 2])
+            if not _same(main_output(by_hand), main_output(batch.run(halved))):
+                return "a map in its place does not give what its value put in by hand gives"
+    except AttributeError as error:
+        missing = str(error).split("'")[-2:-1]
+        return f"the code around it reads its attribute {missing[0] if missing else error!r}"
+    except Exception as error:  # noqa: BLE001  a chain that cannot be run is refused with its error
+        return f"the rewritten model fails: {type(error).__name__}: {error}"
+    return None
+
+
+# --- what blocks can be thinned to
+
+
+def _with_units(model: nn.Module, chain: Chain, batch: Batch) -> Chain:
+    """The chain with the units of its blocks and what they cost, as far as surgery bears them out.
+
+    Blocks of one kind and size share what is found out about the first of them.
+    """
+    traces, known, blocks = Traces(), {}, []
+    last = len(chain) - 1
+    if chain.reads and (flaw := _flaw(model, chain, last, "read_out", batch=batch, traces=traces)):
+        chain = chain.model_copy(update={"reads": 0, "unread": flaw})
+    for b, block in enumerate(chain.blocks):
+        key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
+        if key not in known:
+            known[key] = _units(model, chain, b, batch=batch, traces=traces)
+        blocks.append(block.model_copy(update={"units": known[key]}))
+    return chain.model_copy(update={"blocks": tuple(blocks)})
+
+
+def _units(
+    model: nn.Module, chain: Chain, b: int, *, batch: Batch, traces: Traces
+) -> tuple[UnitCost, ...]:
+    block, reads = chain.blocks[b], chain.reads
+    flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces)
+    wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
+    if flaw is None:
+        wanted += [("attention_free", False), ("mlp_free", False)]
+        if reads:
+            wanted += [("read_out_mlp", False), ("attention_free", True), ("mlp_free", True)]
+    found = []
+    for unit, narrow in wanted:
+        exact = narrow and unit != "attention_free"
+        copy = copy_model(model, share=True)
+        try:
+            thinned = thin(copy, block, nn.Identity(), traces, unit=unit, reads=reads, exact=exact)
+        except ModelError:
+            continue
+        macs = _macs(thinned, block.signature, reads if narrow and not exact else None, len(batch))
+        params = sum(p.numel() for p in thinned.parameters())
+        found.append(UnitCost(unit=unit, narrow=narrow, macs=macs, params=params))
+    whole = chain.macs[b]
+    return tuple(cost for cost in found if cost.macs < whole)
+
+
+def _macs(thinned: nn.Module, signature: Signature, reads: int | None, samples: int) -> int:
+    """MACs of one sample, for all positions or for the read ones alone.
+
+    Args:
+        samples: of the call that the signature tells of; its stream may have several rows for each.
+    """
+    tensors = example_inputs(thinned, signature)
+    if reads is not None:
+        tensors[signature.stream_index] = tensors[signature.stream_index][:, :reads]
+    args, kwargs = signature.call(tensors)
+    recording = record(thinned, Batch(args, kwargs, None))
+    return round(recording.macs * recording.samples / samples)
+
+
+def _flaw(
+    model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
+) -> str | None:
+    """Why a block cannot be run from its graph, or None: it was, and the output stayed the same."""
+    exact, block = unit == "read_out", chain.blocks[b]
+    slim = copy_model(model, share=True)
+    try:
+        thinned = thin(slim, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        replace_blocks(slim, [block], thinned)
+        with evaluating(model), evaluating(slim):
+            dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
+        return f"the thinned model fails: {type(error).__name__}: {error}"
+    if dense.shape != found.shape:
+        return "the model's output has another shape without them"
+    allowed = min(1000 * torch.finfo(dense.dtype).eps, 0.05) * dense.abs().max()
+    if not bool((dense - found).abs().max() <= allowed) and bool(torch.isfinite(dense).all()):
+        return "the model's output is another one without them"
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit-equal, NaN included: what a network computes is for calibration to judge."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _rebuilt(model: nn.Module, chain: Chain) -> nn.Module:
+    wrapped = copy_model(model, share=True)
+    for block in chain.blocks:
+        assert block.signature is not None
+        inner = wrapped.get_submodule(block.path)
+        wrapped.set_submodule(block.path, _Rebuilt(inner, block.signature))
+    return wrapped
+
+
+def with_value(model: nn.Module, block: Block, batch: Batch, stream: Tensor) -> Any:
+    """The output of the untouched model where `stream` takes the place of what `block` puts out."""
+    if isinstance(model, fx.GraphModule):
+
+        class Replaying(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                return stream if block.nodes and n.name == block.nodes[1] else result
+
+        return Replaying(model).run(*graph_arguments(model, batch))
+    signature = block.signature
+    assert signature is not None
+
+    def put(_: Any, __: Any, output: Any) -> Any:
+        old = signature.stream_out(output)
+        return pytree.tree_map(lambda value: stream if value is old else value, output)
+
+    handle = model.get_submodule(block.path).register_forward_hook(put)
+    try:
+        return batch.run(model)
+    finally:
+        handle.remove()

@@ -1,0 +1,6 @@
+"""Closed forms from second moments.
+
+moments     mergeable second moments
+maps        a fitted map and its module
+similarity  similarity of streams and of spaces
+"""

@@ -1,0 +1,333 @@
+"""Fits on the network as it is by now: towards the original streams, behind what is replaced already.
+
+The network in work and the original run side by side over the samples to fit on. `g` are the streams
+of the first, `h` of the second; a map over the span (i, j) is fitted to (g_i, h_j), so that it makes up
+for what the changes before it did. Class tokens are kept apart from the other rows, so that every
+weight of theirs comes from one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.plan import Block, Branch, Chain
+from rba_compress.graph.activations import Observed, attention_mask, observe
+from rba_compress.graph.block_variants import Traces, thin
+from rba_compress.graph.rewrite import copy_model, replace_blocks
+from rba_compress.linalg.moments import PairMoments, Spread, Total
+from rba_compress.planning.partial_run import Resumed, Streams
+
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+"""The input and the output of each layer that was observed."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Moments of class tokens and of all other rows."""
+
+    others: PairMoments
+    class_tokens: PairMoments | None = None
+
+    @classmethod
+    def of(cls, chain: Chain, x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
+        """Of inputs x and targets y, channels on the chain's axis; features may be of another width."""
+        y = y.movedim(chain.axis, -1)
+        x = x.movedim(chain.axis, -1).reshape(*y.shape[:-1], -1)
+        counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
+        if mask is not None and mask.shape == counted.shape:
+            counted = mask
+        read = sorted({*chain.class_tokens, *range(chain.reads)})
+        if not read:
+            return cls(PairMoments.from_rows(x[counted], y[counted]))
+        tokens = torch.zeros_like(counted)
+        tokens[:, read] = True
+        others, tokens = counted & ~tokens, counted & tokens
+        return cls(
+            PairMoments.from_rows(x[others], y[others]), PairMoments.from_rows(x[tokens], y[tokens])
+        )
+
+    def __add__(self, other: Rows) -> Rows:
+        if self.class_tokens is None or other.class_tokens is None:
+            return Rows(self.others + other.others)
+        return Rows(self.others + other.others, self.class_tokens + other.class_tokens)
+
+    def merged(self, total: Total | None, weight: float) -> Rows:
+        """Of all processes' rows, this one's counted `weight` times; as they are where it is alone."""
+        if total is None:
+            return self
+        tokens = self.class_tokens
+        return Rows(
+            self.others.weighted(weight).merged(total),
+            None if tokens is None else tokens.weighted(weight).merged(total),
+        )
+
+    def weighted(self, weight: float) -> PairMoments:
+        """All rows, each class token counted `weight` times."""
+        if self.class_tokens is None:
+            return self.others
+        return self.others + self.class_tokens.weighted(weight)
+
+
+@dataclass(frozen=True)
+class SpanRows:
+    """For one source i: (g_i, [h_j of every target j]), and the same for the layer before it."""
+
+    targets: tuple[float, ...]
+    width: int
+    maps: Rows
+    folds: Rows | None
+    """(features of the last linear layer before the span, [(h_j - g_i) / scale])."""
+
+    def columns(self, target: float) -> slice:
+        """Where a target stands among the columns."""
+        index = self.targets.index(target)
+        return slice(index * self.width, (index + 1) * self.width)
+
+    def __add__(self, other: SpanRows) -> SpanRows:
+        folds = None if self.folds is None or other.folds is None else self.folds + other.folds
+        return SpanRows(self.targets, self.width, self.maps + other.maps, folds)
+
+    def merged(self, total: Total | None, weight: float) -> SpanRows:
+        """As `Rows.merged`."""
+        folds = None if self.folds is None else self.folds.merged(total, weight)
+        return SpanRows(self.targets, self.width, self.maps.merged(total, weight), folds)
+
+
+def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
+    """The layer scale of a branch, or 1."""
+    if branch.scale is None:
+        return 1.0
+    parent, _, name = branch.scale.rpartition(".")
+    scale: Tensor = getattr(model.get_submodule(parent), name)
+    return scale.detach()
+
+
+def _lacking(model: nn.Module, branch: Branch, layers: Layers, gap: Tensor) -> Tensor:
+    """What the output of a branch's layer lacks for the stream behind it to move by `gap`.
+
+    Through a LayerNorm to first order: its input x by `gap` times the spread of x over its weight.
+    Nothing where a layer scale, or that weight, shuts it off.
+    """
+    scale = scale_of(model, branch)
+    if branch.norm is not None:
+        norm: Any = model.get_submodule(branch.norm)
+        given = layers[branch.norm][0]
+        gap = gap * (given.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        scale = scale * norm.weight.detach()
+    if isinstance(scale, float):
+        return gap
+    return gap / torch.where(scale.abs() > 1e-6, scale, torch.inf)
+
+
+def observed(branches: Iterable[Branch]) -> list[str]:
+    """The layers whose inputs and outputs tell what branches lack."""
+    return [path for branch in branches for path in (branch.path, branch.norm) if path is not None]
+
+
+def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Module:
+    """The same network, in which `<block>.map` sees the stream between a block's sublayers."""
+    if not blocks:
+        return model
+    copy = copy_model(model, share=True)
+    for block in blocks:
+        thinned = thin(copy, block, nn.Identity(), traces, unit="whole")
+        replace_blocks(copy, [block], thinned)
+    return copy
+
+
+def span_rows(
+    dense: nn.Module,
+    slim: nn.Module,
+    chain: Chain,
+    batches: Iterable[Batch],
+    *,
+    spans: Sequence[tuple[float, float]],
+    folds: dict[float, Branch],
+) -> dict[float, SpanRows]:
+    """The moments of every pair of source and target, by source, in one pass of both networks.
+
+    Args:
+        dense, slim: with a probe where a source or target lies between sublayers.
+        spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
+        folds: the last branch before a source, where that can be refitted.
+    """
+    targets = {i: tuple(sorted({j for start, j in spans if start == i})) for i, _ in spans}
+    found: dict[float, SpanRows] = {}
+    middles = sorted({place for span in spans for place in span if place % 1})
+    paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
+    of_slim = observed(folds[i] for i in targets if i in folds)
+    of_slim += [paths[i] for i in targets if i in paths]
+    last_h = math.ceil(max(j for _, j in spans))
+    last_g = math.ceil(max(targets))
+
+    def streams(seen: Observed) -> dict[float, Tensor]:
+        between = {i: seen.layers[path][0] for i, path in paths.items() if path in seen.layers}
+        return {float(i): h for i, h in seen.streams[0].items()} | between
+
+    with evaluating(dense), evaluating(slim):
+        for moved in batches:
+            # Targets are the dense network's, sources the other's.
+            h = streams(observe(dense, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
+            seen = observe(slim, [chain], moved, layers=of_slim, stop=(0, last_g))
+            g, mask = streams(seen), attention_mask(moved, chain)
+            for i, ends in targets.items():
+                wanted = torch.cat([h[j] for j in ends], chain.axis)
+                maps = Rows.of(chain, g[i], wanted, mask)
+                gaps = None
+                if i in folds:
+                    lacking = [_lacking(slim, folds[i], seen.layers, h[j] - g[i]) for j in ends]
+                    gap = torch.cat(lacking, chain.axis)
+                    gaps = Rows.of(chain, seen.layers[folds[i].path][0], gap, mask)
+                new = SpanRows(ends, chain.width, maps, gaps)
+                found[i] = found[i] + new if i in found else new
+    return found
+
+
+def batch_statistics(model: nn.Module, path: str, batches: Iterable[Batch]) -> dict[str, Spread]:
+    """Mean and spread of what reaches each BatchNorm behind the module at `path`.
+
+    One pass, in which every such layer normalises by its batch, as in training: what reaches the next
+    one is what it will get once the statistics are set. Counts, means and variances of the batches are
+    merged exactly (Chan et al. 1979).
+
+    Args:
+        model: with tensors and buffers of its own, which are changed: pass a copy.
+    """
+    seen: dict[str, Spread] = {}
+    reached = False
+
+    def behind(*_: Any) -> None:
+        nonlocal reached
+        reached = True
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any) -> None:
+            if not reached:
+                return
+            new = Spread.of(args[0].detach().double().movedim(1, -1).flatten(0, -2))
+            layer.running_mean = new.mean.to(layer.running_mean)
+            layer.running_var = new.variance.to(layer.running_var)
+            seen[name] = seen[name] + new if name in seen else new
+
+        return hook
+
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+    handles = [model.get_submodule(path).register_forward_hook(behind)]
+    handles += [layer.register_forward_pre_hook(before(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            for batch in batches if layers else ():
+                reached = False
+                batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One model over batches, from streams that are held up to where it stops."""
+
+    resumed: Resumed
+    held: Sequence[Streams]
+    chains: Sequence[Chain]
+    batches: Sequence[Batch]
+    stop: tuple[int, int]
+    layers: Sequence[str]
+
+    def __call__(self, k: int) -> Observed:
+        """Batch `k`, within `evaluating(self.resumed.model)`."""
+        model = self.resumed.start(self.held[k])
+        return observe(model, self.chains, self.batches[k], layers=self.layers, stop=self.stop)
+
+    def reached(self, k: int, boundaries: Sequence[int]) -> Streams:
+        """One stream of each chain, where it was reached."""
+        streams = self(k).streams
+        return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
+
+
+class Walk:
+    """Walks down a chain with both networks, holding the samples' streams at one boundary."""
+
+    def __init__(
+        self, dense: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
+    ) -> None:
+        self.dense, self.chains, self.index = dense, chains[: chain + 1], chain
+        self.batches = batches
+        self.boundary = 0
+        self.passes = 0.0
+        """Over all samples, of a whole network's worth of the chain."""
+        self._h: list[Streams] = []
+        self._g: list[Streams] = []
+
+    @property
+    def chain(self) -> Chain:
+        return self.chains[self.index]
+
+    def to(self, slim: nn.Module, boundary: int) -> None:
+        """Go on to a boundary; what lies before it in `slim` must not have changed since."""
+        if self._h and boundary == self.boundary:
+            return
+        last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
+        reached: list[list[Streams]] = []
+        for model, held in ((self.dense, self._h), (slim, self._g)):
+            run = self._pass(model, held, boundary)
+            with evaluating(run.resumed.model):
+                reached.append([run.reached(k, last) for k in range(len(self.batches))])
+        self._h, self._g = reached
+        self.boundary = boundary
+
+    def _pass(
+        self, model: nn.Module, held: list[Streams], stop: int, layers: Sequence[str] = ()
+    ) -> _Pass:
+        """From the streams that are held to a boundary."""
+        first = self.boundary if held else 0
+        self.passes += (stop - first) / len(self.chain)
+        streams = held or [[{} for _ in self.chains]] * len(self.batches)
+        copy = copy_model(model, share=True)
+        resumed = Resumed(copy, self.chains, self.index, first, streams[0])
+        return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
+
+    def gaps(self, slim: nn.Module, branches: Sequence[Branch]) -> Rows:
+        """(features of the last branch, what its output lacks), over the block at the boundary.
+
+        `branches` are the block's, up to the one that is asked for. What is lacking is the original
+        stream behind that branch minus the stream there by now.
+        """
+        last, paths = branches[-1], observed(branches)
+        total: Rows | None = None
+        stop, b = self.boundary + 1, self.boundary
+        dense, light = (
+            self._pass(model, held, stop, paths)
+            for model, held in ((self.dense, self._h), (slim, self._g))
+        )
+        with evaluating(dense.resumed.model), evaluating(light.resumed.model):
+            for k, batch in enumerate(self.batches):
+                theirs, ours = dense(k).layers, light(k).layers
+                if last.norm is not None:
+                    gap = theirs[last.norm][1] - ours[last.norm][1]
+                else:
+                    gap = self._h[k][self.index][b] - self._g[k][self.index][b]
+                    for branch in branches:
+                        moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
+                        gap = gap + moved * scale_of(self.dense, branch)
+                lacking = _lacking(slim, last, ours, gap)
+                new = Rows.of(
+                    self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)
+                )
+                total = new if total is None else total + new
+        assert total is not None
+        return total

@@ -1,0 +1,196 @@
+"""Whether later data are like what a network was calibrated on, by the streams between its blocks.
+
+At every boundary that a slim network still has, the rows x (T, d) of a sample are laid along the
+principal directions of the rows that were profiled, in units of their standard deviations, so that rows
+of that distribution have mean 0 and covariance I. Of each sample that leaves
+
+    spread    log of the mean square of those numbers, over rows and directions
+    centre    the mean row, along the first directions
+
+Held-out samples tell what is usual of each: its mean and standard deviation over N of them. With z the
+numbers of a batch of n samples in those units, its distance is
+
+    sqrt(mean over numbers of n (mean_n z)^2 / (1 + n / N))          # about 1 for data alike
+
+so what a batch has in common stands out, and what its samples do each for itself does not. The
+threshold is what one in a hundred batches of n held-out samples, drawn with replacement, exceeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.distributed import current
+from rba_compress.core.inference import evaluating
+from rba_compress.core.plan import Chain, Plan
+from rba_compress.core.schema import Frozen
+from rba_compress.graph.activations import attention_mask, observe
+from rba_compress.linalg.moments import full_precision
+from rba_compress.profiling.chain_statistics import ChainProfile
+
+POSITIONS = 64
+"""Of a sample that are looked at, evenly spaced."""
+DIRECTIONS = 32
+"""Along which the mean row is looked at."""
+RARE = 0.01
+"""The share of batches of data alike that are called shifted."""
+_DRAWS = 2000
+
+
+class Shift(Frozen):
+    """How far a batch is from the data that a network was calibrated on."""
+
+    samples: int
+    distance: float
+    """About 1 for data alike."""
+    threshold: float
+    """What one in a hundred batches of as many held-out samples exceeds."""
+    boundary: str
+    """Where the batch is furthest from what is usual: the module whose output it is."""
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it is further than the threshold; NaN is."""
+        return not self.distance <= self.threshold
+
+    def __str__(self) -> str:
+        said = "outside of" if self.shifted else "within"
+        return (
+            f"{self.samples} samples lie {said} the calibration data: distance {self.distance:.2f}, "
+            f"threshold {self.threshold:.2f}, furthest at {self.boundary}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A boundary of a chain, and how its rows lay when they were profiled."""
+
+    chain: Chain
+    boundary: int
+    mean: Tensor
+    """(d,) float32, as is `whitening` (d, d): its columns are directions, the widest one first."""
+    whitening: Tensor
+
+    @classmethod
+    def of(cls, profiled: ChainProfile, boundary: int) -> Place:
+        """From the profiled moments."""
+        moments = profiled.moments
+        values, vectors = torch.linalg.eigh(moments.comoments(boundary, boundary) / max(moments.n, 1.0))
+        # What hardly varies is in no unit of its own: a thousandth of the mean variance is added.
+        floor = 1e-3 * values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+        whitening = vectors / (values.clamp_min(0) + floor).sqrt()
+        return cls(profiled.chain, boundary, moments.mean[boundary].float(), whitening.flip(1).float())
+
+    @property
+    def name(self) -> str:
+        """The module whose output it is."""
+        blocks = self.chain.blocks
+        return blocks[self.boundary - 1].path if self.boundary else f"the input of {blocks[0].path}"
+
+    @property
+    def count(self) -> int:
+        """Of its numbers."""
+        return 1 + min(DIRECTIONS, len(self.mean))
+
+    def numbers(self, stream: Tensor, samples: int, mask: Tensor | None) -> Tensor:
+        """Spread and centre of every sample of a stream: (N, count) float64, on the CPU.
+
+        Args:
+            samples: N; the stream has one or several rows for each.
+            mask: true at real tokens, of the stream's own layout.
+        """
+        tokens = stream.detach().movedim(self.chain.axis, -1).movedim(self.chain.sample_axis, 0)
+        mask = None if mask is None else mask.movedim(self.chain.sample_axis, 0)
+        rows = tokens.reshape(samples, -1, tokens.shape[-1]).to(self.mean.device)
+        counted = torch.ones(rows.shape[:2], device=rows.device)
+        if mask is not None and mask.shape == counted.shape:
+            counted = mask.to(counted)
+        places = torch.linspace(0, rows.shape[1] - 1, min(POSITIONS, rows.shape[1])).round().long()
+        rows, counted = (t.index_select(1, places.to(t.device)).float() for t in (rows, counted))
+        share = counted / counted.sum(1, keepdim=True).clamp_min(1)
+        with full_precision(rows.device):
+            white = (rows - self.mean) @ self.whitening
+        spread = (white.square().mean(-1) * share).sum(1).clamp_min(torch.finfo(white.dtype).tiny)
+        centre = (white[..., :DIRECTIONS] * share[..., None]).sum(1)
+        return torch.cat([spread.log()[:, None], centre], 1).cpu().double()
+
+
+@dataclass(frozen=True, eq=False)
+class Usual:
+    """What held-out samples look like inside of a slim network."""
+
+    places: tuple[Place, ...]
+    held: Tensor
+    """The numbers of every held-out sample, place by place: (N, numbers) float64."""
+
+    @classmethod
+    def of(
+        cls, slim: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
+    ) -> Usual | None:
+        """From held-out batches; those of several ranks count together. None where no boundary has
+        rows of its own for each sample."""
+        # Rows that several samples share tell nothing of one sample.
+        places = tuple(place for place in _places(plan, chains) if place.chain.rows)
+        if not places:
+            return None
+        bare = cls(places, torch.zeros(0, sum(p.count for p in places), dtype=torch.float64))
+        own = torch.cat([bare.held, *(bare.numbers(slim, batch) for batch in batches)])
+        return cls(places, torch.cat(current().gathered(own)))
+
+    def numbers(self, slim: nn.Module, batch: Batch) -> Tensor:
+        """Of every sample of a batch, place by place: (N, numbers) float64, on the CPU."""
+        chains = list({place.chain.name: place.chain for place in self.places}.values())
+        moved = batch.to(slim)
+        with evaluating(slim):
+            streams = observe(slim, chains, moved).streams
+        seen = {chain.name: found for chain, found in zip(chains, streams, strict=True)}
+        found = [
+            place.numbers(
+                seen[place.chain.name][place.boundary],
+                len(batch),
+                attention_mask(moved, place.chain),
+            )
+            for place in self.places
+        ]
+        return torch.cat(found, 1)
+
+    def shift(self, slim: nn.Module, batch: Batch) -> Shift:
+        """How far a batch is from them."""
+        return self.judged(self.numbers(slim, batch))
+
+    def judged(self, numbers: Tensor) -> Shift:
+        """How far samples of these numbers are from them."""
+        n, known = len(numbers), len(self.held)
+        spread = self.held.std(0, correction=0)
+        # What never varies has no unit of its own: rounding alone would be far off.
+        unit = spread.clamp_min(1e-3)
+        held = (self.held - self.held.mean(0)) / unit
+        off = ((numbers - self.held.mean(0)) / unit).mean(0)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(known, (_DRAWS, n), generator=generator)
+        # How often each sample was drawn: a product in place of a copy of the rows of every draw.
+        times = torch.zeros(_DRAWS, known, dtype=held.dtype)
+        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=held.dtype))
+        usual = (n * (times @ held / n).square().mean(1)).sqrt()
+        each = [part.square().mean() for part in off.split([p.count for p in self.places])]
+        worst = int(torch.stack(each).nan_to_num(torch.inf).argmax())
+        return Shift(
+            samples=n,
+            distance=float((n * off.square().mean() / (1 + n / known)).sqrt()),
+            threshold=float(usual.quantile(1 - RARE)),
+            boundary=self.places[worst].name,
+        )
+
+
+def _places(plan: Plan, chains: Sequence[ChainProfile]) -> Iterator[Place]:
+    """The boundaries that a slim network has: not those inside of a span that is replaced."""
+    for profiled in chains:
+        spans = [r for r in plan.replacements if r.chain == profiled.chain.name]
+        gone = {b for r in spans for b in range(r.start + 1, r.stop)}
+        kept = (b for b in range(len(profiled.chain) + 1) if b not in gone)
+        yield from (Place.of(profiled, b) for b in kept)

@@ -1,0 +1,534 @@
+"""What a network costs and what it loses: the one implementation of each measure.
+
+MACs are multiply-accumulates of one sample in products of matrices and convolutions, attention
+included, counted on a recorded forward pass. Latency is a paired ratio in one run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy import stats
+from torch import Tensor, nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.distributed import current
+from rba_compress.core.errors import ActivationError, LoaderError
+from rba_compress.core.inference import evaluating, ran
+from rba_compress.core.outputs import float_outputs, per_sample
+from rba_compress.core.plan import Divergence, JudgedOutput
+from rba_compress.core.schema import Frozen
+from rba_compress.linalg.moments import Spread, Total
+
+Function = Callable[[Any, Any, Batch], Tensor]
+"""A divergence of one's own: the outputs of the dense and of the slim network, as they return them, and
+the batch -> the divergence of each sample, (N,), at least 0."""
+
+DIVERGENCES = {
+    "kl": "KL divergence to dense (nats)",
+    "bernoulli": "Bernoulli KL to dense (nats)",
+    "nse": "squared error to dense",
+    "cosine": "1 - cosine to dense",
+    "given": "divergence to dense",
+}
+
+
+class Fidelity(Frozen):
+    """The slim network against the dense one, on samples that nothing was chosen on."""
+
+    samples: int
+    kind: Divergence
+    divergence: float
+    """Mean over samples of the sum over outputs of their divergences (`divergence`); or what a function
+    gave."""
+    outputs: dict[str, float] = Field(default_factory=dict)
+    """The mean divergence of each output, by name."""
+    divergence_low: float | None = None
+    """Its 95 % interval, by the bootstrap over samples."""
+    divergence_high: float | None = None
+    agreement: float | None
+    """Share of equal argmax; None where the output is no class scores."""
+    agreement_low: float | None = None
+    """Its 95 % interval, as of the divergence."""
+    agreement_high: float | None = None
+    cosine: float
+    """Mean cosine of the two outputs."""
+    accuracy_dense: float | None
+    """None where no labels came."""
+    accuracy_slim: float | None
+    drop_low: float | None = None
+    """The 95 % interval of `accuracy_drop`, of samples in pairs."""
+    drop_high: float | None = None
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        """None where no labels came."""
+        if self.accuracy_dense is None or self.accuracy_slim is None:
+            return None
+        return self.accuracy_dense - self.accuracy_slim
+
+
+def require_labels(labels: Tensor | None, classes: int) -> None:
+    """
+    Raises:
+        LoaderError: an integer label is of none of the model's classes.
+    """
+    if labels is None or not len(labels) or labels.ndim != 1 or labels.is_floating_point():
+        return
+    worst = next((v for v in (int(labels.min()), int(labels.max())) if not 0 <= v < classes), None)
+    if worst is not None:
+        raise LoaderError(
+            f"a batch holds the label {worst}, the model has {classes} classes (0 to {classes - 1}): "
+            "map the labels to them, or yield the inputs alone"
+        )
+
+
+def divergence(
+    kind: Divergence,
+    dense: Tensor,
+    slim: Tensor,
+    counted: Tensor | None = None,
+    *,
+    probabilities: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The divergence of each sample, (N,) float64.
+
+    With p, q the two outputs of one sample, P = softmax(p) and s the sigmoid:
+
+        kl         sum_c P_c (log P_c - log Q_c), the mean over positions
+        bernoulli  sum_c s(p_c) (p_c - q_c) - log(1 + e^p_c) + log(1 + e^q_c), the mean over positions
+        nse        ||p - q||^2 / (numbers of p * scale), or / ||p||^2 without a scale
+        cosine     1 - <p, q> / (||p|| ||q||)
+
+    Args:
+        kind: all but `given`.
+        dense, slim: (N, ..., classes or features).
+        counted: (N, T) of outputs (N, T, ...), true at the positions that count: not at padding.
+        probabilities: whether the outputs are P or s, no scores.
+        scale: as in `JudgedOutput`.
+    """
+    if kind in ("kl", "bernoulli"):
+        each = _token_kl if kind == "kl" else _label_kl
+        if dense.ndim <= 2:
+            return each(dense.reshape(len(dense), -1), slim.reshape(len(slim), -1), probabilities)
+        # Sample by sample: copies of all logits of a language model are more than the network.
+        rows = [each(p, q, probabilities) for p, q in zip(dense, slim, strict=True)]
+        values = torch.stack(rows).reshape(len(dense), -1)
+        weight = torch.ones_like(values) if counted is None else counted.to(values)
+        weight = weight.reshape(values.shape)
+        return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
+    dense, slim = dense.double(), slim.double()
+    numbers = torch.full((len(dense),), dense[:1].numel(), dtype=torch.float64, device=dense.device)
+    if counted is not None:
+        kept = counted.reshape(*counted.shape, *[1] * (dense.ndim - 2))
+        dense, slim = dense * kept, slim * kept
+        numbers = counted.double().mean(1) * numbers
+    dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
+    tiny = torch.finfo(dense.dtype).tiny
+    if kind == "cosine":
+        return 1 - torch.cosine_similarity(dense, slim, eps=tiny)
+    power = dense.square().sum(1) if scale is None else scale * numbers
+    return (dense - slim).square().sum(1) / power.clamp_min(tiny)
+
+
+def _token_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
+    """KL(dense || slim) over the last dimension, in float64.
+
+    Over a vocabulary in float32, good to 1e-6: there float64 takes as long as the network.
+    """
+    wide = torch.float32 if dense.shape[-1] > 4096 else torch.float64
+    dense, slim = dense.to(wide), slim.to(wide)
+    if probabilities:
+        dense, slim = (t.clamp_min(torch.finfo(wide).tiny).log() for t in (dense, slim))
+    log_p, log_q = dense.log_softmax(-1), slim.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+
+
+def _label_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
+    """KL(dense || slim) of independent Bernoulli variables, summed over the last dimension, float64."""
+    if probabilities:
+        low = torch.finfo(dense.dtype).eps  # a sigmoid in float32 is 1 from 17 on
+        dense, slim = (t.double().clamp(low, 1 - low).logit() for t in (dense, slim))
+    p, q = dense.double(), slim.double()
+    each = p.sigmoid() * (p - q) - nn.functional.softplus(p) + nn.functional.softplus(q)
+    return each.clamp_min(0).sum(-1)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How far a compressed network's outputs are from the original's: the sum over outputs.
+
+    A sum, so that a limit on it is a limit on each output.
+    """
+
+    kind: Divergence
+    """Of the main output."""
+    function: Function | None = None
+    """Of `given` alone."""
+    outputs: tuple[JudgedOutput, ...] = ()
+    """The outputs that are judged; without any, every floating-point one, by `kind`."""
+
+    def kept(self, output: Any) -> Any:
+        """What of a network's output is compared: tensors by name, or for a function all of it."""
+        if self.kind == "given":
+            return output
+        tensors = float_outputs(output)
+        if self.outputs:
+            return {each.name: tensors[each.name] for each in self.outputs}
+        samples = next(iter(tensors.values())).shape[:1]
+        rows = {name: t for name, t in tensors.items() if t.ndim and t.shape[:1] == samples}
+        return rows or tensors
+
+    def each(self, dense: Any, slim: Any, batch: Batch) -> dict[str, Tensor]:
+        """The divergence of each sample in each output, (N,) float64.
+
+        Args:
+            dense, slim: what `kept` gave.
+            batch: what they were computed from; padding in its mask does not count.
+
+        Raises:
+            ActivationError: a function did not give one number a sample.
+        """
+        if self.function is None:
+            judged = {output.name: output for output in self.outputs}
+            samples = len(next(iter(dense.values())))  # the main output has one row for each
+            found = {}
+            for name, a in dense.items():
+                how = judged.get(name) or JudgedOutput(name=name, divergence=self.kind)
+                found[name] = divergence(
+                    how.divergence,
+                    per_sample(a, samples),
+                    per_sample(slim[name], samples),
+                    real_tokens(batch, a),
+                    probabilities=how.probabilities,
+                    scale=how.scale,
+                )
+            return found
+        given = self.function(dense, slim, batch)
+        if not isinstance(given, Tensor) or given.shape != (len(batch),):
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ActivationError(
+                f"the divergence function gave {shape} for {len(batch)} samples: return a tensor (N,)"
+            )
+        return {"": given.double()}
+
+    def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+        """The divergence of each sample, (N,) float64; of several outputs, their sum. As `each`."""
+        return torch.stack([*self.each(dense, slim, batch).values()]).sum(0)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the main output is of classes or labels."""
+        return self.kind in ("kl", "bernoulli")
+
+    def scored(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+        """What the main outputs are worth, (N, 3) float64 as `scored`; NaN where they are no scores."""
+        (a, *_), (b, *_) = dense.values(), slim.values()
+        if not self.scores:
+            return torch.full((len(a), 3), torch.nan, dtype=torch.float64)
+        flags = [each.probabilities for each in self.outputs[:1]]
+        return scored(
+            self.kind, a, b, batch.labels, real_tokens(batch, a), probabilities=any(flags)
+        ).double()
+
+
+class OutputScales:
+    """Spreads of the outputs that are judged by squared error, folded batch by batch."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion = criterion
+        self._names = [each.name for each in criterion.outputs if each.divergence == "nse"]
+        self._spreads: dict[str, Spread] = {}
+
+    def update(self, output: Any, batch: Batch) -> None:
+        """Fold in the original's output on one batch."""
+        tensors = float_outputs(output) if self._names else {}
+        for name in self._names:
+            values = tensors[name].double()
+            counted = real_tokens(batch, values)
+            if counted is not None:
+                values = values[counted]
+            # Channels come last in vectors and in sequences, not in images.
+            rows = values.flatten(0, -2) if values.ndim in (2, 3) else values.reshape(-1, 1)
+            new = Spread.of(rows)
+            self._spreads[name] = self._spreads[name] + new if name in self._spreads else new
+
+    def merged(self) -> Criterion:
+        """Return the criterion with the scales of all processes' batches."""
+        for name in self._names:
+            own = self._spreads.get(name)
+            numbers = [] if own is None else [own.mean.new_tensor([own.n]), own.mean, own.squares]
+            row = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.cpu() for part in numbers)])
+            whole: Spread | None = None
+            for part in current().gathered(row):
+                if len(part):
+                    mean, squares = part[1:].chunk(2)
+                    new = Spread(float(part[0]), mean, squares)
+                    whole = new if whole is None else whole + new
+            if whole is not None:
+                self._spreads[name] = whole
+        outputs = tuple(
+            each.model_copy(update={"scale": self._scale(each.name)}) for each in self.criterion.outputs
+        )
+        return replace(self.criterion, outputs=outputs)
+
+    def _scale(self, name: str) -> float | None:
+        """The variance of a number, None where it hardly varies: then power is the measure."""
+        spread = self._spreads.get(name)
+        if spread is None:
+            return None
+        variance, power = float(spread.variance.mean()), float(spread.mean.square().mean())
+        return variance if variance > 1e-12 * power else None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds; `restore` takes it."""
+        return {
+            f"{k}.{part}": torch.as_tensor(getattr(self._spreads[name], part), dtype=torch.float64)
+            for k, name in enumerate(self._names)
+            if name in self._spreads
+            for part in ("n", "mean", "squares")
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state` of the same outputs."""
+        for k, name in enumerate(self._names):
+            n, mean, squares = (state[f"{k}.{part}"] for part in ("n", "mean", "squares"))
+            self._spreads[name] = Spread(float(n), mean, squares)
+
+
+def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
+    """Where an output (N, T, ...) is of real tokens, (N, T), true there; None where all count."""
+    mask = batch.padding(decoder=True)
+    if mask is None or output.ndim < 3 or mask.shape != output.shape[:2]:
+        return None
+    return mask.to(output.device)
+
+
+def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """The largest difference of two outputs, and its share of the largest absolute value wanted.
+
+    Infinite where shapes differ, or where something else than zeros is found for zeros; NaN where
+    either holds one, which is below no tolerance.
+    """
+    if wanted.shape != found.shape:
+        return math.inf, math.inf
+    if not wanted.numel():
+        return 0.0, 0.0
+    a, b = wanted.detach().cpu().double(), found.detach().cpu().double()
+    apart, scale = float((a - b).abs().max()), float(a.abs().max())
+    if scale == 0:
+        return apart, math.inf if apart else 0.0
+    return apart, apart / scale
+
+
+def scored(
+    kind: Divergence,
+    dense: Tensor,
+    slim: Tensor,
+    labels: Tensor | None,
+    counted: Tensor | None = None,
+    *,
+    probabilities: bool = False,
+) -> Tensor:
+    """What two networks' scores (N, ..., classes) are worth, sample by sample.
+
+    Args:
+        kind: `kl`, where a sample is of the class with the highest score, or `bernoulli`, where it has
+            each label with a positive one.
+        labels: (N,) integers, or 0 and 1 for each of several labels; they count where they have the
+            shape of the predictions.
+        counted, probabilities: as in `divergence`.
+
+    Returns:
+        (N, 3) float64: whether they agree (a share where there are tokens or several labels), and
+        whether each is right; NaN where that is not known.
+
+    Raises:
+        LoaderError: as `require_labels`.
+    """
+    if kind == "kl":
+        first, second = dense.argmax(-1), slim.argmax(-1)
+        if labels is not None and labels.ndim > 1 and labels.shape == dense.shape:
+            labels = labels.argmax(-1)  # one-hot
+    else:
+        first, second = (t > (0.5 if probabilities else 0) for t in (dense, slim))
+    equal = (first == second).double().reshape(len(first), -1)
+    weight = torch.ones_like(equal)
+    if counted is not None:
+        each = equal.shape[1] // counted.shape[1]
+        weight = counted.to(equal).repeat_interleave(each, 1)
+    agreed = (equal * weight).sum(1) / weight.sum(1).clamp_min(1)
+    right = [torch.full_like(agreed, torch.nan)] * 2
+    if labels is not None and labels.numel() == first.numel() and len(labels) == len(first):
+        if kind == "kl":
+            require_labels(labels, dense.shape[-1])
+        known = labels.to(first.device).reshape(first.shape)
+        right = [
+            (each == known.to(each.dtype)).double().reshape(len(first), -1).mean(1)
+            for each in (first, second)
+        ]
+    return torch.stack([agreed, *right], 1)
+
+
+@dataclass
+class Tally:
+    """Counts over batches of class scores of two networks."""
+
+    samples: int = 0
+    agreed: float = 0.0
+    labelled: int = 0
+    right_dense: float = 0.0
+    right_slim: float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Count one batch of what `scored` gives, (N, 3)."""
+        agreed, first, second = rows.unbind(1)
+        self.samples += len(agreed)
+        self.agreed += float(agreed.sum())
+        if not bool(first.isnan().any()):
+            self.labelled += len(first)
+            self.right_dense += float(first.sum())
+            self.right_slim += float(second.sum())
+
+    def merged(self, total: Total) -> Tally:
+        """The counts of all processes."""
+        own = torch.tensor(astuple(self), dtype=torch.float64)
+        samples, agreed, labelled, *right = total(own).tolist()
+        return Tally(int(samples), agreed, int(labelled), *right)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of equal argmax; None where nothing was counted."""
+        return self.agreed / self.samples if self.samples else None
+
+    def accuracy(self, right: float) -> float | None:
+        """`right` as a share; None where a sample had no label."""
+        return right / self.samples if self.samples and self.labelled == self.samples else None
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        """What the slim network gets right less, as a share."""
+        return self.accuracy(self.right_dense - self.right_slim)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One batch of outputs against another, sample by sample."""
+
+    dense: Any
+    slim: Any
+    batch: Batch
+    rows: Tensor
+    """(N, 5) float64 on the CPU: divergence, cosine, and what `scored` gives; NaN where not known."""
+
+
+def compare_outputs(
+    criterion: Criterion | Divergence,
+    outputs: Iterable[tuple[Any, Any, Batch]],
+    watch: Callable[[Compared], None] | None = None,
+) -> Fidelity:
+    """Compare batches of (dense output, slim output, batch), those of all ranks together.
+
+    Accuracy is reported where every batch has labels and the outputs are class scores.
+
+    Args:
+        watch: is told of each batch.
+    """
+    how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
+    found: list[Tensor] = []
+    means: dict[str, Tensor] = {}
+    for dense, slim, batch in outputs:
+        judged = how if how.function is None else Criterion("nse")
+        a, b = (_on_cpu(judged.kept(output)) for output in (dense, slim))
+        each = how.each(a, b, batch) if how.function is None else how.each(dense, slim, batch)
+        each = {name: values.cpu() for name, values in each.items()}
+        for name, values in each.items():
+            means[name] = torch.cat([means.get(name, values[:0]), values])
+        cosines = Criterion("cosine").each(a, b, batch).values()
+        columns = [sum(each.values())[:, None], 1 - torch.stack([*cosines]).mean(0)[:, None]]  # type: ignore[index]
+        columns.append(how.scored(a, b, batch))
+        found.append(torch.cat(columns, 1))
+        if watch is not None:
+            watch(Compared(dense, slim, batch, found[-1]))
+    rows = torch.cat(current().gathered(torch.cat([torch.zeros(0, 5, dtype=torch.float64), *found])))
+    diverged, cosine, agreed, *right = rows.unbind(1)
+    low, high = interval(diverged)
+    agreed_low, agreed_high = interval(agreed)
+    drop_low, drop_high = interval(right[0] - right[1])
+    named = [output.name for output in how.outputs] or [*means]
+    parts = {name: torch.cat(current().gathered(means.get(name, diverged[:0]))) for name in named}
+    return Fidelity(
+        samples=len(rows),
+        kind=how.kind,
+        divergence=float(diverged.mean()),
+        divergence_low=low,
+        divergence_high=high,
+        outputs={name: float(values.mean()) for name, values in parts.items() if name},
+        agreement=_known_mean(agreed),
+        agreement_low=agreed_low,
+        agreement_high=agreed_high,
+        cosine=float(cosine.mean()),
+        accuracy_dense=_known_mean(right[0]),
+        accuracy_slim=_known_mean(right[1]),
+        drop_low=drop_low,
+        drop_high=drop_high,
+    )
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+
+def _known_mean(values: Tensor) -> float | None:
+    return None if not len(values) or bool(values.isnan().any()) else float(values.mean())
+
+
+def interval(values: Tensor) -> tuple[float | None, float | None]:
+    """The 95 % percentile bootstrap interval of a mean over samples (Efron 1979); 2,000 resamples."""
+    if len(values) < 2 or not bool(torch.isfinite(values).all()):
+        return None, None
+    found = stats.bootstrap(
+        (values.numpy(),),
+        np.mean,
+        n_resamples=2000,
+        method="percentile",
+        batch=max(1, 10_000_000 // len(values)),
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def fidelity(
+    dense: nn.Module,
+    slim: nn.Module,
+    batches: Iterable[Batch],
+    criterion: Criterion | Divergence,
+    watch: Callable[[Compared], None] | None = None,
+) -> Fidelity:
+    """Run two networks, in any mode and on any device, on the same batches and compare.
+
+    Args:
+        watch: is told of each batch.
+
+    Raises:
+        ModelError: a forward pass fails.
+        ActivationError: the output of the dense network holds NaN or infinity.
+    """
+
+    def outputs() -> Iterator[tuple[Any, Any, Batch]]:
+        for batch in batches:
+            moved = batch.to(dense)
+            wanted = ran(dense, moved)
+            if not all(bool(t.isfinite().all()) for t in float_outputs(wanted).values()):
+                raise ActivationError("the model's output holds NaN or infinity on held-out samples")
+            yield wanted, ran(slim, batch.to(slim)), moved
+
+    with evaluating(dense), evaluating(slim):
+        return compare_outputs(criterion, outputs(), watch)

@@ -1,0 +1,115 @@
+"""Latency, as a paired ratio of two networks in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.inference import evaluating
+from rba_compress.core.loader_form import batch_of
+from rba_compress.core.offload import device_of
+from rba_compress.core.plan import Chain
+from rba_compress.core.schema import Frozen
+from rba_compress.graph.activations import observe
+
+
+class Latency(Frozen):
+    """A paired comparison: dense, slim, dense, slim, ... in one run."""
+
+    dense_ms: float
+    """Median of the dense runs."""
+    slim_ms: float
+    ratio: float
+    """Median of slim/dense, pair by pair."""
+    ratio_low: float
+    """Its quartiles."""
+    ratio_high: float
+    pairs: int
+    batch: int
+    """Samples in a run."""
+    device: str
+
+
+def benchmark(
+    dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float = 1.0, pairs: int = 7
+) -> Latency:
+    """Time two networks in pairs on one batch, after a warm-up of two.
+
+    Args:
+        dense, slim: on one device, in any mode; they run in eval mode.
+        example: one batch in any form that a loader may yield.
+        seconds: go on for about as long.
+        pairs: but take at least so many, and no fewer than 2.
+    """
+    batch = batch_of(dense, example)
+    inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
+    device = device_of(dense)
+    clock = _clock(dense)
+
+    def once(model: nn.Module) -> float:
+        start = clock()
+        inputs[id(model)].run(model)
+        return clock() - start
+
+    times: list[tuple[float, float]] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with evaluating(dense), evaluating(slim):
+        torch.backends.mha.set_fastpath_enabled(fast)  # timed as they will be run
+        for _ in range(2):
+            once(dense), once(slim)
+        end = time.perf_counter() + seconds
+        while len(times) < max(pairs, 2) or time.perf_counter() < end:
+            times.append((once(dense), once(slim)))
+    ratios = [slim_time / dense_time for dense_time, slim_time in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Latency(
+        dense_ms=1e3 * statistics.median(t for t, _ in times),
+        slim_ms=1e3 * statistics.median(t for _, t in times),
+        ratio=middle,
+        ratio_low=low,
+        ratio_high=high,
+        pairs=len(times),
+        batch=len(batch),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )
+
+
+def block_times(
+    model: nn.Module, chains: Sequence[Chain], batch: Batch, *, passes: int = 7
+) -> list[list[float]]:
+    """Of each chain, the shares of its blocks in the network's time, the median over passes.
+
+    A block is compared with the pass that it is part of: a pass that something else slowed down is
+    slow as a whole.
+    """
+    moved, clock = batch.to(model), _clock(model)
+    shares: list[list[list[float]]] = []
+    with evaluating(model):
+        for _ in range(passes + 1):
+            start = clock()
+            reached = observe(model, chains, moved, clock=clock).times
+            whole = clock() - start
+            shares.append([[(at[b + 1] - at[b]) / whole for b in range(len(at) - 1)] for at in reached])
+    # The first pass is a warm-up.
+    return [
+        [statistics.median(seen[c][b] for seen in shares[1:]) for b in range(len(chain))]
+        for c, chain in enumerate(chains)
+    ]
+
+
+def _clock(model: nn.Module) -> Callable[[], float]:
+    """Seconds, read when the model's device has done its work."""
+    device = device_of(model)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock

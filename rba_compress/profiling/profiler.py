@@ -1,0 +1,477 @@
+"""One pass over the calibration data: everything that the fits, the search and the plots need."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from rba_compress.core.batch import Batch, Form
+from rba_compress.core.config import Config
+from rba_compress.core.distributed import current
+from rba_compress.core.errors import ActivationError, ArtifactError, ModelError, PlanError
+from rba_compress.core.inference import evaluating, unwrap
+from rba_compress.core.io import below, read_tensors, tensor_digest, write_tensors
+from rba_compress.core.loader import Split, workers_named
+from rba_compress.core.loader_form import form_of
+from rba_compress.core.memory import device_bytes, within_memory
+from rba_compress.core.offload import device_of, loaded, undispatched
+from rba_compress.core.plan import Chain, Divergence, JudgedOutput, Refusal
+from rba_compress.core.schema import Frozen
+from rba_compress.core.tables import html_table
+from rba_compress.core.weight_types import require_plain_weights
+from rba_compress.graph.activations import attention_mask, run_with_streams
+from rba_compress.graph.discovery import discover, require_chains
+from rba_compress.linalg.moments import moment_bytes
+from rba_compress.profiling.chain_statistics import ChainProfile, started, states_of
+from rba_compress.profiling.cost import Cost
+from rba_compress.profiling.criterion import criterion_of
+from rba_compress.profiling.fidelity import Criterion, Function, OutputScales, require_labels
+
+EVERY = 30.0
+"""Seconds from checkpoint to checkpoint."""
+
+
+class SavedProfile(Frozen):
+    """The JSON header of a saved profile."""
+
+    schema_version: Literal[3] = 3
+    model: str
+    weights: str
+    chains: tuple[Chain, ...]
+    window: int | None
+    refusals: tuple[Refusal, ...]
+    dense: Cost
+    divergence: Divergence
+    outputs: tuple[JudgedOutput, ...]
+    form: Form
+    notes: tuple[str, ...]
+    samples: int
+    config: Config
+    order: tuple[int, ...]
+    lengths: tuple[int, ...]
+    keywords: dict[str, JsonValue]
+    warnings: tuple[str, ...]
+
+
+class Checkpoint(Frozen):
+    """The JSON header of a profile in work."""
+
+    schema_version: Literal[3] = 3
+    weights: str
+    loader: int
+    config: Config
+    rank: tuple[int, int]
+    """Of how many."""
+    batches: int
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What `profile` saw: moments and similarity of every chain, costs, refusals."""
+
+    model: str
+    """Class of the model."""
+    weights: str
+    """SHA-256 of its weights."""
+    chains: tuple[ChainProfile, ...]
+    refusals: tuple[Refusal, ...]
+    dense: Cost
+    criterion: Criterion
+    """What the search minimises."""
+    samples: int
+    """Samples that the moments were taken of."""
+    config: Config
+    example: Batch
+    """The loader's first batch, on which costs and latency are taken."""
+    order: tuple[int, ...]
+    """Digests of the loader's batches; see `Split`."""
+    lengths: tuple[int, ...]
+    """Samples of the loader, or of each of several that were profiled one by one."""
+    window: int | None = None
+    """The longest span whose moments were kept; None keeps all."""
+    form: Form = field(default_factory=Form)
+    """Which items of a batch are inputs and labels."""
+    notes: tuple[str, ...] = ()
+    """What was read as what, and what the output is taken for, line by line."""
+    warnings: tuple[str, ...] = ()
+
+    def split(self, loader: Iterable[Any]) -> Split:
+        """The parts of the loader that was profiled; of a sum, the loaders one behind the other."""
+        return Split(loader, self.config.seed, self.order, self.lengths, self.form)
+
+    def __add__(self, other: Profile) -> Profile:
+        """The profile of both loaders, one behind the other.
+
+        Raises:
+            PlanError: they are of other weights, chains, settings or batch sizes.
+        """
+        for what in ("model", "weights", "window", "config", "dense", "form"):
+            if getattr(self, what) != getattr(other, what):
+                raise PlanError(f"the two profiles differ in their {what}: profile both alike")
+        kinds = [[(o.name, o.divergence) for o in p.criterion.outputs] for p in (self, other)]
+        functions = self.criterion.function, other.criterion.function
+        if kinds[0] != kinds[1] or functions[0] is not functions[1]:
+            raise PlanError("the two profiles differ in their criterion: profile both alike")
+        pairs = list(zip(self.chains, other.chains, strict=True))
+        of_rows = {*_warnings(self.chains), *_warnings(other.chains)}
+        others = [w for w in (*self.warnings, *other.warnings) if w not in of_rows]
+        return replace(
+            self,
+            chains=tuple(a + b for a, b in pairs),
+            samples=self.samples + other.samples,
+            order=self.order + other.order,
+            lengths=self.lengths + other.lengths,
+            warnings=(*dict.fromkeys(others), *_warnings([a + b for a, b in pairs])),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file with a JSON header; of several ranks the first one writes.
+
+        The file holds the loader's first batch, for costs and latency are taken on it.
+
+        Raises:
+            ArtifactError: it cannot be written, or the divergence is a function, which no file holds.
+        """
+        if not current().leads:
+            return
+        if self.criterion.function is not None:
+            raise ArtifactError("the profile's divergence is a function: a file cannot hold it")
+        keywords, example = self.example.state()
+        own = {name: getattr(self, name) for name in SavedProfile.model_fields if hasattr(self, name)}
+        header = SavedProfile(
+            **own | {"chains": [p.chain for p in self.chains], "divergence": self.criterion.kind},
+            outputs=self.criterion.outputs,
+            keywords=keywords,
+        )
+        tensors = {f"example.{name}": tensor for name, tensor in example.items()}
+        write_tensors(Path(path), header, tensors | states_of(self.chains))
+
+    @staticmethod
+    def load(path: str | Path, *, device: torch.device | str = "cpu") -> Profile:
+        """A saved profile, its moments on a device.
+
+        Raises:
+            ArtifactError: the file is missing, no profile, or not what was saved.
+        """
+        header, tensors = read_tensors(Path(path), SavedProfile)
+        chains = started(header.chains, header.window, device)
+        restore(Path(path), chains, tensors)
+        example = below("example.", tensors)
+        own = {n: getattr(header, n) for n in Profile.__dataclass_fields__ if hasattr(header, n)}
+        return Profile(
+            **own
+            | {
+                "chains": chains,
+                "criterion": Criterion(header.divergence, None, header.outputs),
+                "example": Batch.restored(header.keywords, example, wrapped=header.form.wrapped),
+            }
+        )
+
+    def __repr__(self) -> str:
+        chains = ", ".join(f"{p.chain.name} ({len(p.chain)} blocks)" for p in self.chains)
+        return (
+            f"Profile({self.model}: {chains}; {self.samples} samples, "
+            f"{self.dense.macs / 1e6:.1f} MMACs, {self.dense.params / 1e6:.2f} M parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        head = ("block", "type", "MACs", "parameters", "block redundancy")
+        rows = [
+            (block.path, block.type, f"{macs:,}", f"{params:,}", f"{redundancy:.4g}")
+            for seen in self.chains
+            for block, macs, params, redundancy in zip(
+                seen.chain.blocks,
+                seen.chain.macs,
+                seen.chain.params,
+                seen.block_redundancy,
+                strict=True,
+            )
+        ]
+        return html_table(repr(self), head, rows)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one.
+
+    Raises:
+        ModelError: a weight is no plain tensor.
+    """
+    require_plain_weights(model)
+    named = sorted(undispatched(model).state_dict().items())
+    return tensor_digest((name, loaded(t)) for name, t in named if isinstance(t, Tensor))
+
+
+@workers_named()
+@torch.inference_mode(False)
+def profile(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    config: Config | None = None,
+    divergence: Function | None = None,
+    checkpoint: str | Path | None = None,
+) -> Profile:
+    """Find the chains of `model` and take the joint moments of their boundaries in one pass.
+
+    Args:
+        model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
+        loader: batches as in `rba_compress.core.loader`; half of the samples is used, the rest is
+            held out for `search` and the report.
+        config: `window`, `stride`, `memory`, `divergence` and `seed` matter here.
+        divergence: a function of one's own in place of `config.divergence`: of the two networks'
+            outputs and the batch, the divergence of each sample, (N,).
+        checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
+            the start, the profile goes on from it, and ends as if it had never stopped.
+
+    Raises:
+        LoaderError: the loader is empty, one-shot, too small or of changing kind.
+        ModelError: the model cannot be analysed, or its moments do not fit into memory by any window;
+            NoChainError: nothing in it can be replaced.
+        MemoryLimitError: memory ran out all the same.
+        ActivationError: activations hold NaN or infinity.
+        ArtifactError: the checkpoint cannot be written, or is of another profile.
+    """
+    config = Config.of(config) or Config()
+    model = undispatched(unwrap(model))
+    split = Split(loader, config.seed)
+    example = split.first(form_of(model))
+    support, recording = discover(model, example)
+    criterion, notes, classes = criterion_of(model, recording, config, example.labels, divergence)
+    require_chains(support, model)
+    if criterion.kind == "kl":
+        require_labels(example.labels, classes)
+    assert split.form is not None
+    notes = (str(split.form), *notes)
+    ranks, weights = split.ranks, fingerprint(model)
+    if ranks.count > 1:
+        ranks.require_equal("model", int(weights[:15], 16))
+        ranks.require_equal("loader", example.digest())
+        ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+    window, narrowed = _window(support.chains, config, _accumulator_device(model))
+    size = _moments_size(support.chains, window)
+    dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
+    kept = None
+    if checkpoint is not None:
+        # Each rank has one of its own.
+        path = Path(f"{checkpoint}.{ranks.rank}" if ranks.count > 1 else checkpoint)
+        header = Checkpoint(
+            weights=weights,
+            loader=example.digest(),
+            config=config,
+            rank=(ranks.rank, ranks.count),
+            batches=0,
+            samples=0,
+        )
+        kept = path, header
+    streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
+    scales = OutputScales(criterion)
+    with within_memory(
+        f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, "
+        "beside the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
+    ):
+        states, samples = calibrate(
+            model,
+            support.chains,
+            ranks.bar(dealt, _progress(split.form, size), unit="batch"),
+            window=window,
+            stride=config.stride,
+            checkpoint=kept,
+            scales=scales,
+        )
+    return Profile(
+        model=type(model).__name__,
+        weights=weights,
+        chains=states,
+        refusals=support.refusals,
+        dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
+        criterion=scales.merged(),
+        samples=samples,
+        config=config,
+        example=example,
+        order=split.order(),
+        lengths=(split.samples,),
+        window=window,
+        form=split.form,
+        notes=notes,
+        warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
+    )
+
+
+def _progress(form: Form, size: int) -> str:
+    return f"profile of {form}, {size / 2**20:,.0f} MB of moments"
+
+
+def calibrate(
+    model: nn.Module,
+    chains: Sequence[Chain],
+    batches: Iterable[tuple[int, Batch]],
+    *,
+    window: int | None = None,
+    stride: int = 1,
+    checkpoint: tuple[Path, Checkpoint] | None = None,
+    scales: OutputScales | None = None,
+) -> tuple[tuple[ChainProfile, ...], int]:
+    """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
+
+    Where several ranks work together, `batches` are one's own, and what comes back is of all of them.
+
+    Args:
+        batches: the number of each one's first sample, and the batch.
+        window: of `Moments`.
+        stride: of `ChainProfile.update`.
+        checkpoint: where to go on from, and to write to; and what it must be of.
+        scales: folds the outputs, those of this rank.
+
+    Raises:
+        ActivationError: a stream holds NaN or infinity.
+    """
+    device = _accumulator_device(model)
+    states = started(chains, window, device)
+    scales = scales or OutputScales(Criterion("nse"))
+    samples = done = 0
+    if checkpoint is not None and checkpoint[0].exists():
+        done, samples = _resumed(*checkpoint, states, scales)
+    written = time.monotonic()
+    with evaluating(model):
+        for count, (first, batch) in enumerate(batches, start=1):
+            if count <= done:
+                continue
+            moved = batch.to(model)
+            output, streams = run_with_streams(model, chains, moved)
+            scales.update(output, moved)
+            for state, boundaries in zip(states, streams, strict=True):
+                mask = attention_mask(moved, state.chain)
+                state.update([h.to(device) for h in boundaries], mask, first=first, stride=stride)
+            if samples == 0:
+                _require_finite(states)
+            samples += len(batch)
+            if checkpoint is not None and time.monotonic() - written >= EVERY:
+                path, header = checkpoint
+                header = header.model_copy(update={"batches": count, "samples": samples})
+                outputs = {f"outputs.{name}": t for name, t in scales.state().items()}
+                write_tensors(path, header, states_of(states) | outputs)
+                written = time.monotonic()
+    ranks = current()
+    if ranks.count > 1:
+        states = tuple(state.merged(ranks.total) for state in states)
+        samples = int(ranks.sum(samples))
+    _require_finite(states)
+    if checkpoint is not None:
+        checkpoint[0].unlink(missing_ok=True)
+    return states, samples
+
+
+def _resumed(
+    path: Path, expected: Checkpoint, states: Sequence[ChainProfile], scales: OutputScales
+) -> tuple[int, int]:
+    """Batches and samples that a checkpoint has seen; the states are made what they were.
+
+    Raises:
+        ArtifactError: it is of another profile.
+    """
+    header, tensors = read_tensors(path, Checkpoint)
+    if header.model_copy(update={"batches": 0, "samples": 0}) != expected:
+        raise ArtifactError(
+            f"{path} is the checkpoint of another profile (of other weights, data, settings or number "
+            "of processes): name another file, or remove it"
+        )
+    restore(path, states, tensors, scales)
+    return header.batches, header.samples
+
+
+def restore(
+    path: Path,
+    states: Sequence[ChainProfile],
+    tensors: Mapping[str, Tensor],
+    scales: OutputScales | None = None,
+) -> None:
+    """Let states take over what a file holds.
+
+    Raises:
+        ArtifactError: it holds something else.
+    """
+    try:
+        for k, state in enumerate(states):
+            state.restore(str(k), tensors)
+        if scales is not None:
+            scales.restore(below("outputs.", tensors))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{path} does not hold the moments of its chains: {error}") from error
+
+
+def _moments_size(chains: Sequence[Chain], window: int | None) -> int:
+    """Bytes that the moments of chains take."""
+    return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
+
+
+def _window(
+    chains: Sequence[Chain], config: Config, device: torch.device
+) -> tuple[int | None, list[str]]:
+    """The longest span whose moments fit into memory, and what to say where that is not what is asked.
+
+    Raises:
+        ModelError: not even those of single blocks do.
+    """
+
+    size = partial(_moments_size, chains)
+    # Machines may differ: what fits everywhere.
+    own = torch.tensor([config.memory or device_bytes(device) // 2])
+    limit = int(torch.cat(current().gathered(own)).min())
+    asked = config.window
+    if size(asked) <= limit:
+        return asked, []
+    longest = asked or max(map(len, chains))
+    fitting = [w for w in range(1, longest + 1) if size(w) <= limit]
+    text = (
+        f"the moments of {'all spans' if asked is None else f'spans of up to {asked} blocks'} would "
+        f"take {size(asked) / 2**20:,.0f} MB of the {limit / 2**20:,.0f} MB that they may (`memory`)"
+    )
+    if not fitting:
+        raise ModelError(f"{text}; those of single blocks {size(1) / 2**20:,.0f} MB: raise `memory`")
+    return fitting[-1], [f"{text}: those of spans of up to {fitting[-1]} blocks were taken"]
+
+
+def _accumulator_device(model: nn.Module) -> torch.device:
+    device = device_of(model)
+    return torch.device("cpu") if device.type == "mps" else device  # which has no float64
+
+
+def _require_finite(states: Iterable[ChainProfile]) -> None:
+    for state in states:
+        blocks = state.chain.blocks
+        for j, comoment in enumerate(state.moments.comoment):
+            power = comoment[-1].diagonal()
+            if not bool(torch.isfinite(power).all() & torch.isfinite(state.moments.mean[j]).all()):
+                where = f"the output of {blocks[j - 1].path}" if j else f"the input of {blocks[0].path}"
+                raise ActivationError(
+                    f"{where} holds NaN or infinity: check the calibration samples; in float16, run "
+                    "the model in bfloat16 or float32"
+                )
+
+
+def _copied(copies: int, held: int) -> list[str]:
+    if not copies:
+        return []
+    return [
+        f"{copies} of {held} held-out samples are copies of samples that are fitted on: what is "
+        "measured on them is too good. Remove duplicates"
+    ]
+
+
+def _warnings(states: Iterable[ChainProfile]) -> tuple[str, ...]:
+    return tuple(
+        f"chain {s.chain.name}: {s.moments.n:.0f} rows for {s.chain.width} channels; its maps are "
+        "decided by the damping. Pass more samples"
+        for s in states
+        if s.moments.n <= s.chain.width
+    )

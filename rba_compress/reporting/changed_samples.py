@@ -1,0 +1,106 @@
+"""The samples on which a slim network's output is farthest from the dense one's, to look at."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.distributed import current
+from rba_compress.core.outputs import main_output
+from rba_compress.core.schema import Frozen
+from rba_compress.profiling.fidelity import Compared
+
+_PIXELS = 112
+"""The longer side of a thumbnail."""
+
+
+class Changed(Frozen):
+    """A sample whose output the slim network changed."""
+
+    divergence: float
+    dense: int | None = None
+    """The class that the dense network gives; None where the output is no class scores."""
+    slim: int | None = None
+    label: int | None = None
+    picture: str = ""
+    """A PNG as a data URI, where the input is an image."""
+
+
+class MostChanged:
+    """Told of every batch that is compared, it keeps the samples with the largest divergence."""
+
+    def __init__(self, model: nn.Module, count: int = 12) -> None:
+        """
+        Args:
+            model: whose `pretrained_cfg` says how images were normalised, where it is timm's.
+        """
+        known: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        self._mean, self._std = (known.get(name, (0.5,)) for name in ("mean", "std"))
+        self._count = count
+        self._heap: list[tuple[float, int, Changed]] = []
+        self._seen = 0
+
+    def __call__(self, compared: Compared) -> None:
+        """One batch."""
+        divergence = compared.rows[:, 0].nan_to_num(torch.inf)
+        for row in divergence.topk(min(self._count, len(divergence))).indices.tolist():
+            # Earlier samples first among equals, whatever they hold.
+            key = float(divergence[row]), -(self._seen + row)
+            if len(self._heap) < self._count or key > self._heap[0][:2]:
+                entry = (*key, self._changed(compared, row, key[0]))
+                (heapq.heappush if len(self._heap) < self._count else heapq.heapreplace)(
+                    self._heap, entry
+                )
+        self._seen += len(divergence)
+
+    def found(self) -> tuple[Changed, ...]:
+        """Those of all processes, the most changed first."""
+        own = [entry[2].model_dump(mode="json") for entry in sorted(self._heap, reverse=True)]
+        every = [Changed(**value) for part in current().collected(own) for value in part]
+        return tuple(sorted(every, key=lambda c: -c.divergence)[: self._count])
+
+    def _changed(self, compared: Compared, row: int, divergence: float) -> Changed:
+        scored = not bool(compared.rows[row, 2].isnan())
+        dense, slim = (
+            self._top(main_output(output)[row]) if scored else None
+            for output in (compared.dense, compared.slim)
+        )
+        labels = compared.batch.labels
+        label = int(labels[row]) if labels is not None and labels[row].ndim == 0 else None
+        return Changed(
+            divergence=divergence,
+            dense=dense,
+            slim=slim,
+            label=label,
+            picture=self._picture(compared.batch, row),
+        )
+
+    @staticmethod
+    def _top(scores: Tensor) -> int | None:
+        return int(scores.argmax()) if scores.ndim == 1 else None
+
+    def _picture(self, batch: Batch, row: int) -> str:
+        """The sample as a PNG, where its first tensor is (channels, height, width) of an image."""
+        image = next(iter(batch.tensors.values()))[row].detach().cpu()
+        if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+            return ""
+        from PIL import Image
+
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean, self._std))
+        if len(mean) not in (1, image.shape[0]):
+            mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+        pixels = ((image.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        drawn = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        scale = _PIXELS / max(drawn.size)
+        size = tuple(max(1, round(side * scale)) for side in drawn.size)
+        # Small pictures are enlarged in whole pixels, as they are seen by the network.
+        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        buffer = io.BytesIO()
+        drawn.resize((size[0], size[1]), how).save(buffer, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

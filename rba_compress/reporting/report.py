@@ -1,0 +1,253 @@
+"""What a compression costs and what it loses: as a value, as a table, and as one HTML page.
+
+The page fetches nothing, and is for a phone, for print, by day and by night. Whatever comes from names
+of models and files is escaped, in the page and in its data.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field
+
+from rba_compress.core.io import write_text
+from rba_compress.core.plan import boundary_names
+from rba_compress.core.schema import Frozen
+from rba_compress.core.tables import html_table, text_table
+from rba_compress.linalg.similarity import TITLES
+from rba_compress.profiling.cost import Cost, kept
+from rba_compress.profiling.fidelity import DIVERGENCES, Fidelity
+from rba_compress.profiling.latency import Latency
+from rba_compress.reporting.changed_samples import Changed
+from rba_compress.reporting.report_data import Details, Summary
+
+PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name(PAGE)
+METHODS = {"ours": "this search", "paper": "the paper's map over one span", "healed": "healed"}
+
+
+class Report(Frozen):
+    """Cost and fidelity, before and after, on samples that nothing was chosen on."""
+
+    model: str
+    plan: str
+    samples: str
+    """Which samples: the held-out part of the loader, or a test set."""
+    dense: Cost
+    slim: Cost
+    fidelity: Fidelity
+    latency: Latency
+    forward_passes: float | None = None
+    """Of the search, over the whole loader."""
+    notes: tuple[str, ...] = ()
+    """What of the loader was read as what, and what the output was taken for."""
+    warnings: tuple[str, ...] = ()
+    details: Details | None = None
+    seal: str | None = Field(None, exclude=True, repr=False)
+    """Of report.json, which carries its own: the times in it differ from run to run."""
+    changed: tuple[Changed, ...] = Field((), exclude=True)
+    """The samples that changed most. They are in no JSON and in no artefact: they are its user's."""
+
+    @property
+    def summary(self) -> Summary:
+        """Its measures, to draw them beside others'."""
+        f, t = self.fidelity, self.latency
+        return Summary(
+            macs=self.slim.macs,
+            macs_kept=round(kept(self.slim.macs, self.dense.macs), 5),
+            params=self.slim.params,
+            params_kept=round(kept(self.slim.params, self.dense.params), 5),
+            latency_ratio=round(t.ratio, 4),
+            latency_low=round(t.ratio_low, 4),
+            latency_high=round(t.ratio_high, 4),
+            divergence=f.divergence if math.isfinite(f.divergence) else None,
+            divergence_low=f.divergence_low,
+            divergence_high=f.divergence_high,
+            agreement=f.agreement,
+            accuracy=f.accuracy_slim,
+            accuracy_dense=f.accuracy_dense,
+            samples=f.samples,
+            plan=self.plan,
+        )
+
+    def to_html(self, path: str | Path) -> None:
+        """Write it as one self-contained page: figures, pictures, decisions, provenance.
+
+        The page shows the samples that changed most, where the report was made in this process.
+
+        Raises:
+            ArtifactError: the file cannot be written; what was there is there still.
+        """
+        write_text(Path(path), page(self))
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Each measure: its name, before, after, and what is left of it."""
+        f, t = self.fidelity, self.latency
+        rows = []
+        if f.accuracy_dense is not None and f.accuracy_slim is not None:
+            share = f.accuracy_slim / f.accuracy_dense if f.accuracy_dense else None
+            rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}", share))
+        if f.agreement is not None:
+            rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
+        rows += [
+            _row(divergence_name(f), "0", f"{f.divergence:.4f}"),
+            *(
+                _row(f"of {name}", "0", f"{mean:.4f}")
+                for name, mean in f.outputs.items()
+                if len(f.outputs) > 1
+            ),
+            _row("output cosine", "1", f"{f.cosine:.4f}"),
+            _row("parameters", f"{self.dense.params:,}", f"{self.slim.params:,}",
+                 kept(self.slim.params, self.dense.params)),
+            _row("MACs", f"{self.dense.macs:,}", f"{self.slim.macs:,}",
+                 kept(self.slim.macs, self.dense.macs)),
+            _row(f"latency, batch {t.batch}", f"{t.dense_ms:.2f} ms", f"{t.slim_ms:.2f} ms", t.ratio),
+        ]  # fmt: skip
+        return rows
+
+    def _repr_html_(self) -> str:
+        head = ("", "before", "after", "after/before", "95 % interval", "so")
+        return html_table(f"{self.model}: {self.plan}", head, judged(self))
+
+    def table(self) -> str:
+        """One table for a terminal."""
+        f, t = self.fidelity, self.latency
+        lines = [*self.notes]
+        lines += text_table(("", "before", "after", "after/before"), self.rows())
+        lines += [
+            f"{self.model}: {self.plan}",
+            f"on {f.samples} samples ({self.samples}); latency on {t.device}, median of {t.pairs} "
+            f"pairs, quartiles {t.ratio_low:.3f} to {t.ratio_high:.3f}",
+        ]
+        if f.divergence_low is not None and f.divergence_high is not None:
+            low, high = f"{f.divergence_low:.4f}", f"{f.divergence_high:.4f}"
+            lines.append(f"95 % interval of the {divergence_name(f)}: {low} to {high}")
+        if self.forward_passes is not None:
+            lines.append(f"the search took {self.forward_passes:.1f} forward passes over the loader")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def divergence_name(fidelity: Fidelity) -> str:
+    """What its divergence is called in a table."""
+    if len(fidelity.outputs) > 1:
+        return "divergence of all outputs"
+    names = {
+        "kl": "KL divergence",
+        "bernoulli": "Bernoulli KL",
+        "nse": "squared error",
+        "cosine": "1 - cosine",
+        "given": "divergence",
+    }
+    return names[fidelity.kind]
+
+
+def _row(name: str, before: str, after: str, ratio: float | None = None) -> tuple[str, str, str, str]:
+    return name, before, after, "" if ratio is None else f"{ratio:.3f}"
+
+
+class Row(NamedTuple):
+    """A measure before and after, and whether it differs."""
+
+    name: str
+    before: str
+    after: str
+    ratio: str
+    interval: str = ""
+    verdict: str = ""
+
+
+def page(report: Report) -> str:
+    """A report as one self-contained HTML page."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True)
+    details, kind = report.details, report.fidelity.kind
+    front = details.front if details else ()
+    heat = [
+        {
+            "name": chain.name,
+            "names": boundary_names([block.path for block in chain.blocks]),
+            "matrices": chain.similarity,
+        }
+        for chain in (details.chains if details else ())
+        if chain.similarity
+    ]
+    data = {
+        "divergence": DIVERGENCES[kind],
+        "methods": METHODS,
+        "titles": TITLES,
+        "heat": heat,
+        "front": [row.model_dump(mode="json") | {"commands": _commands(row, report)} for row in front],
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        details=details,
+        rows=judged(report),
+        headline=_headline(report),
+        heat=heat,
+        boundary_names=boundary_names,
+        data=data,
+    )
+
+
+def judged(report: Report) -> list[Row]:
+    """Each measure, with its interval and what that says: a difference within it is none."""
+    f, t = report.fidelity, report.latency
+    said: dict[str, tuple[str, str]] = {}
+    if f.drop_low is not None and f.drop_high is not None:
+        # A share of counts: no gain of 0.0 is written as -0.0.
+        low, high = (round(-100 * v, 6) + 0.0 for v in (f.drop_high, f.drop_low))
+        drop = f.accuracy_drop or 0.0
+        more = "a loss" if drop > 0 else "a gain"
+        none = low <= 0 <= high
+        verdict = (
+            "no difference within the interval" if none else f"{more} of {abs(100 * drop):.1f} points"
+        )
+        said["accuracy"] = f"{low:+.1f} to {high:+.1f} points", verdict
+    if f.agreement is not None and f.agreement_low is not None and f.agreement_high is not None:
+        changed = (1 - f.agreement) * f.samples
+        whole = math.isclose(changed, round(changed), abs_tol=1e-6)
+        verdict = f"{round(changed)} of {f.samples} samples changed class" if whole else ""
+        said["agreement"] = f"{f.agreement_low:.4f} to {f.agreement_high:.4f}", verdict
+    if f.divergence_low is not None and f.divergence_high is not None:
+        said[divergence_name(f)] = f"{f.divergence_low:.4f} to {f.divergence_high:.4f}", ""
+    speed = "faster" if t.ratio_high < 1 else "slower" if t.ratio_low > 1 else "no difference"
+    said[f"latency, batch {t.batch}"] = f"{t.ratio_low:.3f} to {t.ratio_high:.3f}", speed
+    said["MACs"] = said["parameters"] = "exact", ""
+    return [Row(*row, *said.get(row[0], ("", ""))) for row in report.rows()]
+
+
+def _headline(report: Report) -> str:
+    f, s = report.fidelity, report.summary
+    text = (
+        f"{100 * s.macs_kept:.1f} % of its multiply-accumulates, {100 * s.params_kept:.1f} % of its "
+        f"parameters, {s.latency_ratio:.2f} times its latency"
+    )
+    if f.accuracy_dense is not None and f.accuracy_slim is not None:
+        text += f"; accuracy {f.accuracy_slim:.4f} where it was {f.accuracy_dense:.4f}"
+    if f.agreement is not None:
+        text += f"; {100 * f.agreement:.1f} % of predictions are the same"
+    return f"{text}."
+
+
+def _commands(row: Summary, report: Report) -> list[str]:
+    """What makes a network of the front, in Python and in a shell."""
+    details = report.details
+    options = (details.options if details else "") or "--model NAME"
+    files = "--images IMAGES --weights WEIGHTS.safetensors"
+    share = math.ceil(1e4 * row.macs_kept) / 1e4
+    match row.method:
+        case "ours":
+            return [
+                f"result = compress(model, loader, budget=Budget(macs={share:g}))",
+                f"rba-compress compress {options} {files} --macs {share:g} --out slim/",
+            ]
+        case "healed":
+            return [
+                "healed = heal(result, loader, original=model)",
+                f"rba-compress heal slim/ {files} --out healed/",
+            ]
+    return ["# the paper's choice at this cost, beside which the others are drawn"]

@@ -1,0 +1,158 @@
+"""What stands behind a report: the network as it is drawn, the front, the decisions, the versions."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Literal
+
+from pydantic import Field
+
+from rba_compress.core.map_spec import Diagnostics
+from rba_compress.core.plan import Chain, Plan, Refusal, Step
+from rba_compress.core.schema import Frozen
+from rba_compress.linalg.similarity import METRICS, Metric
+from rba_compress.profiling.profiler import Profile
+
+Method = Literal["ours", "paper", "healed"]
+Matrix = tuple[tuple[float | None, ...], ...]
+
+
+class Summary(Frozen):
+    """One network's measures, under one name each; what was not measured is None."""
+
+    macs: int
+    macs_kept: float
+    """Of the dense network's, as are `params_kept` and `latency_ratio`."""
+    params: int
+    params_kept: float
+    latency_ratio: float
+    latency_low: float
+    """Quartiles of the pairs, `latency_high` too."""
+    latency_high: float
+    divergence: float | None
+    divergence_low: float | None
+    """95 % interval, `divergence_high` too."""
+    divergence_high: float | None
+    agreement: float | None
+    accuracy: float | None
+    accuracy_dense: float | None
+    samples: int
+    plan: str
+    method: Method = "ours"
+    """Of this search, the paper's, or trained afterwards."""
+
+
+class DrawnBlock(Frozen):
+    """A block of a chain, and what became of it."""
+
+    path: str
+    type: str
+    macs: int
+    params: int
+    state: Literal["kept", "re-solved", "thinned", "replaced"] = "kept"
+    change: str = ""
+    """In words."""
+
+
+class DrawnChain(Frozen):
+    """A chain of blocks, and how alike the streams between them are."""
+
+    name: str
+    blocks: tuple[DrawnBlock, ...]
+    similarity: dict[Metric, Matrix] = Field(default_factory=dict)
+    """By metric, row to column; None where it was not taken."""
+
+
+class Change(Frozen):
+    """What was put in place of a span, and how well it fits."""
+
+    text: str
+    diagnostics: Diagnostics | None
+    """None of what was not fitted."""
+
+
+class Details(Frozen):
+    """What stands behind the numbers of a report."""
+
+    chains: tuple[DrawnChain, ...] = ()
+    changes: tuple[Change, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    steps: tuple[Step, ...] = ()
+    front: tuple[Summary, ...] = ()
+    """The networks on the way, the last of ours is the one; and the paper's at its cost."""
+    front_samples: str = ""
+    """Which samples those were measured on."""
+    options: str = ""
+    """Of a shell command on this network, where it tells what timm calls it."""
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        seen: Profile,
+        plan: Plan,
+        front: Sequence[Summary] = (),
+        *,
+        front_samples: str = "",
+        options: str = "",
+    ) -> Details:
+        """Of a plan and the profile that it was searched on."""
+        chains = []
+        for profiled in seen.chains:
+            alike = {metric: _rounded(profiled.similarity(metric).tolist()) for metric in METRICS}
+            chains.append(
+                DrawnChain(
+                    name=profiled.chain.name,
+                    blocks=_drawn(profiled.chain, plan),
+                    similarity=alike,
+                )
+            )
+        return cls(
+            chains=tuple(chains),
+            changes=tuple(Change(text=str(r), diagnostics=r.diagnostics) for r in plan.in_order),
+            refusals=plan.refusals,
+            steps=plan.steps,
+            front=tuple(front),
+            front_samples=front_samples,
+            options=options,
+            provenance={
+                "weights of the original, SHA-256": seen.weights,
+                "samples profiled": str(seen.samples),
+                "seed": str(plan.config.seed),
+                **versions(),
+            },
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that shape a result."""
+    packages = ("rba_compress", "torch", "timm", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
+    """The blocks of a chain, and what a plan makes of each."""
+    state: dict[int, tuple[str, str]] = {}
+    for refit in plan.refits:
+        if refit.chain == chain.name and refit.block >= 0:
+            state[refit.block] = ("re-solved", str(refit))
+    for new in plan.replacements:
+        for b in range(new.start, new.stop) if new.chain == chain.name else ():
+            state[b] = ("replaced" if new.unit == "span" else "thinned", str(new))
+    return tuple(
+        DrawnBlock(
+            path=block.path,
+            type=block.type,
+            macs=chain.macs[b],
+            params=chain.params[b],
+            **dict(zip(("state", "change"), state.get(b, ("kept", "")), strict=True)),
+        )
+        for b, block in enumerate(chain.blocks)
+    )
+
+
+def _rounded(values: list[list[float]]) -> Matrix:
+    return tuple(tuple(float(f"{v:.4g}") if math.isfinite(v) else None for v in row) for row in values)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rba_compress import Budget, BudgetError, Config, compress
+from rba_compress.api import compare
+from rba_compress.core.loader import Split
+from rba_compress.planning.search import Search
+from rba_compress.planning.state import Draft, with_move
+from rba_compress.profiling.fidelity import fidelity
+from rba_compress.profiling.latency import Latency, benchmark, block_times
+from rba_compress.profiling.profiler import profile
+from tests.networks import LIGHT, Block, Chain, loader, seeded
+
+QUICK = LIGHT.model_copy(update={"window": 2})
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, r"a budget needs a limit, such as Budget\(macs=0.75\)"),
+        ({"macs": 1.5}, r"1.5 is neither a share in \(0, 1\] nor a positive count"),
+        ({"macs": -3}, "-3 is neither"),
+        ({"params": 0.0}, "0.0 is neither"),
+        ({"params": "half"}, "'half' is no limit: give a share"),
+        ({"latency": 0}, r"0 is no latency: give a share in \(0, 1\] or milliseconds"),
+        ({"latency": float("nan")}, "nan is no latency"),
+        ({"divergence": -0.1}, "divergence=-0.1 is not between 0 and 1.79769e"),
+        ({"agreement": 1.1}, "agreement=1.1 is not between 0 and 1"),
+        ({"agreement": True}, "True is no limit: give a number such as 0.05"),
+        ({"accuracy_drop": 2}, "accuracy_drop=2 is not between 0 and 1"),
+    ],
+)
+def test_a_contradictory_budget_is_named(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Budget(**limits)
+
+
+def test_limits_of_quality_alone_take_what_they_allow(
+    digits: nn.Module, digits_loader: list[Any]
+) -> None:
+    """The cheapest network on the greedy path whose output still holds, and no cheaper one."""
+    found = {}
+    for limit in (0.01, 0.1):
+        slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=QUICK)
+        choose = list(Split(digits_loader, 0).part("choose"))
+        assert fidelity(digits, slim.model, choose, "kl").divergence <= limit
+        stop = slim.plan.steps[-1]
+        assert stop.action == "stop"
+        assert stop.divergence > limit
+        assert stop.change == f"divergence <= {limit:g} (it is {stop.divergence:.4g})"
+        found[limit] = slim.report.slim.macs
+    assert found[0.1] < found[0.01] < slim.report.dense.macs
+
+
+@pytest.mark.parametrize("limits", [{"agreement": 0.97}, {"accuracy_drop": 0.05}])
+def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
+    limits: dict[str, float], digits: nn.Module, digits_loader: list[Any]
+) -> None:
+    slim = compress(digits, digits_loader, budget=Budget(**limits), config=QUICK)
+    assert slim.plan.replacements
+    found = fidelity(digits, slim.model, Split(digits_loader, 0).part("choose"), "kl")
+    assert found.agreement is not None
+    assert found.accuracy_dense is not None
+    assert found.accuracy_slim is not None
+    if "agreement" in limits:
+        assert found.agreement >= limits["agreement"]
+    else:
+        assert found.accuracy_dense - found.accuracy_slim <= limits["accuracy_drop"]
+
+
+def test_cost_and_quality_together(digits: nn.Module, digits_loader: list[Any]) -> None:
+    both = Budget(macs=0.9, divergence=0.2)
+    slim = compress(digits, digits_loader, budget=both, config=QUICK)
+    assert slim.report.slim.macs <= 0.9 * slim.report.dense.macs
+    message = (
+        r"no plan was found that reaches macs <= .* within divergence <= 0.001 \(it is .*\): the best "
+        r"within it has .* macs \(.*\), .* params \(.*\) at divergence .*; the next step, .* breaks it"
+    )
+    with pytest.raises(BudgetError, match=message):
+        compress(digits, digits_loader, budget=Budget(macs=0.6, divergence=0.001), config=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "holds", "breaks"), [("divergence", 2.0, 0.5), ("latency", 1e6, 1e-6)]
+)
+def test_what_does_not_hold_on_the_held_out_samples_is_said(
+    name: str, holds: float, breaks: float
+) -> None:
+    model = seeded(Chain)
+    seen = profile(model, loader())
+    slim = compress(model, loader(), budget=Budget(macs=0.5), config=LIGHT)
+    confirm = list(seen.split(loader()).part("confirm"))
+    scale = slim.report.fidelity.divergence if name == "divergence" else 1.0
+    for limit, said in ((holds, False), (breaks, True)):
+        plan = slim.plan.model_copy(update={"budget": Budget(**{name: limit * scale})})
+        warnings = compare(model, slim.model, confirm, seen, plan, samples="some").warnings
+        assert any(f"on these samples it does not hold that {name} <=" in w for w in warnings) is said
+
+
+def blocks_kept(dense: nn.Module, slim: nn.Module, *_: Any, **__: Any) -> Latency:
+    """A timer that shows the share of blocks that are left."""
+    of = [sum(isinstance(m, Block) for m in model.modules()) for model in (dense, slim)]
+    ratio = of[1] / of[0]
+    return Latency(
+        dense_ms=10,
+        slim_ms=10 * ratio,
+        ratio=ratio,
+        ratio_low=ratio,
+        ratio_high=ratio,
+        pairs=7,
+        batch=1,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("limit", [0.75, 7.5])
+def test_latency_is_followed_by_the_clock_and_no_further(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rba_compress.planning.search.benchmark", blocks_kept)
+    slim = compress(seeded(Chain, depth=8), loader(), budget=Budget(latency=limit), config=LIGHT)
+    kept = sum(isinstance(m, Block) for m in slim.model.modules())
+    assert 4 <= kept <= 6  # six of eight are fast enough; a span may bring more than what was asked
+
+
+@pytest.mark.parametrize("limit", [0.75, 7.5])
+def test_the_dense_network_takes_all_of_its_time(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rba_compress.planning.search.benchmark", blocks_kept)
+    monkeypatch.setattr("rba_compress.planning.search.block_times", lambda *_: [[0.1, 0.2, 0.3, 0.2]])
+    model = seeded(Chain)
+    seen = profile(model, loader(), config=LIGHT)
+    run = Search(model, seen, loader(), Budget(latency=limit))
+    assert run.lacking(run.start.load) == {"latency": pytest.approx(0.25)}
+    assert run.fitter.saving(run.start, (0, 1, 3, "span")).latency == pytest.approx(0.5)
+
+
+def test_latency_is_measured_on_the_real_network(digits: nn.Module, digits_loader: list[Any]) -> None:
+    slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=QUICK)
+    timed = benchmark(digits, slim.model, digits_loader[0], seconds=3)
+    assert timed.ratio < 0.85  # met when it was measured; machines are noisy
+    assert slim.report.slim.macs > 0.55 * slim.report.dense.macs
+
+
+def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, **__: Any) -> Latency:
+        return blocks_kept(seeded(Chain), seeded(Chain))
+
+    monkeypatch.setattr("rba_compress.planning.search.benchmark", slow)
+    message = (
+        r"brings the network to latency <= 0.900: the best reachable has .*, 1.000 of the latency at"
+    )
+    for budget in (Budget(latency=0.9), Budget(latency=0.9, macs=0.9)):
+        with pytest.raises(BudgetError, match=message):
+            compress(seeded(Chain), loader(), budget=budget, config=LIGHT)
+
+
+def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the best step takes six blocks and breaks the limit, one of at most three is tried."""
+    model = seeded(Chain, depth=8)
+    run = Search(model, profile(model, loader(), config=LIGHT), loader(), Budget(divergence=0.003))
+    asked: list[int | None] = []
+
+    def step(draft: Draft, *, longest: int | None = None) -> Draft | None:
+        asked.append(longest)
+        if draft is not run.start:
+            return None
+        span = (2, 8) if longest is None else (5, 6)
+        move = run.fitter.moves(draft, [(0, *span, "span")])[-1]
+        taken = run.draft(with_move(draft, move), draft.load - move.saving)
+        return run.note("take", move.replacement, taken, 0.0)
+
+    monkeypatch.setattr(run, "step", step)
+    found = run.run()
+    assert asked == [None, 3, None]
+    assert [(r.start, r.stop) for r in found.plan.replacements] == [(5, 6)]
+    assert [s.action for s in found.plan.steps] == ["take"]
+
+
+def test_block_times_are_shares_of_one_pass(digits: nn.Module, digits_loader: list[Any]) -> None:
+    seen = profile(digits, digits_loader[:2])
+    (times,) = block_times(digits, [seen.chains[0].chain], seen.example)
+    assert len(times) == 12
+    assert all(0 < share < 0.5 for share in times)
+    assert 0.5 < sum(times) < 1
+
+
+def test_limits_that_cannot_be_measured_are_refused() -> None:
+    class Regression(Chain):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).tanh()
+
+    with pytest.raises(BudgetError, match="are of class scores; Regression gives none: limit"):
+        compress(seeded(Regression), loader(), budget=Budget(agreement=0.9))
+    with pytest.raises(
+        BudgetError, match=r"accuracy_drop needs labels: let every batch of the loader be \(i"
+    ):
+        compress(seeded(Chain), loader(), budget=Budget(accuracy_drop=0.01))
+
+
+def test_a_budget_of_several_limits_meets_each() -> None:
+    model = seeded(Chain)
+    budget = Budget(macs=0.8, params=600, divergence=50.0)
+    slim = compress(model, loader(), budget=budget, config=Config(shrinks=(0.6,)))
+    assert slim.report.slim.macs <= 0.8 * slim.report.dense.macs
+    assert slim.report.slim.params <= 600
+    choose = Split(loader(), 0).part("choose")
+    assert fidelity(model, slim.model, choose, slim.plan.divergence).divergence <= 50.0
+
+
+def test_labels_count_where_every_batch_has_them() -> None:
+    labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in loader()]
+    mixed = [labelled[0], *loader()[1:]]
+    for data in (mixed, mixed[::-1]):
+        with pytest.raises(BudgetError, match="accuracy_drop needs labels: let every batch"):
+            compress(seeded(Chain), data, budget=Budget(accuracy_drop=0.1), config=LIGHT)
+        assert compress(seeded(Chain), data, budget=Budget(macs=0.8), config=LIGHT).plan.replacements
