@@ -43,7 +43,7 @@ def test_supports_prints_chains_refusals_and_the_row_of_a_network(
 ) -> None:
     assert main(["supports", "nn/mlp"]) == 0
     printed = capsys.readouterr().out
-    assert "chain 1: 4 x _Residual, width 16, 1.0 to 1.3" in printed
+    assert "chain 1: 4 x _Residual, width 16, 1 to 4" in printed
     assert "nn/mlp: 1 chains, 4 blocks, found in" in printed
     assert "output of the same shape yes, finite yes, as by hand yes" in printed
     assert "saved and read back bit-equal: yes" in printed

@@ -30,6 +30,7 @@ from rba_compress import (
 from rba_compress.cli.digits import digits_data
 from rba_compress.core.batch import as_batch
 from rba_compress.core.loader import Split
+from rba_compress.core.plan import Candidate, listed
 from rba_compress.graph.activations import run_with_streams
 from rba_compress.planning.search import Search
 from rba_compress.planning.state import Draft, Load, Move, Site, Solution, skip, with_move
@@ -539,7 +540,7 @@ def test_every_step_costs_and_diverges_as_it_says(
     for index, step in enumerate(steps):
         if step.action == "settle":
             made = [c for c in found.plan.candidates if c.step == index]
-            of_span = [c.divergence for c in made if f"{c.start}:{c.stop}] -> " in step.change]
+            of_span = [c.divergence for c in made if step.change.startswith(f"{named(c)} -> ")]
             assert step.divergence == pytest.approx(min(of_span), rel=1e-6)
     for point in found.points:
         slim, last = splice(model, point.plan, point.tensors), point.plan.steps[-1]
@@ -559,7 +560,11 @@ def test_every_step_costs_and_diverges_as_it_says(
     margin = (min(score[str(c)] for c in others) - score[str(best)]) * progress
     assert steps[0].divergence == pytest.approx(best.divergence, rel=1e-6)
     assert steps[0].margin == pytest.approx(margin, rel=1e-4)
-    assert f"{best.start}:{best.stop}] -> {best.map}" in steps[0].change
+    assert steps[0].change == f"{named(best)} -> {best.map}"
+
+
+def named(candidate: Candidate) -> str:
+    return listed([f"blocks.{b}" for b in range(candidate.start, candidate.stop)])
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.5])

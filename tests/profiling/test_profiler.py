@@ -117,7 +117,7 @@ def test_a_profile_that_was_killed_goes_on_and_ends_bit_equal(
 ) -> None:
     path = tmp_path / "seen.checkpoint"
     code = (
-        "from tests import test_profile as t; t.of_calibration.EVERY = 0.0; "
+        "from tests.profiling import test_profiler as t; t.of_calibration.EVERY = 0.0; "
         f"t.profile(t.seeded(t.Network), t.Stopped(23), checkpoint={str(path)!r})"
     )
     ended = subprocess.run([sys.executable, "-c", code], check=False)
