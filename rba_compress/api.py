@@ -152,7 +152,7 @@ def compress(
     budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
     found = search(dense, seen, loader, budget=budget)
-    slim = splice(dense, found.plan, found.tensors)
+    slim = splice(dense, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     confirm = steps.run("held-out samples", lambda: list(seen.split(loader).part("confirm")), [])
     front = steps.run(
@@ -457,7 +457,7 @@ def measure_front(
     """Compare the network of every step of a search with the dense one, as `compare`."""
     points = []
     for solution in current().bar(found.points, "front", unit="point"):
-        slim = splice_shared(dense, solution.plan, solution.tensors)
+        slim = splice_shared(dense, solution.plan, solution.tensors, seen.traces)
         # The steps on the way are timed for less: at least seven pairs.
         seconds = 0.5 if solution is found.points[-1] else 0.05
         report = compare(dense, slim, batches, seen, solution.plan, samples=samples, seconds=seconds)

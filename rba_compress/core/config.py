@@ -19,6 +19,9 @@ from rba_compress.core.schema import Frozen, Share
 Unit = Literal["span", "whole", "read_out", "attention_free", "mlp_free", "read_out_mlp"]
 """What is done to a block: see `graph.block_variants`; a span of blocks is replaced by one map."""
 
+UNITS: tuple[Unit, ...] = ("read_out", "attention_free", "mlp_free", "read_out_mlp")
+"""What a block can be thinned to."""
+
 Trained = Literal["maps", "norms", "adapters", "all"]
 """What of a slim network is trained: see `Healing.train`."""
 
@@ -166,7 +169,7 @@ class Config(Asked):
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
-    units: tuple[Unit, ...] = ("span", "read_out", "attention_free", "mlp_free", "read_out_mlp")
+    units: tuple[Unit, ...] = ("span", *UNITS)
     """What to try: maps over spans of blocks, and thinner blocks where the network offers them."""
     keep_features: bool = False
     """Compute every position of every stream, also those that the output does not read."""
@@ -210,6 +213,12 @@ class Config(Asked):
     configuration, and the graph decide: class scores, feature maps or an embedding."""
     seed: int = 0
     """Deals the samples to fit, choose and confirm."""
+
+    @property
+    def traced_units(self) -> tuple[Unit, ...]:
+        """The units for which blocks must be traced: those asked for, and those of exact read-outs."""
+        exact: tuple[Unit, ...] = () if self.keep_features else ("read_out",)
+        return tuple(dict.fromkeys((*(u for u in self.units if u != "span"), *exact)))
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.config import Unit
+from rba_compress.core.config import UNITS, Unit
 from rba_compress.core.errors import ModelError, NoChainError
 from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.loader_form import batch_of
@@ -76,10 +76,19 @@ def supports(model: nn.Module, example: Any) -> Support:
     return found
 
 
-def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
-    """The chains of `model`, and the recording they were found in (two samples of `batch`).
+def discover(
+    model: nn.Module,
+    batch: Batch,
+    traces: Traces | None = None,
+    units: Sequence[Unit] = UNITS,
+) -> tuple[Support, Recording]:
+    """Find the chains of `model`; returns the recording they were found in (two samples), too.
 
     A second recording of other samples drops what depends on the input's values.
+
+    Args:
+        traces: keeps the blocks that are traced.
+        units: which to look for beside spans.
 
     Raises:
         ModelError: the forward pass fails; rows of a batch depend on each other.
@@ -104,7 +113,7 @@ def discover(model: nn.Module, batch: Batch) -> tuple[Support, Recording]:
             continue
         verified, refused = _verified(model, joined, first)
         refusals += refused
-        found += [_with_units(model, each, first) for each in verified]
+        found += [_with_units(model, each, first, traces or Traces(), units) for each in verified]
     order = [call.path for call in recording.calls]
     found.sort(key=lambda chain: order.index(chain.blocks[0].path))
     seen = [path for chain in found for path in (b.path for b in chain.blocks)]
@@ -313,35 +322,46 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
 # --- what blocks can be thinned to
 
 
-def _with_units(model: nn.Module, chain: Chain, batch: Batch) -> Chain:
+def _with_units(
+    model: nn.Module, chain: Chain, batch: Batch, traces: Traces, units: Sequence[Unit]
+) -> Chain:
     """The chain with the units of its blocks and what they cost, as far as surgery bears them out.
 
     Blocks of one kind and size share what is found out about the first of them.
     """
-    traces, known, blocks = Traces(), {}, []
-    last = len(chain) - 1
+    if not units:
+        return chain
+    known: dict[Any, tuple[UnitCost, ...]] = {}
+    blocks, last = [], len(chain) - 1
     if chain.reads and (flaw := _flaw(model, chain, last, "read_out", batch=batch, traces=traces)):
         chain = chain.model_copy(update={"reads": 0, "unread": flaw})
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
-            known[key] = _units(model, chain, b, batch=batch, traces=traces)
+            known[key] = _units(model, chain, b, batch=batch, traces=traces, units=units)
         blocks.append(block.model_copy(update={"units": known[key]}))
     return chain.model_copy(update={"blocks": tuple(blocks)})
 
 
 def _units(
-    model: nn.Module, chain: Chain, b: int, *, batch: Batch, traces: Traces
+    model: nn.Module,
+    chain: Chain,
+    b: int,
+    *,
+    batch: Batch,
+    traces: Traces,
+    units: Sequence[Unit],
 ) -> tuple[UnitCost, ...]:
     block, reads = chain.blocks[b], chain.reads
-    flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces)
+    inner = [unit for unit in units if unit != "read_out"]
+    flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces) if inner else ""
     wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
     if flaw is None:
         wanted += [("attention_free", False), ("mlp_free", False)]
         if reads:
             wanted += [("read_out_mlp", False), ("attention_free", True), ("mlp_free", True)]
     found = []
-    for unit, narrow in wanted:
+    for unit, narrow in (each for each in wanted if each[0] in units):
         exact = narrow and unit != "attention_free"
         copy = copy_model(model, share=True)
         try:

@@ -25,7 +25,7 @@ from rba_compress.core.schema import nested
 from rba_compress.core.weight_types import of_peft
 from rba_compress.graph.block_variants import Thinned, Traces, thin
 from rba_compress.graph.tracer import module_stack
-from rba_compress.linalg.maps import build_map
+from rba_compress.linalg.maps import build_map, map_shapes
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers of a BatchNorm."""
@@ -181,10 +181,10 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 raise PlanError(
                     f"{replacement}: {block.path} is a {kind}, the plan replaces a {block.type}"
                 )
-        expected = {
-            f"{replacement.key}{name}": tuple(value.shape)
-            for name, value in _build(replacement).state_dict().items()
-        }
+        shapes = map_shapes(
+            replacement.map, replacement.width, ndim=replacement.ndim, axis=replacement.axis
+        )
+        expected = {f"{replacement.key}{name}": shape for name, shape in shapes.items()}
         for name, shape in expected.items():
             if name not in tensors:
                 raise PlanError(f"{replacement}: its tensor {name!r} is missing")
@@ -252,7 +252,12 @@ def _build(replacement: Replacement) -> nn.Module:
 
 @torch.inference_mode(False)
 def splice(
-    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, inplace: bool = False
+    model: nn.Module,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    *,
+    inplace: bool = False,
+    traces: Traces | None = None,
 ) -> nn.Module:
     """Rewrite `model` as `plan` says; an empty plan gives back a copy with bit-equal outputs.
 
@@ -262,6 +267,7 @@ def splice(
         tensors: the fitted tensors of its maps, by their key in the slim model's state dict. They
             take the dtype and device of the block that they replace.
         inplace: rewrite `model` itself; otherwise it is left untouched and a deep copy is returned.
+        traces: of the model's blocks, where some were traced before.
 
     Raises:
         PlanError: the plan's blocks are not in the model, or the tensors do not fit the plan. The
@@ -269,7 +275,7 @@ def splice(
         ModelError: the model cannot be copied.
     """
     model = unwrap(model)
-    return _splice(model if inplace else copy_model(model), plan, tensors, Traces())
+    return _splice(model if inplace else copy_model(model), plan, tensors, traces or Traces())
 
 
 def splice_shared(

@@ -25,6 +25,7 @@ direction would explain is lost (a residual 2e-4 higher), unless damping keeps i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -254,6 +255,26 @@ def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
             return linear(width, width, spec.kind != "linear")
 
 
+def map_shapes(
+    spec: MapSpec, width: int, *, ndim: int = 2, axis: int = -1
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a map by name: the state dict of `build_map`, without building it."""
+    last = axis in (-1, ndim - 1)
+    kernel = () if last else (1,) * (ndim - 2)
+    match spec.kind:
+        case "identity" | "folded":
+            return {}
+        case "scale":
+            return {"weight": (width, *kernel)}
+        case "low_rank":
+            assert spec.rank is not None
+            down, up = (spec.rank, width, *kernel), (width, spec.rank, *kernel)
+            return {"0.weight": down, "1.weight": up, "1.bias": (width,)}
+        case _:
+            bias = {} if spec.kind == "linear" else {"bias": (width,)}
+            return {"weight": (width, width, *kernel), **bias}
+
+
 def map_macs(spec: MapSpec, width: int) -> int:
     """Multiply-accumulates per position of the map."""
     match spec.kind:
@@ -268,6 +289,4 @@ def map_macs(spec: MapSpec, width: int) -> int:
 
 def map_parameters(spec: MapSpec, width: int) -> int:
     """Parameters of the map."""
-    with torch.device("meta"):
-        module = build_map(spec, width, ndim=2, axis=-1)
-    return sum(p.numel() for p in module.parameters())
+    return sum(math.prod(shape) for shape in map_shapes(spec, width).values())

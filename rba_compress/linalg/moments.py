@@ -197,9 +197,13 @@ def _power(peak: Tensor) -> float:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products are float32: no tf32, no bfloat16 passes, no autocast of the caller's."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn]
-    backends += [getattr(torch.backends.mkldnn, "matmul", None)]
+    """Float32 products are float32: no tf32, no bfloat16 passes, no autocast of the caller's.
+
+    Only the settings of matrix products are touched: `torch.backends.mkldnn.fp32_precision` is that of
+    all backends and operations, and while it is set torch cannot tell whether cuDNN may use TF32, which
+    ends every trace.
+    """
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     known = [b for b in backends if hasattr(b, "fp32_precision")]
     with torch.autocast(device.type, enabled=False):
         if known:  # torch 2.9 and newer; mixing with the older setting raises

@@ -12,7 +12,6 @@ from rba_compress.core.distributed import current
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.memory import out_of_memory
 from rba_compress.core.plan import Branch, Plan, Refit, Replacement
-from rba_compress.graph.block_variants import Traces
 from rba_compress.graph.rewrite import STATISTICS, splice_shared
 from rba_compress.linalg.maps import correction, fit_map
 from rba_compress.linalg.moments import PairMoments, Total
@@ -51,7 +50,7 @@ class Fitter:
         self.config = profile.config
         self.chains = [entry.chain for entry in profile.chains]
         self.samples = 0.0
-        self.traces = Traces()
+        self.traces = profile.traces
         self.times: list[list[float]] = []
         """Of each chain, the shares of its blocks in the network's time, where they are needed."""
 

@@ -29,6 +29,7 @@ from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table
 from rba_compress.core.weight_types import require_plain_weights
 from rba_compress.graph.activations import attention_mask, run_with_streams
+from rba_compress.graph.block_variants import Traces
 from rba_compress.graph.discovery import discover, require_chains
 from rba_compress.linalg.moments import moment_bytes
 from rba_compress.profiling.chain_statistics import ChainProfile, started, states_of
@@ -104,6 +105,8 @@ class Profile:
     notes: tuple[str, ...] = ()
     """What was read as what, and what the output is taken for, line by line."""
     warnings: tuple[str, ...] = ()
+    traces: Traces = field(default_factory=Traces, repr=False)
+    """Traced blocks of the model, for the search; no file holds them."""
 
     def split(self, loader: Iterable[Any]) -> Split:
         """The parts of the loader that was profiled; of a sum, the loaders one behind the other."""
@@ -245,7 +248,8 @@ def profile(
     model = undispatched(unwrap(model))
     split = Split(loader, config.seed)
     example = split.first(form_of(model))
-    support, recording = discover(model, example)
+    traces = Traces()
+    support, recording = discover(model, example, traces, config.traced_units)
     criterion, notes, classes = criterion_of(model, recording, config, example.labels, divergence)
     require_chains(support, model)
     if criterion.kind == "kl":
@@ -303,6 +307,7 @@ def profile(
         window=window,
         form=split.form,
         notes=notes,
+        traces=traces,
         warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
     )
 

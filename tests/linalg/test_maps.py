@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rba_compress.linalg.maps import (
     fit_map,
     map_macs,
     map_parameters,
+    map_shapes,
     solve_gram,
 )
 from rba_compress.linalg.moments import PairMoments
@@ -292,3 +294,14 @@ def test_nothing_has_no_rank_and_explains_nothing() -> None:
     assert damped.r2 < 1
     exact = fit_map(spec("identity"), PairMoments.from_rows(y, y)).diagnostics
     assert (exact.residual, exact.r2) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
+
+
+@pytest.mark.parametrize(("ndim", "axis"), [(2, -1), (3, 2), (3, 1), (4, 1), (4, 3), (5, 1)])
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_shapes_by_arithmetic_are_those_of_the_module(kind: Kind, ndim: int, axis: int) -> None:
+    rank = 2 if kind == "low_rank" else None
+    spec = MapSpec(kind=kind, rank=rank, shrink=0.5 if kind in ("shrunk", "folded") else None)
+    built = build_map(spec, 6, ndim=ndim, axis=axis)
+    shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    assert map_shapes(spec, 6, ndim=ndim, axis=axis) == shapes
+    assert map_parameters(spec, 6) == sum(p.numel() for p in built.parameters())
