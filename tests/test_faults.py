@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress import ArtifactError, Budget, Config, compress, profile
+from rba_compress.core import memory as of_memory
 from rba_compress.core.errors import MemoryLimitError
 from rba_compress.linalg import moments as of_moments
 from rba_compress.planning import candidates as fitter
@@ -178,11 +179,11 @@ def test_a_limit_of_the_process_is_seen_before() -> None:
 
 def test_a_limit_of_the_container_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = tuple(tmp_path / name for name in ("memory.max", "limit_in_bytes", "none"))
-    monkeypatch.setattr(of_moments, "_CONTAINER_LIMITS", limits)
+    monkeypatch.setattr(of_memory, "_CONTAINER_LIMITS", limits)
     limits[0].write_text("max\n")
-    whole = of_moments.device_bytes(torch.device("cpu"))
+    whole = of_memory.device_bytes(torch.device("cpu"))
     limits[1].write_text("123456789\n")
-    assert of_moments.device_bytes(torch.device("cpu")) == 123456789 < whole
+    assert of_memory.device_bytes(torch.device("cpu")) == 123456789 < whole
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
@@ -241,7 +242,7 @@ def test_a_forward_pass_that_runs_out_of_memory_is_named() -> None:
 
 
 def test_another_error_of_torch_is_no_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), of_moments.within_memory("nothing"):
+    with pytest.raises(RuntimeError, match="shapes"), of_memory.within_memory("nothing"):
         raise RuntimeError("shapes do not fit")
 
 

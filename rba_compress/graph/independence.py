@@ -20,7 +20,8 @@ _TOGETHER, _ALONE = 8, 3
 _ADVICE = (
     "rows of a batch depend on each other, so its first dimension does not count samples. Where that "
     "is time (batch_first=False), wrap the model so that samples come first; where a batch is one "
-    "graph or one set, let the loader yield one of them a sample"
+    "graph or one set, let the loader yield one of them a sample; a norm of batch statistics in eval "
+    "mode needs track_running_stats=True"
 )
 
 

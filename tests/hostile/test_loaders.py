@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rba_compress import Budget, LoaderError, ModelError, compress
-from rba_compress.core import batch as of_batches
+from rba_compress.core import loader as of_batches
 from rba_compress.core.errors import ActivationError
 from tests.hostile.cases import Case, table
 from tests.networks import LIGHT, Chain, loader, rows, seeded
@@ -183,7 +183,7 @@ RIGHT = [
     Case("labels of 8 bits", lambda: labelled(LABELS.to(torch.uint8))),
     Case("labels in a column", lambda: [(b, y[:, None]) for b, y in labelled(LABELS)]),
     Case("labels as floats, which are none", lambda: labelled(LABELS.float())),
-    Case("labels one-hot, which are none", lambda: labelled(nn.functional.one_hot(LABELS))),
+    Case("labels one-hot", lambda: labelled(nn.functional.one_hot(LABELS))),
     Case("paths beside the input", lambda: padded(["a.png"] * 10)),
     Case("None beside the input", lambda: padded(None)),
     Case("a dict beside the input", lambda: padded({"weight": 3})),

@@ -492,7 +492,7 @@ REFUSED = [
     Case("other branches for other data", forward(_branching), ModelError,
          "control flow differs|block blocks.2 did not run on a batch of . samples.*takes other ways"),
     Case("BatchNorm without statistics", lambda: seeded(Chain, block=Untracked), ModelError,
-         "on a batch of 1 samples.*Expected more than 1 value per channel.*of any number"),
+         "rows of a batch depend on each other.*norm of batch statistics in eval mode"),
     Case("noise in eval mode", forward(lambda self, x: Chain.forward(self, x + torch.rand(1))),
          NoChainError, "is it random in eval mode"),
     Case("dropout in eval mode", block(
