@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     all backends and operations, and while it is set torch cannot tell whether cuDNN may use TF32, which
     ends every trace.
     """
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     known = [b for b in backends if hasattr(b, "fp32_precision")]
     with torch.autocast(device.type, enabled=False):
         if known:  # torch 2.9 and newer; mixing with the older setting raises
