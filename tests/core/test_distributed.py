@@ -103,7 +103,7 @@ def test_shards_of_any_size(tmp_path: Path, job: str, batch: int, count: int) ->
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     start = time.perf_counter()
     first, second, last = together("dies", tmp_path, 3)
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 300  # most of it starts processes; peers would wait for hours
     assert last[0] == -signal.SIGKILL
     for end, printed in (first, second):
         assert end == 1
@@ -132,7 +132,7 @@ def test_two_processes_heal_together(tmp_path: Path) -> None:
 def test_a_process_that_dies_in_training_ends_the_others(tmp_path: Path) -> None:
     start = time.perf_counter()
     first, last = together("heal_dies", tmp_path)
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 300  # most of it starts processes; peers would wait for hours
     assert last[0] == -signal.SIGKILL
     assert first[0] == 1
     assert "RankError: one of" in first[1]
