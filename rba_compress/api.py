@@ -368,6 +368,7 @@ def heal(
     if fingerprint(dense) != seen.weights:
         raise PlanError(f"the slim network was made from another {seen.model}: pass its own original")
     split, chains = seen.split(loader), tuple(p.chain for p in seen.chains)
+    split.first(form_of(dense))  # labels may come that were not there before
     if healing.features and not chains:  # of a result that was opened again
         chains = discover(dense, seen.example)[0].chains
     course = distil(
