@@ -151,10 +151,12 @@ def compress(
     """
     budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
+    confirm = list(seen.split(loader).part("confirm"))
+    # Held-out samples that cannot be judged are told before the search.
+    fidelity(dense, dense, confirm, seen.criterion)
     found = search(dense, seen, loader, budget=budget)
     slim = splice(dense, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
-    confirm = steps.run("held-out samples", lambda: list(seen.split(loader).part("confirm")), [])
     front = steps.run(
         "the front", lambda: measure_front(dense, seen, found, confirm, samples=HELD_OUT), ()
     )
