@@ -48,8 +48,8 @@ from rba_compress.reporting.report_data import Details, Summary
 
 HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}
-"""How far from the original, by the mean divergence of an output on held-out samples, a network may be
-where nobody gave a budget: half a nat of probabilities, half the variance of the output, 41 degrees."""
+"""Largest mean divergence of an output on held-out samples that a network may have where nobody gave a
+budget: half a nat of probabilities, half the variance of the output, 41 degrees."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,7 @@ class Probe(Frozen):
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords that are no tensors."""
     wrapped: bool = False
-    """Whether the keywords are passed as one dict by position."""
+    """True where the keywords are passed as one dict by position."""
     outputs: tuple[float, ...] = ()
     """Some values of the output on `draw(2)`, evenly spaced; none where one is not finite."""
 

@@ -31,7 +31,7 @@ _IGNORED |= {"dtype", "torch_dtype", "weight_init_mode", "warnings_issued", "mod
 _IGNORED |= {"grad_checkpointing", "gradient_checkpointing"}
 
 _DEPTH = 6
-"""How far containers are read."""
+"""Depth to which containers are read."""
 _TOLD = 4
 """Differences that a message names."""
 
@@ -103,7 +103,7 @@ def differences(wanted: Settings, given: Settings, *, but: Collection[tuple[str,
 
 
 def _leaves(name: str, a: Any, b: Any) -> Iterator[tuple[str, str, str]]:
-    """What differs between two values, as text: of two mappings each entry that does."""
+    """Yield the differences of two values as text; for two mappings, entry by entry."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in dict.fromkeys((*a, *b)):
             if not _same(a.get(key), b.get(key)):

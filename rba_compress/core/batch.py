@@ -37,11 +37,11 @@ class Form(Frozen):
     arguments: int = 1
     """Leading items of a tuple that are passed on."""
     named: bool = False
-    """Whether those behind the first are passed by name, so that a mask is known for one."""
+    """True where those behind the first are passed by name, so that a mask is known for one."""
     labels: int | str | None = None
     """The item of a tuple, or the key of a dict, that holds labels."""
     wrapped: bool = False
-    """Whether a dict is one positional argument of the model, not its keywords."""
+    """True where a dict is one positional argument of the model, not its keywords."""
     ignored: tuple[str, ...] = ()
     """Items that reach neither the model nor a measure."""
 
@@ -68,7 +68,7 @@ class Batch:
     kwargs: dict[str, Any]
     labels: Tensor | None
     wrapped: bool = False
-    """Whether `kwargs` are passed as one dict by position."""
+    """True where `kwargs` are passed as one dict by position."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class Batch:
         return int(next(t.shape[0] for t in self.tensors.values() if t.ndim))
 
     def digest(self, *, whole: bool = False) -> int:
-        """Of the first sample, or of all of them, to know it again."""
+        """Return a hash of the first sample, or of all of them, to know it again."""
         hashed = hashlib.blake2b(digest_size=8)
         for tensor in self.tensors.values():
             rows = tensor[:1] if tensor.ndim and not whole else tensor

@@ -75,8 +75,9 @@ def criterion_of(
     path, main = _main(model, recording, named)
     if function is not None:
         return Criterion("given", function), (), main.meta["shape"][-1]
+    several = path[-1:] != ("logits",) and len(named) > 1
     kind, probabilities, assumed = _main_kind(
-        model, recording, path, main, config=config, labels=labels
+        model, path, main, several=several, config=config, labels=labels
     )
     outputs = [JudgedOutput(name=output_name(path), divergence=kind, probabilities=probabilities)]
     apart: list[str] = []
@@ -127,15 +128,14 @@ def _main(model: nn.Module, recording: Recording, named: dict[Path, fx.Node]) ->
 
 def _main_kind(
     model: nn.Module,
-    recording: Recording,
     path: Path,
     node: fx.Node,
     *,
+    several: bool,
     config: Config,
     labels: Tensor | None,
 ) -> tuple[Divergence, bool, str]:
     """Return the main output's divergence, whether it holds probabilities, and what was assumed."""
-    several = path[-1:] != ("logits",) and len(_float_outputs(recording)) > 1
     link, scores = _link(node)
     if config.divergence != "auto":
         return config.divergence, link == config.divergence, ""
