@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -51,3 +53,18 @@ def held_out() -> Split:
 def result(digits: nn.Module, digits_loader: list[tuple[Tensor, Tensor]]) -> Result:
     """The digits ViT compressed to nine blocks; tests leave it as it is."""
     return compress(digits, digits_loader, budget=Budget(macs=0.8))
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of its finished children."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    started = _cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu", f"{_cpu_seconds() - started:.2f}"))

@@ -32,6 +32,9 @@ _IGNORED |= {"grad_checkpointing", "gradient_checkpointing"}
 
 _DEPTH = 6
 """Depth to which containers are read."""
+_DEEPER = object()
+"""A value below that depth. Equal to all: an object that several modules hold is read where it is met first,
+and that need not be at the same depth in the two trees."""
 _TOLD = 4
 """Differences that a message names."""
 
@@ -114,6 +117,8 @@ def _leaves(name: str, a: Any, b: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if a is _DEEPER or b is _DEEPER:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.is_meta or b.is_meta:
             return a.shape == b.shape
@@ -135,7 +140,9 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")  # a schedule of rates is computed in float32
     inner = functools.partial(_plain, known=known, depth=depth + 1)
-    if depth > _DEPTH or isinstance(value, torch.device | RemovableHandle):
+    if depth > _DEPTH:
+        return _DEEPER
+    if isinstance(value, torch.device | RemovableHandle):
         return _name(type(value))
     if isinstance(value, list | tuple):
         return tuple(map(inner, value))

@@ -16,7 +16,7 @@ from torch import nn
 
 from rba_compress import Architecture, Budget, Config, Plan, WeightsError, compress, load
 from rba_compress.artifacts.artifact import Manifest, write_artifact
-from rba_compress.artifacts.tree_comparison import differing, settings
+from rba_compress.artifacts.tree_comparison import differences, differing, settings
 from rba_compress.core.batch import as_batch
 from tests.networks import images, seeded
 
@@ -240,3 +240,21 @@ def test_what_does_not_change_what_is_computed_is_not_compared(tmp_path: Path) -
         text: Any = hugging("LlamaForCausalLM", "LlamaConfig", **SIZES)()
         text.config.pad_token_id = 2
         assert write(text, tmp_path / "transformers", IDS).architecture
+
+
+def test_objects_met_at_other_depths_are_the_same_setting() -> None:
+    """A value that many modules hold is read where it is met first, here below and above the limit."""
+
+    class Held:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+    shared, apart = (nn.Linear(2, 2) for _ in range(2)), (nn.Linear(2, 2) for _ in range(2))
+    trees = [nn.Sequential(*layers) for layers in (shared, apart)]
+    deep: list[Any] = [[[[[[("args", 0)]]]]]]
+    one = Held(deep)
+    trees[0][0].nested, trees[0][1].plain = [[[one]]], one  # type: ignore[assignment]
+    trees[1][0].nested, trees[1][1].plain = [[[Held(deep)]]], Held(deep)  # type: ignore[assignment]
+    assert differences(settings(trees[0]), settings(trees[1])) == ""
+    trees[1][1].plain = Held([1])  # type: ignore[assignment]
+    assert "1.plain" in differences(settings(trees[0]), settings(trees[1]))
