@@ -57,7 +57,9 @@ def result(digits: nn.Module, digits_loader: list[tuple[Tensor, Tensor]]) -> Res
 
 def _cpu_seconds() -> float:
     """CPU seconds of this process and of its finished children."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 

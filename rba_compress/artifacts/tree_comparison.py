@@ -33,8 +33,8 @@ _IGNORED |= {"grad_checkpointing", "gradient_checkpointing"}
 _DEPTH = 6
 """Depth to which containers are read."""
 _DEEPER = object()
-"""A value below that depth. Equal to all: an object that several modules hold is read where it is met first,
-and that need not be at the same depth in the two trees."""
+"""A value below that depth. Equal to all: an object that several modules hold is read where it is met
+first, and that need not be at the same depth in the two trees."""
 _TOLD = 4
 """Differences that a message names."""
 
