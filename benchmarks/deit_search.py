@@ -25,7 +25,7 @@ class Run:
     macs: float = 0.77
     """Share to keep; 0.77 takes three of twelve blocks."""
     seeds: tuple[int, ...] = (0,)
-    """Deal the images to fit, choose and confirm."""
+    """Deal the images to fit, validation and test samples."""
     out: Path = Path(__file__).parent / "results" / "deit_search.jsonl"
 
 

@@ -29,9 +29,9 @@ from rba_compress.artifacts.certificate import OnnxModel
 from rba_compress.core.batch import as_batch
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Replacement
-from rba_compress.planning.state import skip
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.latency import benchmark
+from rba_compress.units.registry import unit_of
 
 GOALS = {1: 1.08, 32: 1.03}
 
@@ -48,13 +48,14 @@ def plans(chain: Chain) -> dict[str, Plan]:
     """One plan for each kind of replacement."""
 
     def mapped(start: int, stop: int, unit: str = "span") -> Replacement:
-        found = skip(chain, start, stop, unit)  # type: ignore[arg-type]
-        return found.model_copy(update={"map": MapSpec(kind="shrunk", shrink=0.7)})
+        return unit_of(unit).choice(chain, start, stop, MapSpec(kind="shrunk", shrink=0.7))
 
     last = len(chain) - 1
-    exact = skip(chain, last, last + 1, "read_out").model_copy(update={"exact": True})
+    exact = unit_of("read_out").choice(chain, last, last + 1).model_copy(update={"exact": True})
     return {
-        "blocks skipped": Plan(replacements=tuple(skip(chain, b, b + 1, "span") for b in (4, 6, 8))),
+        "blocks skipped": Plan(
+            replacements=tuple(unit_of("span").choice(chain, b, b + 1) for b in (4, 6, 8))
+        ),
         "spans mapped": Plan(replacements=(mapped(3, 5), mapped(7, 9))),
         "blocks thinned": Plan(
             replacements=(
@@ -67,7 +68,7 @@ def plans(chain: Chain) -> dict[str, Plan]:
         ),
         "all kinds": Plan(
             replacements=(
-                skip(chain, 3, 4, "span"),
+                unit_of("span").choice(chain, 3, 4),
                 mapped(5, 7),
                 mapped(8, 9, "attention_free"),
                 mapped(9, 10, "mlp_free"),

@@ -39,13 +39,13 @@ from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Chain
 from rba_compress.graph.activations import as_rows, run_with_streams
-from rba_compress.graph.discovery import discover
 from rba_compress.linalg.maps import fit_map
 from rba_compress.linalg.moments import full_precision
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.latency import benchmark
 from rba_compress.profiling.profiler import calibrate, fingerprint
+from rba_compress.units.offers import discover
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GOALS = {"stream_share": 0.7, "profile_share": 0.7, "fit_seconds": 5.0}

@@ -39,11 +39,11 @@ from rba_compress.api import reopen
 from rba_compress.artifacts.pareto_front import write_front
 from rba_compress.cli.digits import batches, digits_data, digits_model
 from rba_compress.core.batch import as_batch
-from rba_compress.graph.rewrite import splice
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Solution, handed_out, replaced_blocks
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.state import Solution, replaced_blocks, without_unread
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.splice import splice
 
 Loader = list[Any]
 
@@ -87,7 +87,7 @@ def digits_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result
         config = Config(units=("span",))
         found = compress(model, calibration, budget=Budget(macs=0.46), config=config)
         (chain,) = (p.chain for p in found.profile.chains)
-        gone = len(replaced_blocks(found.plan, chain, thinned=False))
+        gone = len(replaced_blocks(found.plan, chain, cut=False))
         yield f"{gone} of 12 blocks gone", found
 
     return model, calibration, batches(test), plans()
@@ -127,7 +127,7 @@ def resolved(model: nn.Module, calibration: Loader, slim: Result) -> nn.Module:
     towards the original streams, from the first that was replaced on, whether that helps or not.
     """
     seen = profile(model, calibration, config=slim.plan.config)
-    run = Search(model, seen, calibration, Budget(macs=0.5))
+    run = SearchContext(model, seen, calibration, Budget(macs=0.5))
     solution = Solution(slim.plan.model_copy(update={"steps": (), "candidates": ()}), slim.tensors)
     for c, chain in enumerate(run.chains):
         taken = replaced_blocks(solution.plan, chain)
@@ -136,7 +136,7 @@ def resolved(model: nn.Module, calibration: Loader, slim: Result) -> nn.Module:
             for k in range(len(chain.blocks[b].branches)):
                 # The first that is offered: the middle damping, half a step.
                 solution = next(run.fitter.refits(walk, solution, b, k))[1]
-    solution = handed_out(solution, seen)
+    solution = without_unread(solution, seen)
     return splice(model, solution.plan, solution.tensors)
 
 

@@ -1,7 +1,7 @@
 """Claim: layers of a language model that are chosen one by one and mapped cost less than skipped ones.
 
 SmolLM2-135M-Instruct (30 layers; a 4-bit GGUF, dequantised), calibrated on 32,768 tokens of
-WikiText-2's calibration part (half of them to fit on, two fifths to choose on), measured on 32,768
+WikiText-2's calibration part (half of them to fit on, two fifths to validate on), measured on 32,768
 tokens of its test part, in sequences of 512 tokens. At 3, 6 and 9 layers taken away:
 
     skip            ShortGPT (arXiv 2403.03853): the layers with the highest mean cosine between input
@@ -35,12 +35,15 @@ from rba_compress.core.batch import as_batch
 from rba_compress.core.inference import evaluating
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Plan
-from rba_compress.graph.rewrite import splice_shared
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Solution, fit_spans, with_move
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.refinement import refit
+from rba_compress.planning.selection import Selection
+from rba_compress.planning.span_fits import fit_spans
+from rba_compress.planning.state import Solution, with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import divergence
 from rba_compress.profiling.profiler import Profile
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}
@@ -76,22 +79,25 @@ def influence(seen: Profile) -> list[int]:
     return [int(layer) for layer in cosines.argsort(descending=True)]
 
 
-def searched(search: Search, ranked: Sequence[int], removed: Sequence[int]) -> Iterator[Solution]:
+def searched(
+    search: SearchContext, ranked: Sequence[int], removed: Sequence[int]
+) -> Iterator[Solution]:
     """Greedy, one layer at a time; re-solved where a solution is handed out, and on from there."""
     draft = search.start
     for count in tqdm(range(1, max(removed) + 1), "layers", disable=None):
         gone = {r.start for r in draft.solution.plan.replacements}
         likely = [layer for layer in ranked if layer not in gone][:5]
-        sites = [s for s in search.sites(draft) if s[1] in likely]
-        found = search.best(draft, sites, finalists=1)
+        selection = Selection(search, draft)
+        sites = [site for site in selection.sites() if site.start in likely]
+        found = selection.best(sites, finalists=1)
         assert found is not None
         move, _, margin = found
-        draft = search.draft(with_move(draft, move), draft.load - move.saving)
-        search.note("take", move.replacement, draft, margin)
+        draft = search.state(with_candidate(draft, move), draft.cost - move.saving)
+        search.log.decided("take", move.replacement, draft, margin)
         print(json.dumps({"took": str(move.replacement), "divergence": draft.mean}), flush=True)
         if count in removed:
             last = max(r.stop for r in draft.solution.plan.replacements)
-            draft = search.refit(draft, 0, last)
+            draft = refit(search, draft, 0, last)
             print(json.dumps({"refits": len(draft.solution.plan.refits), "kl": draft.mean}), flush=True)
             yield search.finished(draft)
 
@@ -149,7 +155,7 @@ def main(how: Run) -> None:
             found[f"{method}/{count}"] = fit_spans(seen.chains[0], spans, spec)
             took[f"{method}/{count}"] = time.perf_counter() - start
     start = time.perf_counter()
-    search = Search(model, seen, calibration, Budget(macs=0.5))
+    search = SearchContext(model, seen, calibration, Budget(macs=0.5))
     for count, solution in zip(how.removed, searched(search, ranked, how.removed), strict=True):
         found[f"ours/{count}"] = solution
         took[f"ours/{count}"] = time.perf_counter() - start

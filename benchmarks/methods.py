@@ -49,17 +49,18 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Plan, Refit, Replacement
+from rba_compress.core.plan import Plan, Refit, Replacement, Site
 from rba_compress.graph.activations import observe
-from rba_compress.graph.rewrite import splice_shared
 from rba_compress.linalg.maps import fit_map, map_macs
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.similarity import Metric
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Site, Solution, fit_spans, with_move
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.span_fits import fit_spans
+from rba_compress.planning.state import Solution, with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import divergence, interval
 from rba_compress.profiling.profiler import Profile
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 LINEAR, SKIP = MapSpec(kind="linear"), MapSpec(kind="identity")
@@ -124,10 +125,10 @@ class Bench:
     seed: int
     blocks: tuple[int, ...]
 
-    def run(self, **config: Any) -> Search:
+    def run(self, **config: Any) -> SearchContext:
         """A search that has taken nothing yet, with another `Config`."""
         seen = replace(self.seen, config=_whole_blocks(self.seed, **config))
-        return Search(self.case.model, seen, self.case.calibration, Budget(macs=1.0))
+        return SearchContext(self.case.model, seen, self.case.calibration, Budget(macs=1.0))
 
     def spans(self, blocks: int) -> list[tuple[int, int, int]]:
         return [
@@ -155,10 +156,10 @@ def greedy(bench: Bench, kind: str) -> Found:
     for gone in range(1, max(bench.blocks) + 1):
         taken = {(r.chain, r.start) for r in draft.solution.plan.replacements}
         free = [s for s in bench.spans(1) if (run.chains[s[0]].name, s[1]) not in taken]
-        sites: list[Site] = [(*span, "span") for span in free]
-        moves = [m for m in run.fitter.moves(draft, sites) if m.replacement.map.kind == kind]
-        best = min(moves, key=lambda m: float(run.judge_move(draft, m).mean()))
-        draft = run.draft(with_move(draft, best), draft.load - best.saving)
+        sites: list[Site] = [Site(*span, "span") for span in free]
+        moves = [m for m in run.fitter.candidates(draft, sites) if m.replacement.map.kind == kind]
+        best = min(moves, key=lambda m: float(run.evaluate(draft, m).mean()))
+        draft = run.state(with_candidate(draft, best), draft.cost - best.saving)
         yield gone, draft.solution
 
 
@@ -167,7 +168,7 @@ def best_span(bench: Bench) -> Found:
     for gone in bench.blocks:
         solutions = [(s, bench.mapped(s, LINEAR)) for s in bench.spans(gone)]
         judged = [
-            (float(run.judged(run.start, found, (c, start)).mean()), k)
+            (float(run.divergences(run.start, found, (c, start)).mean()), k)
             for k, ((c, start, _), found) in enumerate(solutions)
         ]
         if judged:

@@ -22,12 +22,13 @@ from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Plan, listed
-from rba_compress.graph.discovery import supports
-from rba_compress.graph.rewrite import splice_shared
-from rba_compress.planning.state import fit_span, keyed, saving
+from rba_compress.planning.plan_cost import plan_saving
+from rba_compress.planning.span_fits import fit_span
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import compare_outputs
 from rba_compress.profiling.profiler import calibrate
+from rba_compress.units.offers import supports
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"skip": MapSpec(kind="identity"), "least squares": MapSpec(kind="linear")}
@@ -52,13 +53,14 @@ def main(how: Baseline) -> None:
     rows: list[dict[str, Any]] = []
     for start, stop in tqdm(chain.spans(how.longest), "spans"):
         for method, spec in METHODS.items():
-            replacement, fit = fit_span(profiled, start, stop, spec)
+            replacement, tensors = fit_span(profiled, start, stop, spec)
             plan = Plan(replacements=(replacement,))
-            slim = splice_shared(model, plan, keyed(replacement, fit))
+            slim = splice_shared(model, plan, tensors)
             with evaluating(slim):
                 outputs = [main_output(batch.run(slim)) for batch in test]
             found = compare_outputs("kl", zip(dense, outputs, test, strict=True))
-            saved = saving([chain], [replacement]).macs
+            saved = plan_saving([chain], [replacement]).macs
+            assert replacement.diagnostics is not None
             row = {
                 "benchmark": "paper_baseline",
                 "model": "deit_tiny_patch16_224",
@@ -68,7 +70,7 @@ def main(how: Baseline) -> None:
                 "top1": found.accuracy_slim,
                 "agreement": found.agreement,
                 "kl": round(found.divergence, 4),
-                "r2": round(fit.diagnostics.r2, 4),
+                "r2": round(replacement.diagnostics.r2, 4),
                 "block_redundancy": [round(value, 2) for value in redundancy[start:stop]],
                 "macs_kept": round(1 - saved / dense_cost.macs, 4),
                 "calibration_images": samples,

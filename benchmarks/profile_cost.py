@@ -32,14 +32,14 @@ from rba_compress.core.loader import Split, read
 from rba_compress.core.map_spec import Kind, MapSpec
 from rba_compress.core.plan import Chain
 from rba_compress.graph.activations import as_rows, run_with_streams
-from rba_compress.graph.discovery import discover
-from rba_compress.graph.rewrite import splice
 from rba_compress.linalg import moments
 from rba_compress.linalg.maps import fit_map
 from rba_compress.linalg.moments import Moments, full_precision
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.profiling.profiler import calibrate
+from rba_compress.units.offers import discover
+from rba_compress.units.splice import splice
 
 KINDS: tuple[Kind, ...] = ("scale", "linear", "affine", "low_rank", "orthogonal", "shrunk")
 

@@ -21,8 +21,9 @@ from benchmarks.delivered_speed import forms, timed
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Plan, splice, supports
 from rba_compress.core.batch import as_batch
-from rba_compress.planning.state import Solution, skip, with_read_outs
+from rba_compress.planning.state import Solution, with_read_outs
 from rba_compress.profiling.cost import cost
+from rba_compress.units.registry import unit_of
 
 
 @dataclass
@@ -37,7 +38,7 @@ def main(how: Run) -> None:
     x = torch.cat([images for images, _ in imagenet(model, "test", 16)[:2]])
     (chain,) = supports(model, x).chains
     exact = with_read_outs(Solution(Plan(), {}), [chain]).plan
-    blocks = tuple(skip(chain, b, b + 1, "read_out") for b in range(1, len(chain)))
+    blocks = tuple(unit_of("read_out").choice(chain, b, b + 1) for b in range(1, len(chain)))
     plans = {"exact": exact, "eleven read-outs": Plan(replacements=blocks)}
     slim = {name: splice(model, plan, {}) for name, plan in plans.items()}
     with torch.no_grad():

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from benchmarks.real_data import cifar10, resnet20
 from rba_compress import Budget, Config, profile, search
 from rba_compress.core.batch import Batch, as_batch
-from rba_compress.graph.rewrite import splice_shared
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Solution, with_move
+from rba_compress.core.plan import Site
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.refinement import statistics as re_estimated
+from rba_compress.planning.state import Solution, with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"skipped": "identity", "plain": "linear", "shrunk": "shrunk"}
@@ -50,21 +52,21 @@ def loaders(batch_size: int) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Te
     return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
 
-def single_blocks(search: Search) -> Iterator[tuple[str, str, Solution]]:
+def single_blocks(search: SearchContext) -> Iterator[tuple[str, str, Solution]]:
     """(block, method, solution) for each block alone, by each method."""
     draft = search.start
     for c, chain in enumerate(search.chains):
         for b, block in enumerate(chain.blocks):
-            moves = search.fitter.moves(draft, [(c, b, b + 1, "span")])
+            moves = search.fitter.candidates(draft, [Site(c, b, b + 1, "span")])
             for method, kind in KINDS.items():
                 judged = [
-                    search.draft(with_move(draft, move), draft.load - move.saving)
+                    search.state(with_candidate(draft, move), draft.cost - move.saving)
                     for move in moves
                     if move.replacement.map.kind == kind
                 ]
                 best = min(judged, key=lambda d: d.mean)
                 yield block.path, method, best.solution
-                yield block.path, f"{method}, re-estimated", search.statistics(best).solution
+                yield block.path, f"{method}, re-estimated", re_estimated(search, best).solution
 
 
 def main(how: Run) -> None:
@@ -73,7 +75,7 @@ def main(how: Run) -> None:
     calibration, test = loaders(how.batch_size)
     config = Config(maps=("linear", "shrunk"), units=("span",), seed=how.seed)
     seen = profile(model, calibration, config=config)
-    single = Search(model, seen, calibration, Budget(macs=0.5))
+    single = SearchContext(model, seen, calibration, Budget(macs=0.5))
     found = list(single_blocks(single))
     for share in (0.9, 0.8, 0.7):
         for statistics in (False, True):

@@ -26,10 +26,10 @@ from torch import nn
 from benchmarks.profile_cost import every_span, plain, seconds, spec
 from rba_compress import Budget, Config, profile, search
 from rba_compress.core.batch import as_batch
-from rba_compress.graph.discovery import discover
 from rba_compress.linalg.moments import moment_bytes
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.profiler import calibrate
+from rba_compress.units.offers import discover
 
 SIZES = {"depth": (6, 12, 24), "width": (96, 192, 384, 768), "samples": (80, 160, 320)}
 MIDDLE = {"depth": 12, "width": 192, "samples": 160}

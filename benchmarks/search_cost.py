@@ -22,8 +22,10 @@ from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, compress, profile
 from rba_compress.api import compare
 from rba_compress.core.loader import read
-from rba_compress.planning.search import FINALISTS, Search
-from rba_compress.planning.state import Site
+from rba_compress.core.plan import Site
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.limits import progress
+from rba_compress.planning.selection import FINALISTS, Selection, probes
 
 
 @dataclass
@@ -39,16 +41,16 @@ def screening(model: Any, loader: list[Any], seed: int) -> dict[str, Any]:
     """Of the first step: the rank that screening gave the span that is best on all samples."""
     config = Config(units=("span",), maps=("identity", "shrunk"), seed=seed)
     seen = profile(model, loader, config=config)
-    run = Search(model, seen, loader, Budget(macs=0.75))
-    sites: list[Site] = [s for s in run.sites(run.start) if s[2] - s[1] <= 3]
-    moves = run.fitter.moves(run.start, sites)
-    lacking = run.lacking(run.start.load)
+    run = SearchContext(model, seen, loader, Budget(macs=0.75))
+    sites: list[Site] = [s for s in Selection(run, run.start).sites() if s[2] - s[1] <= 3]
+    moves = run.fitter.candidates(run.start, sites)
+    lacking = run.limits.lacking(run.start.cost)
 
     def score(site: Site, *, screen: bool) -> float:
         """The least divergence a site has for what it saves."""
-        own = run.probes([m for m in moves if m.site == site])
-        judged = (run.judge_move(run.start, m, screen=screen) for m in own)
-        return min(float(j.mean()) for j in judged) / run.progress(own[0].saving, lacking)
+        own = probes(run, [m for m in moves if m.site == site])
+        judged = (run.evaluate(run.start, m, screen=screen) for m in own)
+        return min(float(j.mean()) for j in judged) / progress(own[0].saving, lacking)
 
     whole = {site: score(site, screen=False) for site in sites}
     screened = {site: score(site, screen=True) for site in sites}

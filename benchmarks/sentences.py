@@ -35,11 +35,12 @@ from rba_compress import Budget, Config, profile, search
 from rba_compress.artifacts.artifact import write_artifact
 from rba_compress.core.batch import Batch
 from rba_compress.core.map_spec import MapSpec
-from rba_compress.graph.rewrite import splice_shared
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Solution, fit_spans
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.span_fits import fit_spans
+from rba_compress.planning.state import Solution
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.profiler import Profile
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}
@@ -106,12 +107,12 @@ def fidelity(dense: Tensor, slim: Tensor) -> dict[str, float]:
 
 def baselines(model: nn.Module, seen: Profile, calibration: Any) -> Iterator[tuple[str, Solution]]:
     """The layers that are best skipped, one and two of them, skipped and mapped."""
-    finder = Search(model, seen, calibration, Budget(macs=0.5))
+    finder = SearchContext(model, seen, calibration, Budget(macs=0.5))
     layers: list[int] = []
     for _ in range(2):
         trials = [sorted([*layers, b]) for b in range(len(seen.chains[0].chain)) if b not in layers]
         layers = min(
-            trials, key=lambda trial: finder.draft(skipped(seen, trial), finder.start.load).mean
+            trials, key=lambda trial: finder.state(skipped(seen, trial), finder.start.cost).mean
         )
         for method, spec in BASELINES.items():
             yield method, skipped(seen, layers, spec)

@@ -73,7 +73,7 @@ def main() -> None:
     known: Any = dense.pretrained_cfg
     calibration = imagenet(dense, "calibration", 50)
     seen = profile(dense, calibration)
-    held = (batch for _, _, batch in seen.split(calibration).deal("choose", "confirm"))
+    held = (batch for _, _, batch in seen.split(calibration).deal("validation", "test"))
     usual = Usual.of(dense, Plan(), seen.chains, held)
     assert usual is not None
     batches = imagenet(dense, "test", 50)

@@ -27,10 +27,11 @@ import tyro
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, profile
 from rba_compress.core.loader import read
-from rba_compress.graph.rewrite import splice_shared
-from rba_compress.planning.search import Search
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.search import take
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS = {
@@ -45,7 +46,7 @@ MEASURES = ("macs_kept", "top1", "agreement", "kl")
 @dataclass
 class Run:
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Deal the images to fit, choose and confirm."""
+    """Deal the images to fit, validation and test samples."""
     macs: tuple[float, ...] = (0.95, 0.87, 0.8, 0.75, 0.67)
     """Shares to keep, one after the other."""
     out: Path = RESULTS / "tradeoff.jsonl"
@@ -76,14 +77,14 @@ def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration", 16), list(read(imagenet(model, "test", 50)))
     seen = profile(model, calibration, config=Config(seed=seed))
-    run, start = Search(model, seen, calibration, Budget(macs=min(shares))), time.perf_counter()
+    run, start = SearchContext(model, seen, calibration, Budget(macs=min(shares))), time.perf_counter()
     draft, found = run.start, []
     for share in shares:
-        run.goal = run.limits = Budget(macs=share).limits(seen.dense.macs, seen.dense.params)
+        run.limits.costs = Budget(macs=share).limits(seen.dense.macs, seen.dense.params)
         steps = 0
-        while steps == 0 or run.lacking(draft.load):
-            if run.lacking(draft.load):
-                after = run.step(draft)
+        while steps == 0 or run.limits.lacking(draft.cost):
+            if run.limits.lacking(draft.cost):
+                after = take(run, draft)
                 assert after is not None
                 draft = after
             steps += 1

@@ -30,14 +30,15 @@ from rba_compress.core.errors import (
     WeightsError,
 )
 from rba_compress.core.plan import Plan
-from rba_compress.graph.discovery import Support, supports
-from rba_compress.graph.rewrite import splice
+from rba_compress.graph.discovery import Support
 from rba_compress.planning.search import search
 from rba_compress.profiling.drift import Shift
 from rba_compress.profiling.latency import benchmark
 from rba_compress.profiling.profiler import Profile, profile
 from rba_compress.reporting.plots import plot_pareto, plot_similarity, plot_span_errors
 from rba_compress.reporting.report import Report
+from rba_compress.units.offers import supports
+from rba_compress.units.splice import splice
 
 __version__ = "0.1.0"
 

@@ -23,6 +23,7 @@ from rba_compress.artifacts.artifact import (
 from rba_compress.artifacts.pareto_front import Point
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ArtifactError, FidelityError, PlanError
 from rba_compress.core.inference import unwrap
@@ -30,13 +31,14 @@ from rba_compress.core.loader import Split, workers_named
 from rba_compress.core.loader_form import form_of
 from rba_compress.core.offload import device_of
 from rba_compress.core.plan import Healed, JudgedOutput, Plan
-from rba_compress.graph.discovery import discover
-from rba_compress.graph.rewrite import copy_model, replace_parameters, splice, splice_shared
+from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
 from rba_compress.healing.distillation import distil
+from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.search import DEFAULT_BUDGET, search
-from rba_compress.planning.state import Solution, network_load, papers_span
-from rba_compress.profiling.cost import Cost, cost
+from rba_compress.planning.span_fits import paper_span
+from rba_compress.planning.state import Solution
+from rba_compress.profiling.cost import cost
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.drift import Shift, Usual
 from rba_compress.profiling.fidelity import Criterion, Fidelity, Function, fidelity
@@ -45,6 +47,8 @@ from rba_compress.profiling.profiler import Profile, fingerprint, profile
 from rba_compress.reporting.changed_samples import MostChanged
 from rba_compress.reporting.report import Report, divergence_name
 from rba_compress.reporting.report_data import Details, Summary
+from rba_compress.units.offers import discover
+from rba_compress.units.splice import splice, splice_shared
 
 HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}
@@ -151,14 +155,14 @@ def compress(
     """
     budget, dense = Budget.of(budget), unwrap(model)
     seen = profile(dense, loader, config=config, divergence=divergence)
-    confirm = list(seen.split(loader).part("confirm"))
+    test = list(seen.split(loader).part("test"))
     # Held-out samples that cannot be judged are told before the search.
-    fidelity(dense, dense, confirm, seen.criterion)
+    fidelity(dense, dense, test, seen.criterion)
     found = search(dense, seen, loader, budget=budget)
     slim = splice(dense, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     front = steps.run(
-        "the front", lambda: measure_front(dense, seen, found, confirm, samples=HELD_OUT), ()
+        "the front", lambda: measure_front(dense, seen, found, test, samples=HELD_OUT), ()
     )
     unmeasured = _unmeasured(seen, found.plan)
     report = (
@@ -166,13 +170,13 @@ def compress(
         if front
         else steps.run(
             "the report",
-            lambda: compare(dense, slim, confirm, seen, found.plan, samples=HELD_OUT),
+            lambda: compare(dense, slim, test, seen, found.plan, samples=HELD_OUT),
             unmeasured,
         )
     )
     # Where the exact read-out alone met the budget, there was no step.
     drawn = [point.report.summary for point in front] or [report.summary]
-    drawn += steps.run("the paper's map at this cost", lambda: _rival(dense, seen, report, confirm), [])
+    drawn += steps.run("the paper's map at this cost", lambda: _rival(dense, seen, report, test), [])
     details = steps.run(
         "the details of the report",
         lambda: Details.of(
@@ -212,13 +216,13 @@ class _Steps:
             return otherwise
 
 
-def _rival(dense: nn.Module, seen: Profile, report: Report, confirm: Sequence[Batch]) -> list[Summary]:
+def _rival(dense: nn.Module, seen: Profile, report: Report, test: Sequence[Batch]) -> list[Summary]:
     """Measure the paper's choice at the cost of a report, where it has one."""
-    rival = papers_span(seen, report.slim.macs)
+    rival = paper_span(seen, report.slim.macs)
     if rival is None:
         return []
     network = splice_shared(dense, rival.plan, rival.tensors)
-    measured = compare(dense, network, confirm, seen, rival.plan, samples=HELD_OUT, seconds=0)
+    measured = compare(dense, network, test, seen, rival.plan, samples=HELD_OUT, seconds=0)
     return [measured.summary.model_copy(update={"method": "paper"})]
 
 
@@ -230,7 +234,7 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
         plan=str(plan),
         samples=HELD_OUT,
         dense=seen.dense,
-        slim=Cost(**{k: getattr(network_load(seen, plan), k) for k in ("macs", "params")}),
+        slim=Cost(**{k: getattr(network_cost(seen, plan), k) for k in ("macs", "params")}),
         fidelity=Fidelity(
             samples=0,
             kind=seen.criterion.kind,
@@ -258,7 +262,7 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
 
 def _usual(slim: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
     """What the held-out samples look like inside of the slim network."""
-    held = (batch for _, _, batch in seen.split(loader).deal("choose", "confirm"))
+    held = (batch for _, _, batch in seen.split(loader).deal("validation", "test"))
     return Usual.of(slim, plan, seen.chains, held)
 
 
@@ -388,7 +392,7 @@ def heal(
         plan, tensors = healed_plan, {**tensors, **course.weights}
         model = copy_model(model)
         replace_parameters(model, course.weights)
-    report = compare(dense, model, split.part("confirm"), seen, plan, samples=HELD_OUT)
+    report = compare(dense, model, split.part("test"), seen, plan, samples=HELD_OUT)
     details = slim.report.details
     if details is not None and course.healed is not None:
         healed_row = report.summary.model_copy(update={"method": "healed"})
@@ -449,7 +453,7 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         form=split.form,
     )
     report = read_report(Path(directory)) or compare(
-        dense, slim, seen.split(loader).part("confirm"), seen, plan, samples=HELD_OUT
+        dense, slim, seen.split(loader).part("test"), seen, plan, samples=HELD_OUT
     )
     return Result(slim, plan, report, fitted_tensors(plan, slim.state_dict()), seen)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress, load, supports
 from rba_compress.core.map_spec import MapSpec
-from rba_compress.graph.rewrite import splice
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.profiler import profile
+from rba_compress.units.splice import splice
 from tests.networks import seeded
 from tests.releases import reads_attention_type
 

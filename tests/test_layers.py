@@ -11,6 +11,7 @@ ROOMS = [
     "core",
     "linalg",
     "graph",
+    "units",
     "profiling",
     "planning",
     "healing",

@@ -18,8 +18,9 @@ from rba_compress.core.batch import as_batch
 from rba_compress.core.map_spec import Kind, MapSpec
 from rba_compress.linalg.maps import fit_map
 from rba_compress.linalg.moments import Moments, PairMoments
-from rba_compress.planning.state import replacement_of
+from rba_compress.planning.state import keyed
 from rba_compress.profiling.cost import cost
+from rba_compress.units.span import SPAN
 from tests.networks import LIGHT, Chain, loader, rows
 
 SEEDS = st.integers(0, 2**31)
@@ -164,10 +165,9 @@ def plans(draw: Any) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
         stop, kind = draw(st.integers(start + 1, depth)), draw(kinds)
         spec = MapSpec(kind=kind, rank=1 + width // 3 if kind == "low_rank" else None)
         x, y = pair(draw(SEEDS), 40, width)
-        fit = fit_map(spec, PairMoments.from_rows(x, y))
-        new = replacement_of(chain, start, stop, fit, "span")
+        new, fitted = SPAN.fit(SPAN.choice(chain, start, stop, spec), PairMoments.from_rows(x, y))
         replacements.append(new)
-        tensors |= {f"{new.key}{name}": tensor for name, tensor in fit.tensors.items()}
+        tensors |= keyed(new, fitted)
         start = stop
     return model, Plan(replacements=tuple(replacements)), tensors
 

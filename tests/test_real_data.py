@@ -16,6 +16,7 @@ from rba_compress.artifacts.artifact import read_manifest
 from rba_compress.cli.main import main
 from rba_compress.core.batch import as_batch
 from rba_compress.core.loader import read
+from rba_compress.planning.span_fits import fit_span
 from rba_compress.planning.state import Solution, with_read_outs
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
@@ -81,10 +82,9 @@ def test_the_exact_read_out_is_exact_on_real_images() -> None:
 def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     from rba_compress.core.map_spec import MapSpec
     from rba_compress.core.plan import Plan
-    from rba_compress.graph.discovery import supports
-    from rba_compress.graph.rewrite import splice
-    from rba_compress.planning.state import fit_span, keyed
     from rba_compress.profiling.profiler import calibrate
+    from rba_compress.units.offers import supports
+    from rba_compress.units.splice import splice
 
     committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"
     rows = [json.loads(line) for line in committed.read_text().splitlines()]
@@ -93,8 +93,8 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     calibration = imagenet(model, "calibration")
     (chain,) = supports(model, calibration[0]).chains
     (profiled,), _ = calibrate(model, [chain], enumerate(read(calibration)))
-    replacement, fit = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
-    slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
+    replacement, tensors = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
+    slim = splice(model, Plan(replacements=(replacement,)), tensors)
     found = fidelity(model, slim, read(imagenet(model, "test")), "kl")
     assert found.accuracy_slim == pytest.approx(row["top1"], abs=0.005)
     assert found.divergence == pytest.approx(row["kl"], rel=0.02)

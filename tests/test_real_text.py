@@ -14,10 +14,10 @@ from benchmarks.real_data import data_root, smollm2, wikitext2
 from rba_compress import Budget, Config, profile, search
 from rba_compress.core.batch import as_batch
 from rba_compress.core.map_spec import MapSpec
-from rba_compress.graph.discovery import supports
-from rba_compress.graph.rewrite import splice
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.profiler import calibrate
+from rba_compress.units.offers import supports
+from rba_compress.units.splice import splice
 
 pytestmark = [
     pytest.mark.slow,

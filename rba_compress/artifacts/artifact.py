@@ -51,10 +51,11 @@ from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Plan
 from rba_compress.core.schema import Dtype
 from rba_compress.core.weight_types import require_plain_weights
-from rba_compress.graph.rewrite import copy_model, splice
+from rba_compress.graph.rewrite import copy_model
 from rba_compress.profiling.profiler import fingerprint
 from rba_compress.reporting.report import Report
 from rba_compress.reporting.report_data import versions
+from rba_compress.units.splice import splice
 
 SCHEMA = 6
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"

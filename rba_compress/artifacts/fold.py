@@ -17,8 +17,8 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Plan
 from rba_compress.profiling.fidelity import gap
+from rba_compress.units.registry import unit_of
 
-FOLDABLE = ("identity", "folded")
 TOLERANCE = 1e-5
 """Of the folded network's output, relative to the largest absolute value of the slim one's."""
 
@@ -26,10 +26,9 @@ TOLERANCE = 1e-5
 def unfoldable(plan: Plan) -> str | None:
     """Why a plan cannot be folded; None where it can."""
     for replacement in plan.replacements:
-        if replacement.unit != "span":
-            return f"{replacement}: a thinned block is not a block of the architecture"
-        if replacement.map.kind not in FOLDABLE:
-            return f"{replacement}: a linear map on a residual stream has no place in a stock network"
+        reason = unit_of(replacement.unit).unfoldable(replacement)
+        if reason is not None:
+            return f"{replacement}: {reason}"
     return None
 
 

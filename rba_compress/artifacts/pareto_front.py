@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from rba_compress.artifacts.artifact import write_artifact
 from rba_compress.core.io import require_vacant, written_whole
 from rba_compress.core.plan import Plan
-from rba_compress.graph.rewrite import splice
 from rba_compress.profiling.profiler import Profile
 from rba_compress.reporting.plots import plot_pareto
 from rba_compress.reporting.report import Report
+from rba_compress.units.splice import splice
 
 
 @dataclass(frozen=True, eq=False)

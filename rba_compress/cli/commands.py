@@ -167,7 +167,7 @@ class _Job(_Images):
     foldable: bool = False
     """Search for a stock network with fewer blocks, which timm loads without this package."""
     seed: int = 0
-    """Deals the images to fit, choose and confirm."""
+    """Deals the images to fit, validation and test samples."""
 
     def prepare(self) -> _Ready:
         """Everything that the work needs, once all that can be checked before it is checked.
@@ -299,9 +299,7 @@ class Search(_Job):
             say("nothing was replaced: the network meets its budget, or no step keeps within it")
             return {"out": None, "front": []}
         batches = (
-            seen.split(data.loader).part("confirm")
-            if data.tests is None
-            else read(data.tests, seen.form)
+            seen.split(data.loader).part("test") if data.tests is None else read(data.tests, seen.form)
         )
         points = measure_front(job.dense, seen, kept, list(batches), samples=data.samples)
         if current().leads:

@@ -24,10 +24,11 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.schema import Frozen
 from rba_compress.graph.activations import run_with_streams
-from rba_compress.graph.discovery import Support, discover, why_none, with_value
-from rba_compress.graph.rewrite import splice
-from rba_compress.planning.state import fit_spans
+from rba_compress.graph.discovery import Support, why_none, with_value
+from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.profiler import calibrate, fingerprint
+from rba_compress.units.offers import discover
+from rba_compress.units.splice import splice
 
 SPEC = MapSpec(kind="shrunk", shrink=0.7, damping=1e-4)
 

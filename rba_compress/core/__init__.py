@@ -4,6 +4,8 @@ errors                      every error that is raised on purpose
 schema                      frozen values that read and write JSON
 config                      `Budget`, `Config`, `Healing`: what a user asks for
 plan                        `Chain`, `Replacement`, `Refit`, `Plan`: decisions, without tensors
+registry                    units by name, as plans and settings see them
+cost                        multiply-accumulates and parameters
 map_spec                    which map, and how well it fits
 call_signature              templates of a block's call
 batch, loader, loader_form  batches as arguments of a model, and the deal of their samples

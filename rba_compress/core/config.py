@@ -14,13 +14,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from rba_compress.core.errors import BudgetError, ConfigError, RBAError
 from rba_compress.core.map_spec import Kind, MapSpec
+from rba_compress.core.registry import SearchedUnit, searched_units
 from rba_compress.core.schema import Frozen, Share
-
-Unit = Literal["span", "whole", "read_out", "attention_free", "mlp_free", "read_out_mlp"]
-"""What is done to a block: see `graph.block_variants`; a span of blocks is replaced by one map."""
-
-UNITS: tuple[Unit, ...] = ("read_out", "attention_free", "mlp_free", "read_out_mlp")
-"""What a block can be thinned to."""
 
 Trained = Literal["maps", "norms", "adapters", "all"]
 """What of a slim network is trained: see `Healing.train`."""
@@ -169,7 +164,7 @@ class Config(Asked):
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
-    units: tuple[Unit, ...] = ("span", *UNITS)
+    units: tuple[SearchedUnit, ...] = Field(default_factory=searched_units)
     """What to try: maps over spans of blocks, and thinner blocks where the network offers them."""
     keep_features: bool = False
     """Compute every position of every stream, also those that the output does not read."""
@@ -212,13 +207,7 @@ class Config(Asked):
     squared error; or one minus the cosine. By default the labels, the problem type of a transformers
     configuration, and the graph decide: class scores, feature maps or an embedding."""
     seed: int = 0
-    """Deals the samples to fit, choose and confirm."""
-
-    @property
-    def traced_units(self) -> tuple[Unit, ...]:
-        """The units for which blocks must be traced: those asked for, and those of exact read-outs."""
-        exact: tuple[Unit, ...] = () if self.keep_features else ("read_out",)
-        return tuple(dict.fromkeys((*(u for u in self.units if u != "span"), *exact)))
+    """Deals the samples to fit, validation and test."""
 
     @model_validator(mode="before")
     @classmethod
@@ -227,12 +216,10 @@ class Config(Asked):
             return data | {"maps": ("identity", "folded"), "units": ("span",), "keep_features": True}
         return data
 
-    def specs(self, width: int, unit: Unit = "span") -> list[MapSpec]:
-        """Every map to try, the identity first; none is folded into a block that is thinned."""
+    def specs(self, width: int) -> list[MapSpec]:
+        """Return every map to try, the identity first."""
         found = []
         for kind in dict.fromkeys(("identity", *self.maps)):
-            if kind == "folded" and unit != "span":
-                continue
             damped = kind in ("affine", "shrunk", "low_rank")
             damping = self.fold_damping if kind == "folded" else self.damping if damped else 0.0
             rank = min(self.rank or max(1, width // 4), width) if kind == "low_rank" else None

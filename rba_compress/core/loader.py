@@ -1,4 +1,4 @@
-"""Reading of a loader: its batches, checked, and the deal of its samples to fit, choose and confirm."""
+"""Reading of a loader: its batches, checked, and the split of its samples into three parts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from rba_compress.core.distributed import ALONE, Ranks, current
 from rba_compress.core.errors import LoaderError, RBAError
 from rba_compress.core.memory import out_of_memory
 
-Part = Literal["fit", "choose", "confirm"]
+Part = Literal["fit", "validation", "test"]
 
 
 ENDLESS = 100_000
 """Batches after which a loader that tells no length is taken for one without an end."""
 
 
-_PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("choose",) * 4 + ("confirm",)
+_PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("validation",) * 4 + ("test",)
 
 
 def read(loader: Iterable[Any], form: Form | None = None) -> Iterator[Batch]:

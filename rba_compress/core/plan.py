@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.config import Budget, Config, Healing, Unit
+from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import Diagnostics, MapSpec
+from rba_compress.core.registry import UNITS, UnitName
 from rba_compress.core.schema import Frozen, ModulePath
 from rba_compress.core.tables import html_table
 
@@ -24,14 +26,21 @@ class Branch(Frozen):
     """A LayerNorm that the sum goes through, where it stands behind the sum."""
 
 
-class UnitCost(Frozen):
-    """What is left to pay of a block that is thinned, its map aside."""
+class Offer(Cost):
+    """Cost that is left of a block which a unit cuts, its map aside."""
 
-    unit: Unit
+    unit: UnitName
     narrow: bool
-    """Whether for the read positions alone."""
-    macs: int
-    params: int
+    """Whether for the positions that the output reads alone."""
+
+
+class Site(NamedTuple):
+    """A place where something may be done, and the unit that does it."""
+
+    chain: int
+    start: int
+    stop: int
+    unit: str
 
 
 class Block(Frozen):
@@ -49,8 +58,8 @@ class Block(Frozen):
     """In a GraphModule: the other fx nodes outside of it that it reads."""
     branches: tuple[Branch, ...] = ()
     """Its residual branches in order; empty where they cannot be told apart."""
-    units: tuple[UnitCost, ...] = ()
-    """What it can be thinned to."""
+    units: tuple[Offer, ...] = ()
+    """What units can cut it down to."""
 
     @field_validator("signature", mode="before")
     @classmethod
@@ -58,8 +67,8 @@ class Block(Frozen):
         """Plans of schema 1 had none in a GraphModule."""
         return Signature() if value is None else value
 
-    def cost(self, unit: Unit, *, narrow: bool = False) -> UnitCost | None:
-        """Of a unit; None where the block does not offer it."""
+    def offer(self, unit: str, *, narrow: bool = False) -> Offer | None:
+        """Return the offer of a unit; None where the block has none."""
         return next((u for u in self.units if (u.unit, u.narrow) == (unit, narrow)), None)
 
 
@@ -140,7 +149,9 @@ class Replacement(Frozen):
     """Dimensions of the stream."""
     axis: int
     """Its channel axis."""
-    unit: Unit = "span"
+    unit: UnitName = "span"
+    level: float | None = None
+    """The setting of a unit that has no map."""
     reads: int = 0
     """In a read-out: how many positions are computed in full, the first ones."""
     exact: bool = False
@@ -151,8 +162,7 @@ class Replacement(Frozen):
     def _is_one(self) -> Self:
         if not 0 <= self.start < self.stop or len(self.blocks) != self.stop - self.start:
             raise ValueError(f"{len(self.blocks)} blocks are no span {self.start}:{self.stop}")
-        if self.unit != "span" and len(self.blocks) != 1:
-            raise ValueError(f"{self.unit} is of one block, not of {len(self.blocks)}")
+        UNITS[self.unit].require(self)
         last = self.axis in (-1, self.ndim - 1)
         known = last or (self.axis, self.ndim) in _CHANNELS_SECOND
         if not (0 < self.width <= _WIDEST and 0 < self.ndim <= 8 and known):
@@ -166,35 +176,8 @@ class Replacement(Frozen):
         """Prefix of its tensors in a state dict of the slim model."""
         return f"{self.blocks[0].path}.map."
 
-    @property
-    def source(self) -> float:
-        """The boundary that its map reads; half a boundary lies between the sublayers of a block."""
-        return self.start + 0.5 * (self.unit in ("mlp_free", "read_out_mlp"))
-
-    @property
-    def target(self) -> float:
-        """The boundary that its map is fitted to."""
-        return self.stop - 0.5 * (self.unit == "attention_free")
-
-    @property
-    def between(self) -> bool:
-        """Whether its map starts or ends between the sublayers of a block."""
-        return bool(self.source % 1 or self.target % 1)
-
     def __str__(self) -> str:
-        block = listed([block.path for block in self.blocks])
-        match self.unit:
-            case "attention_free":
-                return f"{block} attention -> {self.map}"
-            case "mlp_free":
-                only = f" ({self.reads} read)" if self.exact else ""
-                return f"{block} MLP -> {self.map}{only}"
-            case "read_out":
-                others = "not computed" if self.exact else f"-> {self.map}"
-                return f"{block} for {self.reads} read, others {others}"
-            case "read_out_mlp":
-                return f"{block} MLP for {self.reads} read, others -> {self.map}"
-        return f"{block} -> {self.map}"
+        return UNITS[self.unit].describe(self)
 
 
 _WIDEST = 1 << 24
@@ -261,16 +244,17 @@ class JudgedOutput(Frozen):
     which squared errors are divided by; None divides by the mean square of each sample."""
 
 
-class Candidate(Frozen):
-    """One change that the search judged on all samples that it chooses on."""
+class EvaluatedCandidate(Frozen):
+    """One change that the search evaluated on all validation samples."""
 
     step: int
     """Decisions before it. To settle or swap a span, others were judged with that span undone."""
     chain: str
     start: int
     stop: int
-    unit: Unit = "span"
+    unit: UnitName = "span"
     map: MapSpec
+    level: float | None = None
     divergence: float
     """Of the output, with the change."""
     macs: int
@@ -322,10 +306,10 @@ class Plan(Frozen):
     refusals: tuple[Refusal, ...] = ()
     steps: tuple[Step, ...] = ()
     """The decisions, in order."""
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[EvaluatedCandidate, ...] = ()
     """Every finalist that was judged for them."""
     budget: Budget | None = None
-    config: Config = Config()
+    config: Config = Field(default_factory=Config)
     divergence: Divergence = "nse"
     """The divergence that was minimised, of the main output."""
     outputs: tuple[JudgedOutput, ...] = ()

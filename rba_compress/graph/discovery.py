@@ -16,18 +16,14 @@ from torch.utils import _pytree as pytree
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.config import UNITS, Unit
 from rba_compress.core.errors import ModelError, NoChainError
-from rba_compress.core.inference import evaluating, unwrap
-from rba_compress.core.loader_form import batch_of
-from rba_compress.core.offload import undispatched
+from rba_compress.core.inference import evaluating
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Block, Chain, Refusal, UnitCost, listed
+from rba_compress.core.plan import Block, Chain, Refusal, listed
 from rba_compress.core.schema import nested
 from rba_compress.core.weight_types import require_plain_weights
 from rba_compress.graph.activations import run_with_streams
 from rba_compress.graph.block_analysis import analyse
-from rba_compress.graph.block_variants import Traces, example_inputs, thin
 from rba_compress.graph.independence import require_independent
 from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording, graph_arguments, record
@@ -60,35 +56,13 @@ class Support:
 
 
 @torch.inference_mode(False)
-def supports(model: nn.Module, example: Any) -> Support:
-    """The chains of replaceable blocks of `model`, each verified by surgery, and every refusal.
-
-    Args:
-        model: any `nn.Module` or `fx.GraphModule`; left as it is.
-        example: one batch, in any form that a loader may yield; at most four samples are used.
-
-    Raises:
-        LoaderError: the example is not a batch.
-        ModelError: the model is of a kind that cannot be rewritten, or its forward pass fails.
-    """
-    model = undispatched(unwrap(model))
-    found, _ = discover(model, batch_of(model, example))
-    return found
-
-
-def discover(
-    model: nn.Module,
-    batch: Batch,
-    traces: Traces | None = None,
-    units: Sequence[Unit] = UNITS,
-) -> tuple[Support, Recording]:
-    """Find the chains of `model`; returns the recording they were found in (two samples), too.
+def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Batch]:
+    """Find the chains of `model`, without what units offer there.
 
     A second recording of other samples drops what depends on the input's values.
 
-    Args:
-        traces: keeps the blocks that are traced.
-        units: which to look for beside spans.
+    Returns:
+        The chains and the refusals, the recording they were found in, and its two samples.
 
     Raises:
         ModelError: the forward pass fails; rows of a batch depend on each other.
@@ -113,7 +87,7 @@ def discover(
             continue
         verified, refused = _verified(model, joined, first)
         refusals += refused
-        found += [_with_units(model, each, first, traces or Traces(), units) for each in verified]
+        found += verified
     order = [call.path for call in recording.calls]
     found.sort(key=lambda chain: order.index(chain.blocks[0].path))
     seen = [path for chain in found for path in (b.path for b in chain.blocks)]
@@ -122,7 +96,8 @@ def discover(
     if found:
         require_independent(model, batch)
         found = _with_samples(model, found, batch, first)
-    return Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told]))), recording
+    support = Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told])))
+    return support, recording, first
 
 
 def _with_samples(model: nn.Module, chains: list[Chain], batch: Batch, first: Batch) -> list[Chain]:
@@ -316,99 +291,6 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
         return f"the code around it reads its attribute {missing[0] if missing else error!r}"
     except Exception as error:  # noqa: BLE001  a chain that cannot be run is refused with its error
         return f"the rewritten model fails: {type(error).__name__}: {error}"
-    return None
-
-
-# --- what blocks can be thinned to
-
-
-def _with_units(
-    model: nn.Module, chain: Chain, batch: Batch, traces: Traces, units: Sequence[Unit]
-) -> Chain:
-    """The chain with the units of its blocks and what they cost, as far as surgery bears them out.
-
-    Blocks of one kind and size share what is found out about the first of them.
-    """
-    if not units:
-        return chain
-    known: dict[Any, tuple[UnitCost, ...]] = {}
-    blocks, last = [], len(chain) - 1
-    if chain.reads and (flaw := _flaw(model, chain, last, "read_out", batch=batch, traces=traces)):
-        chain = chain.model_copy(update={"reads": 0, "unread": flaw})
-    for b, block in enumerate(chain.blocks):
-        key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
-        if key not in known:
-            known[key] = _units(model, chain, b, batch=batch, traces=traces, units=units)
-        blocks.append(block.model_copy(update={"units": known[key]}))
-    return chain.model_copy(update={"blocks": tuple(blocks)})
-
-
-def _units(
-    model: nn.Module,
-    chain: Chain,
-    b: int,
-    *,
-    batch: Batch,
-    traces: Traces,
-    units: Sequence[Unit],
-) -> tuple[UnitCost, ...]:
-    block, reads = chain.blocks[b], chain.reads
-    inner = [unit for unit in units if unit != "read_out"]
-    flaw = _flaw(model, chain, b, "whole", batch=batch, traces=traces) if inner else ""
-    wanted: list[tuple[Unit, bool]] = [("read_out", True), ("read_out", False)] if reads else []
-    if flaw is None:
-        wanted += [("attention_free", False), ("mlp_free", False)]
-        if reads:
-            wanted += [("read_out_mlp", False), ("attention_free", True), ("mlp_free", True)]
-    found = []
-    for unit, narrow in (each for each in wanted if each[0] in units):
-        exact = narrow and unit != "attention_free"
-        copy = copy_model(model, share=True)
-        try:
-            thinned = thin(copy, block, nn.Identity(), traces, unit=unit, reads=reads, exact=exact)
-        except ModelError:
-            continue
-        macs = _macs(thinned, block.signature, reads if narrow and not exact else None, len(batch))
-        params = sum(p.numel() for p in thinned.parameters())
-        found.append(UnitCost(unit=unit, narrow=narrow, macs=macs, params=params))
-    whole = chain.macs[b]
-    return tuple(cost for cost in found if cost.macs < whole)
-
-
-def _macs(thinned: nn.Module, signature: Signature, reads: int | None, samples: int) -> int:
-    """MACs of one sample, for all positions or for the read ones alone.
-
-    Args:
-        samples: of the call that the signature tells of; its stream may have several rows for each.
-    """
-    tensors = example_inputs(thinned, signature)
-    if reads is not None:
-        tensors[signature.stream_index] = tensors[signature.stream_index][:, :reads]
-    args, kwargs = signature.call(tensors)
-    recording = record(thinned, Batch(args, kwargs, None))
-    return round(recording.macs * recording.samples / samples)
-
-
-def _flaw(
-    model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
-) -> str | None:
-    """Why a block cannot be run from its graph, or None: it was, and the output stayed the same."""
-    exact, block = unit == "read_out", chain.blocks[b]
-    slim = copy_model(model, share=True)
-    try:
-        thinned = thin(slim, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
-        replace_blocks(slim, [block], thinned)
-        with evaluating(model), evaluating(slim):
-            dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
-    except ModelError as error:
-        return str(error)
-    except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
-        return f"the thinned model fails: {type(error).__name__}: {error}"
-    if dense.shape != found.shape:
-        return "the model's output has another shape without them"
-    allowed = min(1000 * torch.finfo(dense.dtype).eps, 0.05) * dense.abs().max()
-    if not bool((dense - found).abs().max() <= allowed) and bool(torch.isfinite(dense).all()):
-        return "the model's output is another one without them"
     return None
 
 

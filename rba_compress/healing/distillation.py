@@ -223,14 +223,14 @@ class Samples:
             LoaderError: it has too few samples to hold any out, or fewer batches than processes.
         """
         train, held, digests = [], [], []
-        for part, places, batch in split.deal("fit", "choose"):
-            out = [r for r, p in enumerate(places) if part == "choose" and p % HELD == 0]
+        for part, places, batch in split.deal("fit", "validation"):
+            out = [r for r, p in enumerate(places) if part == "validation" and p % HELD == 0]
             kept = [r for r in range(len(batch)) if r not in out]
             if out:
                 held.append(batch.select(out))
             if kept:
                 train.append(batch.select(kept))
-                digests.append([2 * places[0] + (part == "choose"), train[-1].digest(whole=True)])
+                digests.append([2 * places[0] + (part == "validation"), train[-1].digest(whole=True)])
         ranks = split.ranks
         if ranks.sum(not train):
             raise LoaderError("the loader has fewer batches than there are processes: smaller batches")

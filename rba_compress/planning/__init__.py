@@ -1,9 +1,16 @@
-"""The search for a plan.
+"""The search: which unit at which site, at which level, under a budget.
 
-state           networks in work and moves, as values
-fit_statistics  statistics on the partially compressed network
+state           networks that a search works on, as values
+plan_cost       cost of a network under a plan
+span_fits       maps on the original streams; the paper's choice
+fit_statistics  sums over rows of two networks, for the fits behind earlier replacements
 partial_run     forward passes from a boundary on
-evaluator       the divergence of a candidate
-candidates      every map of every unit, fitted
-search          `search`, step by step
+candidates      fits of every level of every unit
+evaluator       divergence of the output on the validation samples
+limits          limits of a budget
+log             steps and candidates of a search
+context         what all steps of one search share
+selection       one step: candidates screened, evaluated, chosen
+refinement      fits again, swaps, kept layers re-solved
+search          `search`, step by step to the budget
 """

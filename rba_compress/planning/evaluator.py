@@ -1,4 +1,4 @@
-"""Judges rewritten networks by the divergence of their output, at the cost of what changed."""
+"""Evaluation of compressed networks by the divergence of their output."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCREEN = 4
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How far a network's output is from the dense one's, on the samples to choose on."""
+class Evaluation:
+    """Distance of a network's output from the original's, on the validation samples."""
 
     divergence: Tensor
     """Of each sample, (samples,) float64, infinite where it is not finite."""
@@ -43,26 +43,27 @@ class Judged:
         return float(self.divergence.mean())
 
 
-class Judge:
-    """Holds the samples to choose on, the dense outputs, and the streams of the network in work.
+class Evaluator:
+    """Holds the validation samples, the original's outputs, and the streams of the current network.
 
     A candidate that first changes the stream behind a boundary is run from there on. `samples` counts
-    the samples sent through a whole network's worth of blocks, dense runs and stored streams included.
+    samples sent through a whole network's worth of blocks, runs of the original and those that store
+    streams included.
 
     Where the streams of all boundaries would not fit into `memory`, every second one is kept, or every
     third, and so on; a candidate is run from the last one before it.
 
-    Where several ranks work together each holds its share of the samples, and what is judged is of all.
+    Where several ranks work together each holds its share of the samples, and results are of all.
 
     Args:
-        dealt: the number of each sample among all that are chosen on, and the batches of them.
+        dealt: the number of each sample among all validation samples, and the batches of them.
         size: of a batch; by default they stay as they are.
         memory: bytes for streams; by default half of the device's.
     """
 
     def __init__(
         self,
-        dense: nn.Module,
+        original: nn.Module,
         chains: Sequence[Chain],
         criterion: Criterion,
         dealt: Iterable[tuple[list[int], Batch]],
@@ -72,32 +73,32 @@ class Judge:
     ) -> None:
         self.chains, self.criterion, self.ranks = chains, criterion, current()
         screened, others = regroup(list(dealt), size, self.ranks)
-        self.batches = [batch.to(dense) for batch in (*screened, *others)]
+        self.batches = [batch.to(original) for batch in (*screened, *others)]
         self._screened = len(screened)
         parts = (self.batches, screened)
         own = torch.tensor([[sum(map(len, part)) for part in parts]])
         self._counts = torch.cat(self.ranks.gathered(own)).tolist()
         """Of each rank: its samples, and those of them that are screened on."""
         self.held = sum(held for held, _ in self._counts)
-        """Samples to choose on."""
+        """Number of validation samples."""
         self.samples = 0.0
-        self._memory = memory or device_bytes(device_of(dense)) // 2
+        self._memory = memory or device_bytes(device_of(original)) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
-        with evaluating(dense):
-            self.dense = [criterion.kept(ran(dense, batch)) for batch in self.batches]
+        with evaluating(original):
+            self.expected = [criterion.kept(ran(original, batch)) for batch in self.batches]
         self.samples += self.held
-        leaves = (leaf for output in self.dense for leaf in pytree.tree_leaves(output))
+        leaves = (leaf for output in self.expected for leaf in pytree.tree_leaves(output))
         flaws = sum(not bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))
         if self.ranks.sum(flaws):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
 
-    def rebase(self, slim: nn.Module) -> Judged:
-        """Make `slim` the network that candidates change; returns how far it is from the dense one."""
+    def rebase(self, model: nn.Module) -> Evaluation:
+        """Make `model` the current network, which candidates change, and evaluate it."""
         self._streams, apart = [], 1
         outputs: list[Any] = []
-        with evaluating(slim):
+        with evaluating(model):
             for batch in self.batches:
-                seen = observe(slim, self.chains, batch)
+                seen = observe(model, self.chains, batch)
                 if not outputs:
                     taken = sum(h.nbytes for found in seen.streams for h in found.values())
                     apart = -(-taken * len(self.batches) // self._memory)
@@ -105,12 +106,12 @@ class Judge:
                 outputs.append(self.criterion.kept(seen.output))
         self.samples += self.held
         tally, each = Tally(), []
-        for batch, dense, output in zip(self.batches, self.dense, outputs, strict=True):
-            each.append(self.criterion(dense, output, batch))
+        for batch, expected, output in zip(self.batches, self.expected, outputs, strict=True):
+            each.append(self.criterion(expected, output, batch))
             if self.criterion.scores:
-                tally.add(self.criterion.scored(dense, output, batch))
+                tally.add(self.criterion.scored(expected, output, batch))
         tally = tally.merged(self.ranks.total)
-        return Judged(self._of_all(each), tally.agreement, tally.accuracy_drop)
+        return Evaluation(self._of_all(each), tally.agreement, tally.accuracy_drop)
 
     @staticmethod
     def _kept(streams: dict[int, Tensor], apart: int) -> dict[int, Tensor]:
@@ -118,30 +119,30 @@ class Judge:
         return {b: h for b, h in streams.items() if b % apart == 0 or b == max(streams)}
 
     def __call__(
-        self, slim: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
+        self, model: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
     ) -> Tensor:
-        """The divergence of each sample, (samples,) float64, infinite where it is not finite.
+        """Return the divergence of each sample, (samples,) float64, infinite where it is not finite.
 
         Args:
-            slim: a candidate that is the network in work up to `boundary` of `chain`; used up.
-            screen: judge on the first of `SCREEN` shares of the samples, which are spread evenly.
+            model: a candidate that equals the current network up to `boundary` of `chain`; used up.
+            screen: run the first of `SCREEN` shares of the samples alone, which are spread evenly.
         """
         found = []
         taken = range(self._screened if screen else len(self.batches))
         if taken:
             known = [b for b in self._streams[0][chain] if b <= boundary]
             boundary = max(known, default=0)
-            resumed = Resumed(slim, self.chains, chain, boundary, self._streams[0])
-        with evaluating(slim):
+            resumed = Resumed(model, self.chains, chain, boundary, self._streams[0])
+        with evaluating(model):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
                 kept = self.criterion.kept(output)
-                found.append(self.criterion(self.dense[k], kept, self.batches[k]))
-        judged = self._of_all(found)
+                found.append(self.criterion(self.expected[k], kept, self.batches[k]))
+        divergences = self._of_all(found)
         blocks = sum(len(c) for c in self.chains)
         passed = boundary + sum(len(c) for c in self.chains[:chain])
-        self.samples += len(judged) * (1 - passed / blocks)
-        return judged
+        self.samples += len(divergences) * (1 - passed / blocks)
+        return divergences
 
     def _of_all(self, found: list[Tensor]) -> Tensor:
         """The divergences of all ranks' samples, screened ones first, infinite where not finite."""
@@ -158,9 +159,9 @@ def regroup(
 ) -> tuple[list[Batch], list[Batch]]:
     """The samples to screen on and the others, in batches of about `size`.
 
-    They are dealt like cards to piles that each span the whole loader, of which the first are screened
-    on. Batches whose tensors differ in shape (text of several lengths) stay as they are. What is
-    screened on does not depend on how many ranks there are.
+    Batches are stratified: each spans the whole loader, and the first ones are those to screen on.
+    Batches whose tensors differ in shape (text of several lengths) stay as they are. The samples to
+    screen on do not depend on the number of ranks.
 
     Args:
         dealt: the number of each sample among those of all ranks, and the batches of them.
@@ -183,17 +184,17 @@ def regroup(
             [batch for places, batch in dealt if places[0] > last],
         )
     places = [place for own, _ in dealt for place in own]
-    piles = max(1, round(ranks.sum(len(places)) / size))
-    screened = max(1, piles // SCREEN)
-    hands: dict[tuple[bool, int], list[int]] = {}
+    strata = max(1, round(ranks.sum(len(places)) / size))
+    screened = max(1, strata // SCREEN)
+    rows_of: dict[tuple[bool, int], list[int]] = {}
     for row, place in enumerate(places):
-        pile = place % piles
-        later = pile >= screened
-        # A rank has a part of each pile: so many make a batch.
-        hands.setdefault((later, (pile - screened * later) // ranks.count), []).append(row)
+        stratum = place % strata
+        later = stratum >= screened
+        # A rank has a part of each stratum: so many make a batch.
+        rows_of.setdefault((later, (stratum - screened * later) // ranks.count), []).append(row)
     joined = Batch.join(batches) if batches else None
     found: tuple[list[Batch], list[Batch]] = [], []
-    for (later, _), rows in sorted(hands.items()):
+    for (later, _), rows in sorted(rows_of.items()):
         assert joined is not None
         found[later].append(joined.select(rows))
     return found

@@ -1,6 +1,6 @@
-"""Fits on the network as it is by now: towards the original streams, behind what is replaced already.
+"""Regression statistics on the partially compressed network, towards the original streams.
 
-The network in work and the original run side by side over the samples to fit on. `g` are the streams
+The current network and the original run side by side over the samples to fit on. `g` are the streams
 of the first, `h` of the second; a map over the span (i, j) is fitted to (g_i, h_j), so that it makes up
 for what the changes before it did. Class tokens are kept apart from the other rows, so that every
 weight of theirs comes from one pass.
@@ -20,10 +20,11 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Block, Branch, Chain
 from rba_compress.graph.activations import Observed, attention_mask, observe
-from rba_compress.graph.block_variants import Traces, thin
 from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
+from rba_compress.units.block_variants import Traces, thin
+from rba_compress.units.whole import WHOLE
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 """The input and the output of each layer that was observed."""
@@ -138,7 +139,7 @@ def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Modu
         return model
     copy = copy_model(model, share=True)
     for block in blocks:
-        thinned = thin(copy, block, nn.Identity(), traces, unit="whole")
+        thinned = thin(copy, block, nn.Identity(), traces, unit=WHOLE)
         replace_blocks(copy, [block], thinned)
     return copy
 

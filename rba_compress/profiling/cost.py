@@ -9,21 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from rba_compress.core.batch import Batch
+from rba_compress.core.cost import Cost
 from rba_compress.core.offload import undispatched
-from rba_compress.core.schema import Frozen
 from rba_compress.graph.tracer import record
-
-
-class Cost(Frozen):
-    """Of one sample, and of the network."""
-
-    macs: int
-    params: int
-
-
-def kept(part: float, whole: float) -> float:
-    """What is left of a cost, as a share; all of it, where there was none."""
-    return part / whole if whole else 1.0
 
 
 def cost(model: nn.Module, batch: Batch) -> Cost:

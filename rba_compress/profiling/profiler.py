@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch, Form
 from rba_compress.core.config import Config
+from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.core.inference import evaluating, unwrap
@@ -29,13 +30,13 @@ from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table
 from rba_compress.core.weight_types import require_plain_weights
 from rba_compress.graph.activations import attention_mask, run_with_streams
-from rba_compress.graph.block_variants import Traces
-from rba_compress.graph.discovery import discover, require_chains
+from rba_compress.graph.discovery import require_chains
 from rba_compress.linalg.moments import moment_bytes
 from rba_compress.profiling.chain_statistics import ChainProfile, started, states_of
-from rba_compress.profiling.cost import Cost
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.fidelity import Criterion, Function, OutputScales, require_labels
+from rba_compress.units.block_variants import Traces
+from rba_compress.units.offers import discover
 
 EVERY = 30.0
 """Seconds from checkpoint to checkpoint."""
@@ -249,7 +250,9 @@ def profile(
     split = Split(loader, config.seed)
     example = split.first(form_of(model))
     traces = Traces()
-    support, recording = discover(model, example, traces, config.traced_units)
+    support, recording = discover(
+        model, example, traces, config.units, read_outs=not config.keep_features
+    )
     criterion, notes, classes = criterion_of(model, recording, config, example.labels, divergence)
     require_chains(support, model)
     if criterion.kind == "kl":

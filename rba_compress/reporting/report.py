@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from pydantic import Field
 
+from rba_compress.core.cost import Cost, kept
 from rba_compress.core.io import write_text
 from rba_compress.core.plan import boundary_names
 from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table, text_table
 from rba_compress.linalg.similarity import TITLES
-from rba_compress.profiling.cost import Cost, kept
 from rba_compress.profiling.fidelity import DIVERGENCES, Fidelity
 from rba_compress.profiling.latency import Latency
 from rba_compress.reporting.changed_samples import Changed

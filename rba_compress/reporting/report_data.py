@@ -15,6 +15,7 @@ from rba_compress.core.plan import Chain, Plan, Refusal, Step
 from rba_compress.core.schema import Frozen
 from rba_compress.linalg.similarity import METRICS, Metric
 from rba_compress.profiling.profiler import Profile
+from rba_compress.units.registry import unit_of
 
 Method = Literal["ours", "paper", "healed"]
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -141,7 +142,7 @@ def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
             state[refit.block] = ("re-solved", str(refit))
     for new in plan.replacements:
         for b in range(new.start, new.stop) if new.chain == chain.name else ():
-            state[b] = ("replaced" if new.unit == "span" else "thinned", str(new))
+            state[b] = ("replaced" if unit_of(new.unit).removes else "thinned", str(new))
     return tuple(
         DrawnBlock(
             path=block.path,

@@ -87,7 +87,7 @@ def test_a_batch_takes_the_dtype_of_the_model_and_keeps_integers() -> None:
     assert moved.kwargs["mask"].dtype == torch.int64
 
 
-PARTS: tuple[Part, ...] = ("fit", "choose", "confirm")
+PARTS: tuple[Part, ...] = ("fit", "validation", "test")
 
 
 def dealt(loader: list[torch.Tensor], seed: int = 0) -> dict[Part, list[float]]:
@@ -98,10 +98,10 @@ def dealt(loader: list[torch.Tensor], seed: int = 0) -> dict[Part, list[float]]:
 def test_parts_are_disjoint_complete_and_interleaved() -> None:
     samples = torch.arange(100.0).reshape(100, 1)
     parts = dealt(list(samples.split(16)))
-    assert {p: len(v) for p, v in parts.items()} == {"fit": 50, "choose": 40, "confirm": 10}
+    assert {p: len(v) for p, v in parts.items()} == {"fit": 50, "validation": 40, "test": 10}
     assert sorted(v for part in parts.values() for v in part) == list(range(100))
     for tens in range(10):  # a loader sorted by class gives every part every class
-        assert sum(10 * tens <= v < 10 * tens + 10 for v in parts["choose"]) == 4
+        assert sum(10 * tens <= v < 10 * tens + 10 for v in parts["validation"]) == 4
 
 
 def test_a_samples_part_depends_on_its_place_and_the_seed_alone() -> None:

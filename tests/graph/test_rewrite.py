@@ -14,8 +14,9 @@ from rba_compress.core.call_signature import Signature
 from rba_compress.core.map_spec import Kind, MapSpec
 from rba_compress.core.plan import Chain as FoundChain
 from rba_compress.core.plan import Healed, Refit, Replacement
-from rba_compress.graph.rewrite import Spliced, splice_shared
+from rba_compress.graph.rewrite import Spliced
 from rba_compress.linalg.maps import build_map
+from rba_compress.units.splice import splice_shared
 from tests.networks import BRIEF, Block, Chain, images, rows, seeded
 
 

@@ -37,7 +37,7 @@ from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.healing.augmentation import augmented
 from rba_compress.healing.distillation import Student
-from rba_compress.planning.state import fit_spans
+from rba_compress.planning.span_fits import fit_spans
 from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
 TRAINED = ("maps", "norms", "adapters", "all")

@@ -148,9 +148,9 @@ REFUSED = [
          "10 samples and 9 labels"),
     Case("NaN in one number, to fit on", lambda: poisoned(torch.nan, of_part("fit")), ActivationError,
          "the input of blocks.0 holds NaN or infinity: check the calibration samples"),
-    Case("NaN in one number, to choose on", lambda: poisoned(torch.nan, of_part("choose")), ActivationError,
+    Case("NaN in one number, to choose on", lambda: poisoned(torch.nan, of_part("validation")), ActivationError,
          "NaN or infinity on held-out samples"),
-    Case("NaN in one number, to confirm on", lambda: poisoned(torch.nan, of_part("confirm")),
+    Case("NaN in one number, to confirm on", lambda: poisoned(torch.nan, of_part("test")),
          ActivationError, "NaN or infinity on held-out samples"),
     Case("infinity in one number", lambda: poisoned(torch.inf, of_part("fit")), ActivationError, "NaN or inf"),
 ]  # fmt: skip

@@ -9,8 +9,10 @@ from torch import nn
 from rba_compress import Budget, BudgetError, Config, compress
 from rba_compress.api import compare
 from rba_compress.core.loader import Split
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Draft, with_move
+from rba_compress.core.plan import Site
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.search import run as search_run
+from rba_compress.planning.state import SearchState, with_candidate
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.profiling.latency import Latency, benchmark, block_times
 from rba_compress.profiling.profiler import profile
@@ -47,7 +49,7 @@ def test_limits_of_quality_alone_take_what_they_allow(
     found = {}
     for limit in (0.01, 0.1):
         slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=QUICK)
-        choose = list(Split(digits_loader, 0).part("choose"))
+        choose = list(Split(digits_loader, 0).part("validation"))
         assert fidelity(digits, slim.model, choose, "kl").divergence <= limit
         stop = slim.plan.steps[-1]
         assert stop.action == "stop"
@@ -63,7 +65,7 @@ def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
 ) -> None:
     slim = compress(digits, digits_loader, budget=Budget(**limits), config=QUICK)
     assert slim.plan.replacements
-    found = fidelity(digits, slim.model, Split(digits_loader, 0).part("choose"), "kl")
+    found = fidelity(digits, slim.model, Split(digits_loader, 0).part("validation"), "kl")
     assert found.agreement is not None
     assert found.accuracy_dense is not None
     assert found.accuracy_slim is not None
@@ -94,7 +96,7 @@ def test_what_does_not_hold_on_the_held_out_samples_is_said(
     model = seeded(Chain)
     seen = profile(model, loader())
     slim = compress(model, loader(), budget=Budget(macs=0.5), config=LIGHT)
-    confirm = list(seen.split(loader()).part("confirm"))
+    confirm = list(seen.split(loader()).part("test"))
     scale = slim.report.fidelity.divergence if name == "divergence" else 1.0
     for limit, said in ((holds, False), (breaks, True)):
         plan = slim.plan.model_copy(update={"budget": Budget(**{name: limit * scale})})
@@ -122,7 +124,7 @@ def blocks_kept(dense: nn.Module, slim: nn.Module, *_: Any, **__: Any) -> Latenc
 def test_latency_is_followed_by_the_clock_and_no_further(
     limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rba_compress.planning.search.benchmark", blocks_kept)
+    monkeypatch.setattr("rba_compress.planning.context.benchmark", blocks_kept)
     slim = compress(seeded(Chain, depth=8), loader(), budget=Budget(latency=limit), config=LIGHT)
     kept = sum(isinstance(m, Block) for m in slim.model.modules())
     assert 4 <= kept <= 6  # six of eight are fast enough; a span may bring more than what was asked
@@ -130,13 +132,13 @@ def test_latency_is_followed_by_the_clock_and_no_further(
 
 @pytest.mark.parametrize("limit", [0.75, 7.5])
 def test_the_dense_network_takes_all_of_its_time(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rba_compress.planning.search.benchmark", blocks_kept)
-    monkeypatch.setattr("rba_compress.planning.search.block_times", lambda *_: [[0.1, 0.2, 0.3, 0.2]])
+    monkeypatch.setattr("rba_compress.planning.context.benchmark", blocks_kept)
+    monkeypatch.setattr("rba_compress.planning.context.block_times", lambda *_: [[0.1, 0.2, 0.3, 0.2]])
     model = seeded(Chain)
     seen = profile(model, loader(), config=LIGHT)
-    run = Search(model, seen, loader(), Budget(latency=limit))
-    assert run.lacking(run.start.load) == {"latency": pytest.approx(0.25)}
-    assert run.fitter.saving(run.start, (0, 1, 3, "span")).latency == pytest.approx(0.5)
+    run = SearchContext(model, seen, loader(), Budget(latency=limit))
+    assert run.limits.lacking(run.start.cost) == {"latency": pytest.approx(0.25)}
+    assert run.fitter.saving(run.start, Site(0, 1, 3, "span")).latency == pytest.approx(0.5)
 
 
 def test_latency_is_measured_on_the_real_network(digits: nn.Module, digits_loader: list[Any]) -> None:
@@ -150,7 +152,7 @@ def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.Monke
     def slow(*_: Any, **__: Any) -> Latency:
         return blocks_kept(seeded(Chain), seeded(Chain))
 
-    monkeypatch.setattr("rba_compress.planning.search.benchmark", slow)
+    monkeypatch.setattr("rba_compress.planning.context.benchmark", slow)
     message = (
         r"brings the network to latency <= 0.900: the best reachable has .*, 1.000 of the latency at"
     )
@@ -162,20 +164,22 @@ def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.Monke
 def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the best step takes six blocks and breaks the limit, one of at most three is tried."""
     model = seeded(Chain, depth=8)
-    run = Search(model, profile(model, loader(), config=LIGHT), loader(), Budget(divergence=0.003))
+    run = SearchContext(
+        model, profile(model, loader(), config=LIGHT), loader(), Budget(divergence=0.003)
+    )
     asked: list[int | None] = []
 
-    def step(draft: Draft, *, longest: int | None = None) -> Draft | None:
+    def step(_: Any, draft: SearchState, *, longest: int | None = None) -> SearchState | None:
         asked.append(longest)
         if draft is not run.start:
             return None
         span = (2, 8) if longest is None else (5, 6)
-        move = run.fitter.moves(draft, [(0, *span, "span")])[-1]
-        taken = run.draft(with_move(draft, move), draft.load - move.saving)
-        return run.note("take", move.replacement, taken, 0.0)
+        move = run.fitter.candidates(draft, [Site(0, *span, "span")])[-1]
+        taken = run.state(with_candidate(draft, move), draft.cost - move.saving)
+        return run.log.decided("take", move.replacement, taken, 0.0)
 
-    monkeypatch.setattr(run, "step", step)
-    found = run.run()
+    monkeypatch.setattr("rba_compress.planning.search.take", step)
+    found = search_run(run)
     assert asked == [None, 3, None]
     assert [(r.start, r.stop) for r in found.plan.replacements] == [(5, 6)]
     assert [s.action for s in found.plan.steps] == ["take"]
@@ -208,7 +212,7 @@ def test_a_budget_of_several_limits_meets_each() -> None:
     slim = compress(model, loader(), budget=budget, config=Config(shrinks=(0.6,)))
     assert slim.report.slim.macs <= 0.8 * slim.report.dense.macs
     assert slim.report.slim.params <= 600
-    choose = Split(loader(), 0).part("choose")
+    choose = Split(loader(), 0).part("validation")
     assert fidelity(model, slim.model, choose, slim.plan.divergence).divergence <= 50.0
 
 

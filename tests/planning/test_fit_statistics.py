@@ -14,14 +14,16 @@ from torch import Tensor, fx, nn
 
 from rba_compress import Budget, Config, Plan, PlanError, compress, profile, splice, supports
 from rba_compress.core.batch import as_batch
-from rba_compress.core.plan import Branch, Refit
+from rba_compress.core.plan import Branch, Refit, Site
 from rba_compress.graph.activations import run_with_streams
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments
+from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Rows, _lacking, batch_statistics
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Site, with_move
+from rba_compress.planning.search import take
+from rba_compress.planning.selection import Selection
+from rba_compress.planning.state import with_candidate
 from tests.networks import LIGHT, Block, Chain, images, loader, seeded
 
 
@@ -73,12 +75,12 @@ def small_vit() -> tuple[nn.Module, list[torch.Tensor]]:
 def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: Any) -> None:
     model, data = small_vit()
     model = form(model)
-    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
-    draft = run.step(run.start)
+    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    draft = take(run, run.start)
     assert draft is not None
-    for move in run.fitter.moves(draft, run.sites(draft)):
-        resumed = run.judge_move(draft, move)
-        whole = run.judge(run.fitter.slim(with_move(draft, move)))
+    for move in run.fitter.candidates(draft, Selection(run, draft).sites()):
+        resumed = run.evaluate(draft, move)
+        whole = run.evaluator(run.fitter.compressed(with_candidate(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -106,17 +108,17 @@ def t5() -> tuple[nn.Module, list[Any]]:
 @pytest.mark.parametrize("networks", [lambda: (seeded(Towers), loader()), t5], ids=["towers", "t5"])
 def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(networks: Any) -> None:
     model, data = networks()
-    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     assert len(run.chains) == 2
-    first = next(m for m in run.fitter.moves(run.start, [(0, 0, 1, "span")]))
-    draft = run.draft(with_move(run.start, first), run.start.load - first.saving)
-    spans: list[Site] = [(1, start, stop, "span") for start, stop in run.chains[1].spans()]
-    for move in run.fitter.moves(draft, spans):
-        resumed = run.judge_move(draft, move)
-        whole = run.judge(run.fitter.slim(with_move(draft, move)))
+    first = next(m for m in run.fitter.candidates(run.start, [Site(0, 0, 1, "span")]))
+    draft = run.state(with_candidate(run.start, first), run.start.cost - first.saving)
+    spans: list[Site] = [Site(1, start, stop, "span") for start, stop in run.chains[1].spans()]
+    for move in run.fitter.candidates(draft, spans):
+        resumed = run.evaluate(draft, move)
+        whole = run.evaluator(run.fitter.compressed(with_candidate(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
     walk = run.fitter.walk(1)
-    slim = run.fitter.slim(draft.solution)
+    slim = run.fitter.compressed(draft.solution)
     for boundary in (1, 2):
         walk.to(slim, boundary)
         with torch.no_grad():
@@ -143,20 +145,20 @@ def test_a_scale_that_is_no_parameter_is_no_layer_scale() -> None:
 
 def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
     model, data = small_vit()
-    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
-    moves = run.fitter.moves(run.start, [(0, 3, 4, "span")])
+    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
+    moves = run.fitter.candidates(run.start, [Site(0, 3, 4, "span")])
     folded = next(m for m in moves if m.replacement.map.kind == "folded")
-    draft = run.draft(with_move(run.start, folded), run.start.load - folded.saving)
-    taken = next(iter(run.fitter.moves(draft, [(0, 2, 3, "span")])))
-    plan = with_move(draft, taken).plan
+    draft = run.state(with_candidate(run.start, folded), run.start.cost - folded.saving)
+    taken = next(iter(run.fitter.candidates(draft, [Site(0, 2, 3, "span")])))
+    plan = with_candidate(draft, taken).plan
     assert {(r.start, r.map.kind) for r in plan.replacements} == {(2, "identity"), (3, "identity")}
     assert not plan.refits
-    splice(model, plan, with_move(draft, taken).tensors)
+    splice(model, plan, with_candidate(draft, taken).tensors)
 
 
 def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
     model, data = small_vit()
-    run = Search(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
+    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
     solution = run.start.solution
     for _ in range(2):
         _, solution = next(iter(run.fitter.refits(run.fitter.walk(0), solution, 2, 1)))
@@ -179,10 +181,10 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     """With a layer scale: what `mlp.fc2` lacks is (h - g) / gamma behind its block."""
     model, data = small_vit()
     seen = profile(model, data, config=LIGHT)
-    run = Search(model, seen, data, Budget(macs=0.5))
-    found_move = run.best(run.start, [(0, 1, 2, "span")])
+    run = SearchContext(model, seen, data, Budget(macs=0.5))
+    found_move = Selection(run, run.start).best([Site(0, 1, 2, "span")])
     assert found_move is not None
-    slim, chain, b = run.fitter.slim(with_move(run.start, found_move[0])), run.chains[0], 3
+    slim, chain, b = run.fitter.compressed(with_candidate(run.start, found_move[0])), run.chains[0], 3
     walk = run.fitter.walk(0)
     walk.to(slim, b)
     found = walk.gaps(slim, chain.blocks[b].branches).weighted(1.0)
@@ -271,9 +273,9 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
         layer.running_mean, layer.running_var = spread.mean.float(), spread.variance.float()
     how = Config(maps=("identity",), units=("span",), refit_steps=(1.0,))
     seen = profile(model, data, config=how)
-    search = Search(model, seen, data, Budget(macs=0.5))
-    (move,) = search.fitter.moves(search.start, [(0, 0, 1, "span")])
-    draft = search.draft(with_move(search.start, move), search.start.load - move.saving)
+    search = SearchContext(model, seen, data, Budget(macs=0.5))
+    (move,) = search.fitter.moves(search.start, [Site(0, 0, 1, "span")])
+    draft = search.draft(with_candidate(search.start, move), search.start.cost - move.saving)
     better = search.statistics(draft)
     assert better.mean < 0.9 * draft.mean
     assert search.steps[-1].action == "statistics"
@@ -287,8 +289,8 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     # Re-estimated again, they are as good: what does not help is not taken.
     assert search.statistics(better) is better
     # A span takes the statistics of the blocks that it replaces with it.
-    (further,) = search.fitter.moves(better, [(0, 2, 3, "span")])
-    left = with_move(better, further)
+    (further,) = search.fitter.moves(better, [Site(0, 2, 3, "span")])
+    left = with_candidate(better, further)
     assert [r.path for r in left.plan.refits] == ["2.bn", "4.bn"]
     assert not any(key.startswith("3.bn.") for key in left.tensors)
     without = replace(better.solution, tensors={})

@@ -29,13 +29,20 @@ from rba_compress import (
 )
 from rba_compress.cli.digits import digits_data
 from rba_compress.core.batch import as_batch
+from rba_compress.core.cost import Cost
 from rba_compress.core.loader import Split
-from rba_compress.core.plan import Candidate, listed
+from rba_compress.core.plan import EvaluatedCandidate, Site, listed
 from rba_compress.graph.activations import run_with_streams
-from rba_compress.planning.search import Search
-from rba_compress.planning.state import Draft, Load, Move, Site, Solution, skip, with_move
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.limits import Limits, progress
+from rba_compress.planning.refinement import wins
+from rba_compress.planning.search import _longest_new
+from rba_compress.planning.search import run as search_run
+from rba_compress.planning.selection import Selection, probes
+from rba_compress.planning.state import Candidate, SearchState, Solution, with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.registry import unit_of
 from tests.networks import LIGHT, Block, Chain, images, loader, rows, seeded
 
 
@@ -120,7 +127,7 @@ def test_what_is_taken_first_beats_every_other_finalist(result: Result) -> None:
 def test_the_logged_divergence_is_the_measured_one(
     result: Result, digits: nn.Module, digits_loader: list[Any]
 ) -> None:
-    choose = list(Split(digits_loader, 0).part("choose"))
+    choose = list(Split(digits_loader, 0).part("validation"))
     found = fidelity(digits, result.model, choose, "kl")
     assert found.divergence == pytest.approx(result.plan.steps[-1].divergence, rel=1e-4)
 
@@ -128,13 +135,13 @@ def test_the_logged_divergence_is_the_measured_one(
 def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: list[Any]) -> None:
     """In held-out divergence, over all 78 spans of the chain."""
     seen = profile(digits, digits_loader[:2])
-    run = Search(digits, seen, digits_loader[:2], Budget(macs=0.5))
-    spans: list[Site] = [(0, *span, "span") for span in seen.chains[0].chain.spans()]
-    moves = run.fitter.moves(run.start, spans)
+    run = SearchContext(digits, seen, digits_loader[:2], Budget(macs=0.5))
+    spans: list[Site] = [Site(0, *span, "span") for span in seen.chains[0].chain.spans()]
+    moves = run.fitter.candidates(run.start, spans)
     better = 0
     for span in spans:
         of_span = [m for m in moves if m.site == span]
-        results = run.judge_moves(run.start, of_span, lambda _, judged: float(judged.mean()))
+        results = Selection(run, run.start).evaluated(of_span, lambda _, judged: float(judged.mean()))
         (skip,) = (score for score, _, m, _ in results if m.replacement.map.kind == "identity")
         assert results[0][0] <= skip
         better += results[0][0] < skip
@@ -260,7 +267,7 @@ def test_infinite_activations_name_the_block() -> None:
 def test_nan_on_the_samples_to_choose_on_is_named() -> None:
     clean = rows(40)
     start = 0
-    for batch in Split([torch.arange(40.0)[:, None]], 0).part("choose"):
+    for batch in Split([torch.arange(40.0)[:, None]], 0).part("validation"):
         start = int(batch.args[0][0, 0])
     dirty = clean.clone()
     dirty[start] = float("inf")
@@ -327,10 +334,10 @@ def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same(
     for memory in (None, 1_500_000, 1):
         config = Config(units=("span",), swaps=0, memory=memory, window=1)
         seen = profile(digits, data, config=config.model_copy(update={"memory": None}))
-        run = Search(digits, replace(seen, config=config), data, Budget(macs=0.8))
-        found = run.run()
+        run = SearchContext(digits, replace(seen, config=config), data, Budget(macs=0.8))
+        found = search_run(run)
         plans.append(found.plan)
-        kept.append(sorted(run.judge._streams[0][0]))
+        kept.append(sorted(run.evaluator._streams[0][0]))
         passes.append(found.plan.forward_passes)
     assert [len(boundaries) for boundaries in kept] == [13, 7, 2]  # every second one; the ends alone
     for plan in plans[1:]:
@@ -348,47 +355,47 @@ def test_a_near_tie_goes_to_what_saves_most(
     (chain,) = supports(seeded(Chain), rows(4)).chains
     judged = [torch.full((3,), 0.7), torch.full((3,), 0.7 * (1 + apart))]
     moves = [
-        Move(0, skip(chain, start, start + 1, "span"), {}, Load(macs, 0))
+        Candidate(0, unit_of("span").choice(chain, start, start + 1), {}, Cost(macs=macs, params=0))
         for start, macs in ((0, 10), (1, 20))
     ]
-    found = Search.__new__(Search)
-    found.config = Config()
-    monkeypatch.setattr(Search, "judge_move", lambda _, __, move: judged[move.replacement.start])
-    monkeypatch.setattr(Search, "log_candidate", lambda *_: None)
-    draft: Any = None
-    ordered = found.judge_moves(draft, moves, lambda _, each: float(each.mean()))
+    monkeypatch.setattr(SearchContext, "evaluate", lambda _, __, each: judged[each.replacement.start])
+    context = SearchContext.__new__(SearchContext)
+    context.config, context.log = Config(), SimpleNamespace(evaluated=lambda *_: None)  # type: ignore[assignment]
+    selection = Selection.__new__(Selection)
+    selection.context, selection.state = context, None  # type: ignore[assignment]
+    ordered = selection.evaluated(moves, lambda _, each: float(each.mean()))
     assert [move.replacement.start for _, _, move, _ in ordered] == [first, 1 - first]
 
 
-def started(budget: Budget, config: Config = LIGHT, depth: int = 4) -> Search:
+def started(budget: Budget, config: Config = LIGHT, depth: int = 4) -> SearchContext:
     model = seeded(Chain, depth)
-    return Search(model, profile(model, loader(), config=config), loader(), budget)
+    return SearchContext(model, profile(model, loader(), config=config), loader(), budget)
 
 
 def test_each_limit_lacks_what_is_above_it() -> None:
     run = started(Budget(macs=0.5, params=600))
-    assert run.lacking(Load(600, 700)) == {"macs": 60, "params": 100}
-    assert run.lacking(Load(540, 601)) == {"params": 1}
-    assert not run.lacking(Load(540, 600))
-    assert run.lacking(Load(600, 700), Load(590, 700)) == {"macs": 10}
-    assert run.progress(Load(30, 10), {"macs": 60, "params": 5}) == 0.5
-    assert run.progress(Load(30, 10), {"macs": 15, "params": 40}) == 0.25
-    assert run.progress(Load(30, 10), {"params": 10}) == 1
-    dense = run.start.load
+    assert run.limits.lacking(Cost(macs=600, params=700)) == {"macs": 60, "params": 100}
+    assert run.limits.lacking(Cost(macs=540, params=601)) == {"params": 1}
+    assert not run.limits.lacking(Cost(macs=540, params=600))
+    assert run.limits.lacking(Cost(macs=600, params=700), Cost(macs=590, params=700)) == {"macs": 10}
+    assert progress(Cost(macs=30, params=10), {"macs": 60, "params": 5}) == 0.5
+    assert progress(Cost(macs=30, params=10), {"macs": 15, "params": 40}) == 0.25
+    assert progress(Cost(macs=30, params=10), {"params": 10}) == 1
+    dense = run.start.cost
     assert (dense.macs, dense.params) == (1080, 67 + 4 * 280)
-    assert run.share(dense) == 1
-    assert run.share(Load(675, 600)) == 0.25
-    assert run.share(Load(675, 600 + 587 // 2)) == pytest.approx(0.5, abs=1e-3)
-    assert run.share(Load(500, 600)) == 0
+    assert run.limits.share(dense) == 1
+    assert run.limits.share(Cost(macs=675, params=600)) == 0.25
+    assert run.limits.share(Cost(macs=675, params=600 + 587 // 2)) == pytest.approx(0.5, abs=1e-3)
+    assert run.limits.share(Cost(macs=500, params=600)) == 0
 
 
 def test_each_limit_of_quality_is_broken_by_itself() -> None:
-    run = Search.__new__(Search)
-    run.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2)
+    limits = Limits.__new__(Limits)
+    limits.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2)
     good: dict[str, Any] = {"mean": 0.1, "agreement": 0.9, "accuracy_drop": 0.2}
     for bad in ({}, {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}):
-        draft: Any = SimpleNamespace(judged=SimpleNamespace(**(good | bad)))
-        said = " ".join(run.broken(draft)).replace("divergence", "mean")
+        draft: Any = SimpleNamespace(evaluation=SimpleNamespace(**(good | bad)))
+        said = " ".join(limits.broken(draft)).replace("divergence", "mean")
         assert [name for name in good if name in said] == [*bad]
 
 
@@ -396,10 +403,10 @@ def test_a_search_without_memory_says_what_it_wanted(monkeypatch: pytest.MonkeyP
     model = seeded(Chain)
     seen = profile(model, loader(), config=LIGHT)
 
-    def starved(_: Search) -> None:
+    def starved(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Search, "run", starved)
+    monkeypatch.setattr("rba_compress.planning.search.run", starved)
     # Five boundaries of eight channels in float32; four targets of 8 x 8 in float64.
     said = "the streams of a sample take 160 bytes, .* and a fit of every span .* takes 2,048[.]"
     with pytest.raises(MemoryLimitError, match=said):
@@ -408,33 +415,37 @@ def test_a_search_without_memory_says_what_it_wanted(monkeypatch: pytest.MonkeyP
 
 def test_quality_alone_goes_down_to_the_stem_and_the_head() -> None:
     run = started(Budget(divergence=1.0))
-    assert (run.floor.macs, run.floor.params) == (4 * 8 + 8 * 3, 4 * 8 + 8 + 8 * 3 + 3)
-    assert run.lacking(run.start.load) == {"macs": 4 * 256}
-    assert not run.limits
+    assert (run.limits.floor.macs, run.limits.floor.params) == (4 * 8 + 8 * 3, 4 * 8 + 8 + 8 * 3 + 3)
+    assert run.limits.lacking(run.start.cost) == {"macs": 4 * 256}
+    assert not run.limits.costs
 
 
 def test_of_two_times_the_least_difference_is_noise() -> None:
     run = started(Budget(macs=0.5))
-    run.goal = {"latency": 0.5}
-    assert run.lacking(Load(0, 0, 0.9)) == {"latency": pytest.approx(0.4)}
-    assert run.lacking(Load(0, 0, 0.9), Load(0, 0, 0.85)) == {"latency": pytest.approx(0.03)}
-    assert not run.lacking(Load(0, 0, 0.9), Load(0, 0, 0.89))
+    run.limits.costs = {"latency": 0.5}
+    assert run.limits.lacking(Cost(macs=0, params=0, latency=0.9)) == {"latency": pytest.approx(0.4)}
+    assert run.limits.lacking(
+        Cost(macs=0, params=0, latency=0.9), Cost(macs=0, params=0, latency=0.85)
+    ) == {"latency": pytest.approx(0.03)}
+    assert not run.limits.lacking(
+        Cost(macs=0, params=0, latency=0.9), Cost(macs=0, params=0, latency=0.89)
+    )
 
 
 def test_a_refinement_wins_by_more_than_the_tolerance_and_the_standard_error() -> None:
     run = started(Budget(macs=0.5), LIGHT.model_copy(update={"tolerance": 0.1}))
     now = torch.full((20,), 2.0, dtype=torch.float64)
-    assert run.wins(now - 0.21, now)
-    assert not run.wins(now - 0.19, now)
-    assert not run.wins(now, now)
-    assert not run.wins(now + 1, now)
-    assert run.wins(now[:1] - 0.21, now[:1])
-    assert not run.wins(now[:1] - 0.19, now[:1])
+    assert wins(run, now - 0.21, now)
+    assert not wins(run, now - 0.19, now)
+    assert not wins(run, now, now)
+    assert not wins(run, now + 1, now)
+    assert wins(run, now[:1] - 0.21, now[:1])
+    assert not wins(run, now[:1] - 0.19, now[:1])
     noise = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = 5 * (noise - noise.mean())
     error = float(scipy.stats.sem(noise.numpy()))
-    assert run.wins(now - noise - 1.01 * error, now)
-    assert not run.wins(now - noise - 0.99 * error, now)
+    assert wins(run, now - noise - 1.01 * error, now)
+    assert not wins(run, now - noise - 0.99 * error, now)
 
 
 def spans(sites: list[Site]) -> list[tuple[int, int]]:
@@ -446,16 +457,16 @@ def test_sites_are_free_and_no_longer_than_what_is_asked() -> None:
     """A block is 256 macs; 540 are to go, then 284."""
     run = started(Budget(macs=0.5))
     every = [(a, b) for a in range(4) for b in range(a + 1, 5)]
-    assert sorted(spans(run.sites(run.start))) == [s for s in every if s[1] - s[0] <= 3]
-    near = run.sites(run.start, replace(run.start.load, macs=1080 - 256))
+    assert sorted(spans(Selection(run, run.start).sites())) == [s for s in every if s[1] - s[0] <= 3]
+    near = Selection(run, run.start, replace(run.start.cost, macs=1080 - 256)).sites()
     assert sorted(spans(near)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     chain = run.chains[0]
-    move = Move(0, skip(chain, 1, 2, "span"), {}, Load(256, 280))
-    draft = run.draft(with_move(run.start, move), run.start.load - move.saving)
-    assert sorted(spans(run.sites(draft))) == [(0, 1), (2, 3), (2, 4), (3, 4)]
+    move = Candidate(0, unit_of("span").choice(chain, 1, 2), {}, Cost(macs=256, params=280))
+    draft = run.state(with_candidate(run.start, move), run.start.cost - move.saving)
+    assert sorted(spans(Selection(run, draft).sites())) == [(0, 1), (2, 3), (2, 4), (3, 4)]
     back = run.without(draft, move.replacement)
     assert not back.solution.plan.replacements
-    assert back.load == run.start.load
+    assert back.cost == run.start.cost
     assert back.mean == pytest.approx(0, abs=1e-12)
 
 
@@ -463,36 +474,39 @@ def test_the_longest_new_span_of_a_step() -> None:
     run = started(Budget(macs=0.5), depth=8)
     chain = run.chains[0]
 
-    def draft(*units: tuple[int, int, Any]) -> Draft:
-        skips = tuple(skip(chain, *unit) for unit in units)
+    def draft(*units: tuple[int, int, Any]) -> SearchState:
+        skips = tuple(unit_of(unit[2]).choice(chain, *unit[:2]) for unit in units)
         return replace(run.start, solution=Solution(Plan(replacements=skips), {}))
 
     old = draft((0, 4, "span"))
     after = draft((0, 4, "span"), (4, 5, "span"), (5, 7, "span"), (7, 8, "mlp_free"))
-    assert run.longest_new(old, after) == 2
-    assert run.longest_new(old, draft((0, 4, "span"), (7, 8, "mlp_free"))) == 0
-    assert run.longest_new(old, draft((0, 5, "span"))) == 5
+    assert _longest_new(old, after) == 2
+    assert _longest_new(old, draft((0, 4, "span"), (7, 8, "mlp_free"))) == 0
+    assert _longest_new(old, draft((0, 5, "span"))) == 5
 
 
 def test_the_promising_and_the_new_are_screened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rba_compress.planning.search.PROMISING", 2)
+    monkeypatch.setattr("rba_compress.planning.selection.PROMISING", 2)
     run = started(Budget(macs=0.5), depth=8)
     chain = run.chains[0]
     moves = [
-        Move(0, skip(chain, b, b + 1, "span"), {}, Load(100 * (b + 1), 0)) for b in (0, 1, 2, 3, 4)
+        Candidate(0, unit_of("span").choice(chain, b, b + 1), {}, Cost(macs=100 * (b + 1)))
+        for b in (0, 1, 2, 3, 4)
     ]
     sites = [move.site for move in moves]
     # Rises for the progress: 0.1, 0.2, 0.05 and 0.5.
     run.rises = dict(zip(sites[:4], (0.1, 0.4, 0.15, 2.0), strict=True))
-    assert run.promising(moves, {"macs": 1000.0}) == [sites[0], sites[2], sites[4]]
+    selection = Selection(run, run.start)
+    selection.lacking = {"macs": 1000.0}
+    assert selection.promising(moves) == [sites[0], sites[2], sites[4]]
 
 
 def test_a_probe_is_the_middle_of_a_dial() -> None:
     run = started(
         Budget(macs=0.5), Config(maps=("affine", "shrunk"), shrinks=(0.9, 0.1, 0.5), units=("span",))
     )
-    moves = run.fitter.moves(run.start, [(0, 1, 2, "span"), (0, 2, 3, "span")])
-    found = [(m.site[1], str(m.replacement.map)) for m in run.probes(moves)]
+    moves = run.fitter.candidates(run.start, [Site(0, 1, 2, "span"), Site(0, 2, 3, "span")])
+    found = [(m.site[1], str(m.replacement.map)) for m in probes(run, moves)]
     maps = ("identity", "affine", "shrunk(0.5)")
     assert sorted(found) == sorted((start, name) for start in (1, 2) for name in maps)
 
@@ -529,7 +543,7 @@ def test_every_step_costs_and_diverges_as_it_says(
     config = Config(units=("span",), window=2, refit_steps=(1.0,), **settings)
     seen = profile(model, data, config=config)
     found = search(model, seen, data, budget=Budget(macs=0.5))
-    steps, choose = found.plan.steps, list(Split(data, 0).part("choose"))
+    steps, choose = found.plan.steps, list(Split(data, 0).part("validation"))
     assert (found.plan.budget, found.plan.config) == (Budget(macs=0.5), config)
     assert {step.action for step in steps} >= {"take", refined}
     assert 1 < found.plan.forward_passes < 100
@@ -563,7 +577,7 @@ def test_every_step_costs_and_diverges_as_it_says(
     assert steps[0].change == f"{named(best)} -> {best.map}"
 
 
-def named(candidate: Candidate) -> str:
+def named(candidate: EvaluatedCandidate) -> str:
     return listed([f"blocks.{b}" for b in range(candidate.start, candidate.stop)])
 
 
@@ -583,6 +597,6 @@ def test_the_step_that_breaks_a_limit_is_said_and_not_taken(share: float) -> Non
     assert steps[-1].margin == pytest.approx(steps[-1].divergence - before, rel=1e-6)
     assert len(found.points) == sum(step.action == "take" for step in steps)
     slim = splice(model, found.plan, found.tensors)
-    choose = list(Split(loader(), 0).part("choose"))
+    choose = list(Split(loader(), 0).part("validation"))
     divergence = fidelity(model, slim, choose, found.plan.divergence).divergence
     assert divergence == pytest.approx(before, rel=1e-4, abs=1e-12)

@@ -157,7 +157,7 @@ def test_a_function_of_ones_own_is_minimised_and_reported() -> None:
     model = seeded(Chain)
     result = compress(model, loader(), budget=Budget(macs=0.8), config=LIGHT, divergence=first_class)
     assert result.plan.divergence == "given"
-    held = list(result.profile.split(loader()).part("confirm"))
+    held = list(result.profile.split(loader()).part("test"))
     with torch.no_grad():
         each = [first_class(b.run(model), b.run(result.model), b) for b in held]
     assert result.report.fidelity.divergence == pytest.approx(float(torch.cat(each).mean()), rel=1e-5)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from rba_compress import Config, Plan, benchmark, splice, supports
 from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.cost import Cost
 from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.graph.tracer import record
-from rba_compress.planning.state import fit_span, keyed, saving
-from rba_compress.profiling.cost import Cost, cost
+from rba_compress.planning.plan_cost import plan_saving
+from rba_compress.planning.span_fits import fit_span
+from rba_compress.profiling.cost import cost
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.fidelity import compare_outputs, divergence, fidelity
 from rba_compress.profiling.profiler import profile
@@ -77,9 +79,9 @@ def test_predicted_costs_are_the_measured_ones() -> None:
         MapSpec(kind="shrunk", shrink=0.5),
         MapSpec(kind="low_rank", rank=2),
     ):
-        replacement, fit = fit_span(profiled, 1, 3, spec)
-        slim = splice(model, Plan(replacements=(replacement,)), keyed(replacement, fit))
-        saved = saving([profiled.chain], [replacement])
+        replacement, tensors = fit_span(profiled, 1, 3, spec)
+        slim = splice(model, Plan(replacements=(replacement,)), tensors)
+        saved = plan_saving([profiled.chain], [replacement])
         left = Cost(macs=seen.dense.macs - saved.macs, params=seen.dense.params - saved.params)
         assert cost(slim, batch) == left
 

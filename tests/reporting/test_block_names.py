@@ -14,8 +14,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from rba_compress import Budget, Config, compress, plot_similarity, plot_span_errors, supports
 from rba_compress.core.plan import boundary_names, listed
-from rba_compress.planning.state import skip
 from rba_compress.reporting.report import page
+from rba_compress.units.registry import unit_of
 from tests.networks import Block, Chain, seeded
 
 LIGHT = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
@@ -68,10 +68,10 @@ def test_a_change_names_the_modules_that_it_replaces(
     support = supports(model, torch.randn(example))
     chain = support.chains[-1]
     assert list(chain.paths) == paths
-    assert str(skip(chain, 0, 2, "span")) == f"{paths[0]}, {paths[1]} -> identity"
-    assert str(skip(chain, 1, 2, "mlp_free")) == f"{paths[1]} MLP -> identity"
+    assert str(unit_of("span").choice(chain, 0, 2)) == f"{paths[0]}, {paths[1]} -> identity"
+    assert str(unit_of("mlp_free").choice(chain, 1, 2)) == f"{paths[1]} MLP -> identity"
     assert ", ".join(paths) in str(support)
-    for path in re.findall(r"[\w.]+(?= MLP|,| ->)", str(skip(chain, 0, len(chain), "span"))):
+    for path in re.findall(r"[\w.]+(?= MLP|,| ->)", str(unit_of("span").choice(chain, 0, len(chain)))):
         model.get_submodule(path)
 
 

@@ -9,8 +9,10 @@ from rba_compress import Config, Result, profile
 from rba_compress.core.batch import as_batch
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.graph.activations import run_with_streams
-from rba_compress.planning.state import papers_span, saving, skip
+from rba_compress.planning.plan_cost import plan_saving
+from rba_compress.planning.span_fits import paper_span
 from rba_compress.reporting.plots import plot_pareto, plot_similarity, plot_span_errors, span_errors
+from rba_compress.units.registry import unit_of
 from tests.networks import Chain, loader, seeded
 
 
@@ -69,15 +71,17 @@ def test_the_papers_span_is_the_most_redundant_of_the_shortest_that_save_enough(
     seen = profile(digits, digits_loader)
     (profiled,) = seen.chains
     alike = profiled.similarity("redundancy")
-    found = papers_span(seen, round(0.8 * seen.dense.macs))
+    found = paper_span(seen, round(0.8 * seen.dense.macs))
     assert found is not None
     (chosen,) = found.plan.replacements
     assert chosen.map == MapSpec(kind="linear")
     length = chosen.stop - chosen.start
-    shorter = skip(profiled.chain, 0, length - 1, "span").model_copy(update={"map": chosen.map})
-    assert seen.dense.macs - saving([profiled.chain], [shorter]).macs > 0.8 * seen.dense.macs
-    assert seen.dense.macs - saving([profiled.chain], [chosen]).macs <= 0.8 * seen.dense.macs
+    shorter = (
+        unit_of("span").choice(profiled.chain, 0, length - 1).model_copy(update={"map": chosen.map})
+    )
+    assert seen.dense.macs - plan_saving([profiled.chain], [shorter]).macs > 0.8 * seen.dense.macs
+    assert seen.dense.macs - plan_saving([profiled.chain], [chosen]).macs <= 0.8 * seen.dense.macs
     assert chosen.start == int(alike.diagonal(length).argmax())
-    least = papers_span(seen, 1)
+    least = paper_span(seen, 1)
     assert least is not None
     assert (least.plan.replacements[0].start, least.plan.replacements[0].stop) == (0, 12)

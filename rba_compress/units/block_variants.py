@@ -1,34 +1,26 @@
-"""Thinner blocks: a block traced into an aten graph, cut down to what a unit leaves of it, and run.
+"""A block traced into an aten graph, cut down to what a unit leaves of it, and run.
 
 A block of two sublayers is x -> m = mix(x) -> y = f(m), where f treats positions apart (an MLP) and
-mix does not (attention); m is found on the graph as a value that every path from x to y crosses.
-With T a map and P the positions that are read:
-
-    read_out        y = [P f(mix(x)), T (1 - P) x]      the others pass by a map
-    attention_free  y = f(T x)
-    mlp_free        y = T mix(x)
-    read_out_mlp    y = [f(P m), T (1 - P) m]
-    exact           y = P f(mix(x))                     the others are not computed at all
-
-Each is an edit of the graph by a node or two; `narrow` then moves the selections up.
+mix does not (attention); m is found on the graph as a value that every path from x to y crosses. A unit
+edits the graph by a node or two; slice propagation then moves the selections upstream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.config import Unit
 from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
 from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, demand, packet_of
+from rba_compress.graph.rewrite import BlockModule
 from rba_compress.graph.slice_propagation import narrow
 
 _aten = torch.ops.aten
@@ -47,7 +39,18 @@ _CHECKS = ("_assert", "sym_constrain")
 _END = 2**63 - 1
 
 
-class Thinned(nn.Module):
+class Cut(Protocol):
+    """The part of a unit that edits a traced block: see `units.base.Unit.cut`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the unit, by which edited graphs are kept."""
+
+    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+        """Edit the graph and return its output."""
+
+
+class Thinned(BlockModule):
     """What is left of a block: its own submodules, run by a graph instead of its own code."""
 
     def __init__(
@@ -104,14 +107,14 @@ def thin(
     map: nn.Module,  # noqa: A002
     traces: Traces,
     *,
-    unit: Unit,
+    unit: Cut,
     reads: int = 0,
     exact: bool = False,
 ) -> Thinned:
-    """A thinned block of `model`, around its own weights; what is not run is left out.
+    """Return a block of `model` cut by a unit, around its own weights; what is not run is left out.
 
     Raises:
-        ModelError: the block cannot be traced, or does not offer the unit.
+        ModelError: the block cannot be traced, or cut so.
     """
     module = undispatched(model, block.path)
     traced = traces.of(model, block)
@@ -170,13 +173,13 @@ class Traced:
     """The stream between the block's two sublayers; None where it is no such block."""
     _bodies: dict[Any, tuple[tuple[str, ...], fx.Graph]] = field(default_factory=dict)
 
-    def body(self, unit: Unit, reads: int, exact: bool) -> tuple[tuple[str, ...], fx.Graph]:
-        """The tensors of the block that a thinned one uses, and its graph, which calls a module `map`.
+    def body(self, unit: Cut, reads: int, exact: bool) -> tuple[tuple[str, ...], fx.Graph]:
+        """Return the tensors of the block that a cut one uses, and its graph, which calls `map`.
 
         Raises:
             ModelError: the unit needs two sublayers, and the block is not made of such.
         """
-        key = unit, reads, exact
+        key = unit.name, reads, exact
         if key not in self._bodies:
             graph = self._cut(unit, reads, exact)
             weights = list(zip(list(graph.nodes), self.names, strict=False))
@@ -186,46 +189,62 @@ class Traced:
             self._bodies[key] = tuple(name for node, name in weights if node.users), graph
         return self._bodies[key]
 
-    def _cut(self, unit: Unit, reads: int, exact: bool) -> fx.Graph:
-        if self.middle is None and unit != "read_out":
-            raise ModelError("its sublayers cannot be told apart")
+    def _cut(self, unit: Cut, reads: int, exact: bool) -> fx.Graph:
         graph, values, output = copy_graph(self.graph)
         assert isinstance(output, fx.Node)
         named = {old.name: new for old, new in values.items()}
-        entry, middle = named[self.entry], named[self.middle] if self.middle else None
-
-        def mapped(node: fx.Node) -> fx.Node:
-            called = graph.call_module("map", (node,))
-            called.meta["shape"] = node.meta["shape"]
-            return called
-
-        def part(node: fx.Node, start: int, end: int) -> fx.Node:
-            n, positions, *rest = node.meta["shape"]
-            taken = graph.call_function(_aten.slice.Tensor, (node, 1, start, end))
-            taken.meta["shape"] = (n, min(end, positions) - start, *rest)
-            return taken
-
-        if unit in ("whole", "attention_free"):
-            assert middle is not None
-            readers = list(middle.users)
-            with graph.inserting_after(middle):
-                new = mapped(middle if unit == "whole" else entry)
-            for reader in readers:
-                reader.replace_input_with(middle, new)
-        elif unit == "mlp_free":
-            assert middle is not None
-            output = mapped(middle)
-        elif not exact:
-            source = entry if unit == "read_out" else middle
-            assert source is not None
-            # All are mapped, the read ones to no use: a part of a stream is not contiguous.
-            halves = [part(output, 0, reads), part(mapped(source), reads, _END)]
-            output = graph.call_function(_aten.cat.default, (halves, 1))
-            output.meta["shape"] = source.meta["shape"]
-        if exact:
-            output = part(output, 0, reads)
-        graph.output(output)
+        middle = named[self.middle] if self.middle else None
+        graph.output(unit.cut(BlockGraph(graph, named[self.entry], middle, output), reads, exact))
         return narrow(graph)
+
+
+class BlockGraph:
+    """The aten graph of a block while a unit edits it."""
+
+    def __init__(
+        self, graph: fx.Graph, entry: fx.Node, middle: fx.Node | None, output: fx.Node
+    ) -> None:
+        self.graph, self.entry, self.output, self._middle = graph, entry, output, middle
+
+    @property
+    def middle(self) -> fx.Node:
+        """The stream between the two sublayers.
+
+        Raises:
+            ModelError: the block is not made of two.
+        """
+        if self._middle is None:
+            raise ModelError("its sublayers cannot be told apart")
+        return self._middle
+
+    def mapped(self, node: fx.Node) -> fx.Node:
+        """Apply the fitted map to a stream."""
+        called = self.graph.call_module("map", (node,))
+        called.meta["shape"] = node.meta["shape"]
+        return called
+
+    def part(self, node: fx.Node, start: int, end: int) -> fx.Node:
+        """Select the positions from `start` to `end` of a stream."""
+        n, positions, *rest = node.meta["shape"]
+        taken = self.graph.call_function(_aten.slice.Tensor, (node, 1, start, end))
+        taken.meta["shape"] = (n, min(end, positions) - start, *rest)
+        return taken
+
+    def joined(self, read: fx.Node, others: fx.Node, reads: int) -> fx.Node:
+        """Join the first `reads` positions of a stream and the mapped others of another one."""
+        # All are mapped, the read ones to no use: a part of a stream is not contiguous.
+        halves = [self.part(read, 0, reads), self.part(self.mapped(others), reads, _END)]
+        output = self.graph.call_function(_aten.cat.default, (halves, 1))
+        output.meta["shape"] = others.meta["shape"]
+        return output
+
+    def replace_middle(self, source: fx.Node) -> None:
+        """Let the second sublayer read the mapped `source` instead of the stream between the two."""
+        readers = list(self.middle.users)
+        with self.graph.inserting_after(self.middle):
+            new = self.mapped(source)
+        for reader in readers:
+            reader.replace_input_with(self.middle, new)
 
 
 class Traces:

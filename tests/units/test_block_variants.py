@@ -10,20 +10,21 @@ from torch import Tensor, fx, nn
 
 from rba_compress import Config, ModelError, Plan, PlanError, splice, supports
 from rba_compress.core.batch import as_batch
-from rba_compress.core.config import Unit
 from rba_compress.core.inference import evaluating
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Chain as FoundChain
 from rba_compress.core.plan import Replacement
-from rba_compress.graph.block_variants import Thinned
-from rba_compress.planning.state import Solution, chain_load, skip, with_read_outs
+from rba_compress.planning.plan_cost import chain_cost
+from rba_compress.planning.state import Solution, with_read_outs
 from rba_compress.profiling.cost import cost
+from rba_compress.units.block_variants import Thinned
+from rba_compress.units.registry import unit_of
 from tests.graph.test_rewrite import tensors_for
 from tests.networks import images, seeded
 
 SMALL = {"img_size": 32, "depth": 3}
-UNITS: tuple[Unit, ...] = ("read_out", "attention_free", "mlp_free", "read_out_mlp")
+UNITS = ("read_out", "attention_free", "mlp_free", "read_out_mlp")
 
 
 def vit(name: str = "deit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
@@ -111,7 +112,7 @@ def test_an_exact_read_out_is_exact(name: str) -> None:
     torch.testing.assert_close(outputs(double, example), expected, rtol=1e-12, atol=1e-12)
     batch = as_batch(example)
     saved = cost(model, batch).macs - cost(slim, batch).macs
-    assert saved == chain_load(chain, ()).macs - chain_load(chain, plan.replacements).macs
+    assert saved == chain_cost(chain, ()).macs - chain_cost(chain, plan.replacements).macs
     assert saved > 0.5 * chain.macs[-1]
 
 
@@ -157,7 +158,7 @@ def test_behind_an_exact_read_out_there_is_nothing_stale() -> None:
     assert type(slim) is type(model)
 
 
-def by_hand(model: nn.Module, unit: Unit, x: Tensor, value: nn.Module) -> Tensor:
+def by_hand(model: nn.Module, unit: str, x: Tensor, value: nn.Module) -> Tensor:
     """A timm ViT whose block 1 is thinned, with its own modules."""
     net: Any = model
     tokens = net._pos_embed(net.patch_embed(x))
@@ -177,8 +178,8 @@ def by_hand(model: nn.Module, unit: Unit, x: Tensor, value: nn.Module) -> Tensor
     return net.forward_head(net.norm(tokens))
 
 
-def thinned_plan(chain: FoundChain, unit: Unit, b: int = 1) -> Plan:
-    new = skip(chain, b, b + 1, unit)
+def thinned_plan(chain: FoundChain, unit: str, b: int = 1) -> Plan:
+    new = unit_of(unit).choice(chain, b, b + 1)
     spec = MapSpec(kind="shrunk", shrink=0.7)
     return Plan(replacements=(new.model_copy(update={"map": spec}),))
 
@@ -194,7 +195,7 @@ GRAPHS: dict[str, Any] = {
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("form", GRAPHS)
-def test_a_thinned_block_is_what_it_says(unit: Unit, form: str) -> None:
+def test_a_thinned_block_is_what_it_says(unit: str, form: str) -> None:
     model = vit()
     x = images(4)
     whole = GRAPHS[form](model, x)
@@ -209,10 +210,10 @@ def test_a_thinned_block_is_what_it_says(unit: Unit, form: str) -> None:
         expected = by_hand(model, unit, x, value)
     torch.testing.assert_close(outputs(slim, x), expected, rtol=1e-4, atol=1e-4)
     saved = cost(whole, as_batch(x)).macs - cost(slim, as_batch(x)).macs
-    assert saved == chain_load(chain, ()).macs - chain_load(chain, plan.replacements).macs
+    assert saved == chain_cost(chain, ()).macs - chain_cost(chain, plan.replacements).macs
     dense = sum(p.numel() for p in whole.parameters())
     left = sum(p.numel() for p in slim.parameters())
-    gone = chain_load(chain, ()).params - chain_load(chain, plan.replacements).params
+    gone = chain_cost(chain, ()).params - chain_cost(chain, plan.replacements).params
     assert dense - left == gone
     kept = {key for key in slim.state_dict() if ".map." not in key}
     assert kept <= set(whole.state_dict())
@@ -234,13 +235,13 @@ def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> N
     (chain,) = supports(model, x).chains
     spec = MapSpec(kind="affine")
     parts: list[list[Replacement]] = [
-        [skip(chain, 3, 4, "span")],
-        [skip(chain, 3, 4, "attention_free")],
-        [skip(chain, 3, 4, "mlp_free")],
-        [skip(chain, 3, 4, "read_out_mlp")],
-        [skip(chain, 2, 3, "attention_free"), skip(chain, 3, 4, "span")],
-        [skip(chain, 1, 2, "read_out"), skip(chain, 3, 4, "attention_free")],
-        [skip(chain, b, b + 1, "attention_free") for b in range(4)],
+        [unit_of("span").choice(chain, 3, 4)],
+        [unit_of("attention_free").choice(chain, 3, 4)],
+        [unit_of("mlp_free").choice(chain, 3, 4)],
+        [unit_of("read_out_mlp").choice(chain, 3, 4)],
+        [unit_of("attention_free").choice(chain, 2, 3), unit_of("span").choice(chain, 3, 4)],
+        [unit_of("read_out").choice(chain, 1, 2), unit_of("attention_free").choice(chain, 3, 4)],
+        [unit_of("attention_free").choice(chain, b, b + 1) for b in range(4)],
     ]
     for part in parts:
         given = tuple(r.model_copy(update={"map": spec}) for r in part)
@@ -249,7 +250,7 @@ def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> N
         slim, wide = (splice(model, s.plan, s.tensors) for s in (handed, full))
         torch.testing.assert_close(outputs(slim, x), outputs(wide, x), rtol=1e-5, atol=1e-5)
         saved = cost(model, as_batch(x)).macs - cost(slim, as_batch(x)).macs
-        counted = chain_load(chain, ()).macs - chain_load(chain, handed.plan.replacements).macs
+        counted = chain_cost(chain, ()).macs - chain_cost(chain, handed.plan.replacements).macs
         assert saved == counted, [str(r) for r in handed.plan.replacements]
 
 
@@ -303,4 +304,7 @@ def test_a_plan_of_a_block_that_cannot_be_thinned_is_refused() -> None:
 
 
 def test_config_of_units() -> None:
-    assert Config().specs(4, "read_out") == [s for s in Config().specs(4) if s.kind != "folded"]
+    config = Config()
+    inner = [spec for spec in config.specs(4) if spec.kind != "folded"]
+    assert unit_of("read_out").levels(config, 4) == inner
+    assert unit_of("span").levels(config, 4) == config.specs(4)

@@ -1,0 +1,70 @@
+"""Registry of units, by name: plans and settings read here what a unit is, `units/` fills it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+
+from pydantic import AfterValidator
+
+
+class PlannedUnit(Protocol):
+    """The part of a unit's contract that plans need; all of it is in `units.base`."""
+
+    name: ClassVar[str]
+    searched: ClassVar[bool]
+    """False where no search may choose it."""
+    removes: ClassVar[bool]
+    """Whether nothing is left of the blocks."""
+
+    def require(self, replacement: Any) -> None:
+        """
+        Args:
+            replacement: a `core.plan.Replacement`, which knows units by name alone.
+
+        Raises:
+            ValueError: the replacement is none of this unit's.
+        """
+
+    def describe(self, replacement: Any) -> str:
+        """Return the replacement as one line for a person."""
+
+
+UNITS: dict[str, PlannedUnit] = {}
+"""Units in the order in which they were registered."""
+
+_U = TypeVar("_U", bound=PlannedUnit)
+
+
+def register(unit: _U) -> _U:
+    """Add a unit, which a plan may name from then on.
+
+    Raises:
+        ValueError: another one has its name.
+    """
+    if unit.name in UNITS:
+        raise ValueError(f"there is a unit {unit.name!r} already")
+    UNITS[unit.name] = unit
+    return unit
+
+
+def searched_units() -> tuple[str, ...]:
+    """Return the names of all units that a search may choose."""
+    return tuple(name for name, unit in UNITS.items() if unit.searched)
+
+
+def _known(name: str) -> str:
+    if name not in UNITS:
+        raise ValueError(f"there is no unit {name!r}: known are {', '.join(UNITS)}")
+    return name
+
+
+def _searched(name: str) -> str:
+    if name not in searched_units():
+        raise ValueError(f"{name!r} is none of the units {', '.join(searched_units())}")
+    return name
+
+
+UnitName = Annotated[str, AfterValidator(_known)]
+"""Name of a registered unit."""
+SearchedUnit = Annotated[str, AfterValidator(_searched)]
+"""Name of a unit that a search may choose."""

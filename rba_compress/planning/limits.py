@@ -1,0 +1,127 @@
+"""Limits of a budget, and how far a network is from them."""
+
+from __future__ import annotations
+
+from rba_compress.core.config import Budget
+from rba_compress.core.cost import Cost, kept
+from rba_compress.core.errors import BudgetError
+from rba_compress.core.plan import Plan
+from rba_compress.planning.evaluator import Evaluation
+from rba_compress.planning.plan_cost import network_cost
+from rba_compress.planning.state import SearchState
+from rba_compress.profiling.profiler import Profile
+from rba_compress.units.span import SPAN
+
+SAME_LATENCY = 0.02
+"""Shares of the original's time that are apart by less are taken for the same: timings vary."""
+
+
+class Limits:
+    """Absolute limits of a budget for one network.
+
+    Raises:
+        BudgetError: even with every block skipped the limits are not met.
+    """
+
+    def __init__(self, profile: Profile, budget: Budget) -> None:
+        self.profile, self.budget = profile, budget
+        self.costs = budget.limits(profile.dense.macs, profile.dense.params)
+        """Of macs, params and the share of latency, where they are limited."""
+        self._require_reachable()
+
+    @property
+    def floor(self) -> Cost:
+        """The cost with every block skipped."""
+        skips = [SPAN.choice(c.chain, 0, len(c.chain)) for c in self.profile.chains]
+        return network_cost(self.profile, Plan(replacements=tuple(skips)))
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """The costs that a search goes for; with limits of quality alone, as few as possible."""
+        return self.costs or {"macs": float(self.floor.macs)}
+
+    def _require_reachable(self) -> None:
+        """
+        Raises:
+            BudgetError: even with every block skipped the limits are not met.
+        """
+        floor = self.floor
+        missed = [name for name, limit in self.costs.items() if getattr(floor, name) > limit]
+        if missed:
+            dense = self.profile.dense
+            wanted = ", ".join(f"{name} <= {self.costs[name]:,.0f}" for name in missed)
+            raise BudgetError(
+                f"no plan reaches {wanted} (of {dense.macs:,} macs, {dense.params:,} params): the "
+                f"cheapest reachable is {floor.macs:,} macs ({kept(floor.macs, dense.macs):.3f}) and "
+                f"{floor.params:,} params ({kept(floor.params, dense.params):.3f})"
+                + (". An int is absolute: 1.0 keeps all" if 1 in self.costs.values() else "")
+            )
+
+    def require_measurable(self, original: Evaluation) -> None:
+        """
+        Raises:
+            BudgetError: a limit is of what this model and loader do not have.
+        """
+        asked = self.budget
+        if original.agreement is None and (asked.agreement, asked.accuracy_drop) != (None, None):
+            raise BudgetError(
+                f"agreement and accuracy are of class scores; {self.profile.model} gives none: "
+                "limit the divergence"
+            )
+        if original.accuracy_drop is None and asked.accuracy_drop is not None:
+            raise BudgetError(
+                "accuracy_drop needs labels: let every batch of the loader be (input, labels)"
+            )
+
+    def unreached(self, best: SearchState, after: SearchState | None, maps: tuple[str, ...]) -> str:
+        """Return the message of a budget that no plan was found for.
+
+        Args:
+            best: the last state within the limits of quality.
+            after: the next one, which breaks them; None where there was no step.
+            maps: the kinds that were tried.
+        """
+        dense = self.profile.dense
+        missed = ", ".join(
+            f"{name} <= {self.costs[name]:{'.3f' if name == 'latency' else ',.0f'}}"
+            for name in self.lacking(best.cost)
+        )
+        reached = (
+            f"{best.cost.macs:,} macs ({kept(best.cost.macs, dense.macs):.3f}), "
+            f"{best.cost.params:,} params ({kept(best.cost.params, dense.params):.3f})"
+            + (f", {best.cost.latency:.3f} of the latency" if "latency" in self.costs else "")
+            + f" at divergence {best.mean:.4g}"
+        )
+        if after is not None:
+            within = ", ".join(self.broken(after))
+            return (
+                f"no plan was found that reaches {missed} within {within}: the best within it "
+                f"has {reached}; the next step, {after.cost.macs:,} macs, breaks it"
+            )
+        return (
+            f"no map in {maps} brings the network to {missed}: the best reachable has "
+            f"{reached}; allow the identity or cheaper maps"
+        )
+
+    def broken(self, state: SearchState) -> list[str]:
+        """Return the limits of quality that do not hold, in words."""
+        seen = state.evaluation
+        return self.budget.broken(seen.mean, seen.agreement, seen.accuracy_drop)
+
+    def lacking(self, cost: Cost, goal: Cost | None = None) -> dict[str, float]:
+        """Return what must still be saved of each limited cost, down to the limits or a goal."""
+        wanted = self.goal if goal is None else {k: getattr(goal, k) for k in self.goal}
+        if goal is not None and "latency" in wanted:
+            wanted["latency"] += SAME_LATENCY
+        return {k: getattr(cost, k) - v for k, v in wanted.items() if getattr(cost, k) > v}
+
+    def share(self, cost: Cost) -> float:
+        """Return the share of what was asked that is still to be saved, 1 to 0."""
+        original = self.profile.dense.model_copy(update={"latency": 1.0})
+        asked, left = self.lacking(original), self.lacking(cost)
+        return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
+
+
+def progress(saving: Cost, lacking: dict[str, float]) -> float:
+    """Return the share of what is lacking that a saving brings, 0 to 1; the least of all limits."""
+    return min(min(float(getattr(saving, k)) / v, 1.0) for k, v in lacking.items())

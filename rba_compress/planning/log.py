@@ -1,0 +1,48 @@
+"""The log of a search: what was evaluated, and what was decided."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rba_compress.core.plan import Action, EvaluatedCandidate, Step
+from rba_compress.planning.state import Candidate, SearchState
+
+
+class SearchLog:
+    """Steps and candidates in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.candidates: list[EvaluatedCandidate] = []
+
+    def decided(self, action: Action, change: object, state: SearchState, margin: float) -> SearchState:
+        """Log a decision and return the state that it led to."""
+        self.steps.append(
+            Step(
+                action=action,
+                change=str(change),
+                divergence=state.mean,
+                margin=margin,
+                macs=state.cost.macs,
+                params=state.cost.params,
+            )
+        )
+        return state
+
+    def evaluated(self, state: SearchState, candidate: Candidate, divergences: Tensor) -> None:
+        """Log a candidate that was run on all validation samples."""
+        new, cost = candidate.replacement, state.cost - candidate.saving
+        self.candidates.append(
+            EvaluatedCandidate(
+                step=len(self.steps),
+                chain=new.chain,
+                start=new.start,
+                stop=new.stop,
+                unit=new.unit,
+                map=new.map,
+                level=new.level,
+                divergence=float(divergences.mean()),
+                macs=cost.macs,
+                params=cost.params,
+            )
+        )

@@ -1,0 +1,63 @@
+"""Cost of a network under a plan, and what a plan saves, by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rba_compress.core.cost import Cost
+from rba_compress.core.plan import Chain, Plan, Replacement
+from rba_compress.planning.state import Solution, without_unread
+from rba_compress.profiling.profiler import Profile
+from rba_compress.units.registry import unit_of
+
+
+def chain_cost(
+    chain: Chain, replacements: Sequence[Replacement], *, times: Sequence[float] = ()
+) -> Cost:
+    """Return the cost of a chain's blocks with some of them replaced.
+
+    A walk down the chain: a unit may leave fewer positions, and so change the cost of what follows.
+
+    Args:
+        times: the share of each block in the network's time; what is left of a block is taken to run
+            as fast, per MAC, as the block.
+    """
+    starts = {r.start: r for r in replacements if r.chain == chain.name}
+    positions, b, left = chain.positions, 0, []
+    while b < len(chain):
+        new = starts.get(b)
+        costs = [Cost(macs=chain.macs[b], params=chain.params[b])]
+        if new is not None:
+            costs, positions = unit_of(new.unit).cost(chain, new, positions)
+        left += costs
+        b += len(costs)
+    latency = 0.0
+    if times:
+        latency = sum(t * c.macs / m for t, c, m in zip(times, left, chain.macs, strict=True) if m)
+    macs, params = (sum(getattr(c, name) for c in left) for name in ("macs", "params"))
+    return Cost(macs=macs, params=params, latency=latency)
+
+
+def plan_saving(
+    chains: Sequence[Chain],
+    replacements: Sequence[Replacement],
+    *,
+    times: Sequence[Sequence[float]] = (),
+) -> Cost:
+    """Return the cost that a network is spared with some of its blocks replaced.
+
+    Args:
+        times: as in `chain_cost`, of every chain.
+    """
+    total = Cost()
+    for chain, shares in zip(chains, times or [()] * len(chains), strict=True):
+        before = chain_cost(chain, (), times=shares)
+        total += before - chain_cost(chain, replacements, times=shares)
+    return total
+
+
+def network_cost(profile: Profile, plan: Plan, *, times: Sequence[Sequence[float]] = ()) -> Cost:
+    """Return the cost of the network under a plan; the share of latency is an estimate."""
+    replacements = without_unread(Solution(plan, {}), profile).plan.replacements
+    original = profile.dense.model_copy(update={"latency": 1.0})
+    return original - plan_saving([p.chain for p in profile.chains], replacements, times=times)

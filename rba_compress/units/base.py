@@ -1,0 +1,229 @@
+"""The contract of a unit: anything that the search may do to the blocks of a network.
+
+A unit is one file of this folder and one line of `registry`. It says where it may be applied, with
+which settings (levels), which statistics a fit needs, how it is fitted, what is left to pay, and how a
+network is rewritten. The search, the plan and the artefact know this contract and no unit by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.config import Config
+from rba_compress.core.cost import Cost
+from rba_compress.core.errors import ModelError
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.plan import Chain, Offer, Replacement, Site
+from rba_compress.core.registry import UNITS
+from rba_compress.graph.rewrite import copy_model
+from rba_compress.graph.tracer import record
+from rba_compress.linalg.maps import build_map, fit_map, map_macs, map_parameters, map_shapes
+from rba_compress.linalg.moments import PairMoments
+from rba_compress.units.block_variants import BlockGraph, Traces, example_inputs, thin
+
+IDENTITY = MapSpec(kind="identity")
+Level = MapSpec | float
+"""A setting of a unit: a map, or a number where it has none."""
+
+
+class Trial:
+    """A block of a model and a batch on which a unit is tried before it is offered there."""
+
+    def __init__(
+        self, model: nn.Module, chain: Chain, b: int, batch: Batch, traces: Traces, *, divisible: bool
+    ) -> None:
+        self.model, self.chain, self.block = model, chain, chain.blocks[b]
+        self.batch, self.traces = batch, traces
+        self.divisible = divisible
+        """Whether the block consists of two sublayers, and runs from its graph as before."""
+
+    def offers(self, unit: Unit, *, narrow: bool, exact: bool = False) -> Iterator[Offer]:
+        """Yield the cost that is left of the block, its map aside; nothing where it cannot be cut so.
+
+        Args:
+            narrow: for the positions that the output reads alone.
+            exact: the unit itself leaves the other positions out; otherwise the blocks before did.
+        """
+        copy, reads = copy_model(self.model, share=True), self.chain.reads
+        try:
+            thinned = thin(
+                copy, self.block, nn.Identity(), self.traces, unit=unit, reads=reads, exact=exact
+            )
+        except ModelError:
+            return
+        tensors = example_inputs(thinned, self.block.signature)
+        if narrow and not exact:
+            stream = self.block.signature.stream_index
+            tensors[stream] = tensors[stream][:, :reads]
+        args, kwargs = self.block.signature.call(tensors)
+        recording = record(thinned, Batch(args, kwargs, None))
+        # The stream of the signature may have several rows for each sample.
+        macs = round(recording.macs * recording.samples / len(self.batch))
+        params = sum(p.numel() for p in thinned.parameters())
+        yield Offer(unit=unit.name, narrow=narrow, macs=macs, params=params)
+
+
+class Unit(ABC):
+    """A unit that keeps a part of one block and puts a fitted map in place of the rest."""
+
+    name: ClassVar[str]
+    searched: ClassVar[bool] = True
+    """Whether the search may choose it."""
+    removes: ClassVar[bool] = False
+    """Whether nothing is left of the blocks."""
+    mixes: ClassVar[bool] = True
+    """Whether what is left lets a position read others."""
+    unread: ClassVar[bool] = False
+    """Whether its map acts on the positions that the output does not read, and on no others."""
+
+    # --- where
+
+    @abstractmethod
+    def offers(self, trial: Trial) -> Iterable[Offer]:
+        """Return what a block can be cut to, each verified on the trial; empty where it cannot."""
+
+    def sites(self, chain: Chain, window: int | None) -> list[tuple[int, int]]:
+        """Return every (start, stop) of a chain where the unit may be applied."""
+        return [(b, b + 1) for b, block in enumerate(chain.blocks) if block.offer(self.name)]
+
+    def excludes(self, site: Site, other: Replacement) -> bool:
+        """Return whether it cannot take the place of what is at the same blocks already."""
+        # The stream between the sublayers of a block that was cut is not seen any more.
+        between = self.source(site.start) % 1 > 0
+        return between or UNITS[other.unit].removes
+
+    # --- with which settings
+
+    def levels(self, config: Config, width: int) -> Sequence[Level]:
+        """Return the settings that it offers, the one that saves most first: for maps the identity."""
+        return [spec for spec in config.specs(width) if spec.kind != "folded"]
+
+    def choice(self, chain: Chain, start: int, stop: int, level: Level = IDENTITY) -> Replacement:
+        """Return the decision for a site and a level, not fitted yet."""
+        mapped = isinstance(level, MapSpec)
+        return Replacement(
+            chain=chain.name,
+            start=start,
+            stop=stop,
+            blocks=chain.blocks[start:stop],
+            map=level if mapped else IDENTITY,
+            level=None if mapped else level,
+            width=chain.width,
+            ndim=chain.ndim,
+            axis=chain.axis,
+            unit=self.name,
+            reads=chain.reads if self.unread else 0,
+        )
+
+    def folds(self, level: Level) -> bool:
+        """Return whether the layer before the site is re-solved instead of a map."""
+        return False
+
+    # --- from which statistics
+
+    def source(self, start: int) -> float:
+        """Return the boundary that its map reads; halves lie between the sublayers of a block."""
+        return start
+
+    def target(self, stop: int) -> float:
+        """Return the boundary that its map is fitted to."""
+        return stop
+
+    def fit(self, new: Replacement, moments: PairMoments) -> tuple[Replacement, dict[str, Tensor]]:
+        """Fit in closed form.
+
+        Args:
+            new: what `choice` returned.
+            moments: of rows of the compressed network's stream at `source` and of the original's at
+                `target`; where `unread` is set, of the positions that are not read.
+
+        Returns:
+            The decision with its diagnostics, and the tensors by their names in `build`'s module.
+        """
+        fit = fit_map(new.map, moments)
+        return new.model_copy(update={"diagnostics": fit.diagnostics}), fit.tensors
+
+    # --- at which cost
+
+    def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
+        """Return the cost of each of its blocks, and the positions that are left behind it.
+
+        Args:
+            positions: of the stream before it, in one sample.
+        """
+        read = chain.reads * max(chain.rows, 1)
+        narrow = new.exact or positions < chain.positions
+        left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Cost()
+        positions = read if new.exact else positions
+        return [Cost(macs=left.macs, params=left.params) + self.map_cost(new, positions)], positions
+
+    def map_cost(self, new: Replacement, positions: int) -> Cost:
+        """Return the cost of its map."""
+        macs = positions * map_macs(new.map, new.width)
+        return Cost(macs=macs, params=map_parameters(new.map, new.width))
+
+    def exact(self, chain: Chain, old: Replacement) -> Replacement | None:
+        """Return the decision of which the positions that nothing reads are not computed, and that
+        keeps the fitted tensors; None where it has none of its own.
+        """
+        return None
+
+    def unfoldable(self, new: Replacement) -> str | None:
+        """Return why the decision is no stock network with fewer blocks; None where it is one."""
+        return "a thinned block is not a block of the architecture"
+
+    # --- how the network is rewritten
+
+    def require(self, new: Replacement) -> None:
+        """
+        Raises:
+            ValueError: the decision is of several blocks.
+        """
+        if len(new.blocks) != 1:
+            raise ValueError(f"{self.name} is of one block, not of {len(new.blocks)}")
+
+    def shapes(self, new: Replacement) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of `build`'s state dict."""
+        return map_shapes(new.map, new.width, ndim=new.ndim, axis=new.axis)
+
+    def build(self, new: Replacement) -> nn.Module:
+        """Build the module that holds the fitted tensors, `<first block>.map` in the network."""
+        return build_map(new.map, new.width, ndim=new.ndim, axis=new.axis)
+
+    def rewrite(
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+    ) -> nn.Module:
+        """Return what takes the place of the blocks; the model is left as it is.
+
+        Args:
+            module: of `build`, with its tensors.
+
+        Raises:
+            ModelError: the block cannot be cut so.
+        """
+        return thin(model, new.blocks[0], module, traces, unit=self, reads=new.reads, exact=new.exact)
+
+    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+        """Edit a traced block, whose node `block.mapped` is the map, and return its output.
+
+        Args:
+            reads: the positions that the output reads, the first ones.
+            exact: leave the other positions out.
+        """
+        raise ModelError(f"{self.name} leaves nothing of a block")
+
+    @abstractmethod
+    def describe(self, new: Replacement) -> str:
+        """Return the decision as one line for a person."""
+
+
+def built(unit: Unit, new: Replacement) -> nn.Module:
+    """Build a unit's module without storage, so that no random state is drawn from."""
+    with torch.device("meta"):
+        return unit.build(new)

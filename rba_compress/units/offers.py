@@ -1,0 +1,124 @@
+"""What units offer on the blocks of a network, each tried before it is offered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rba_compress.core.batch import Batch
+from rba_compress.core.errors import ModelError
+from rba_compress.core.inference import evaluating, unwrap
+from rba_compress.core.loader_form import batch_of
+from rba_compress.core.offload import undispatched
+from rba_compress.core.outputs import main_output
+from rba_compress.core.plan import Chain, Offer
+from rba_compress.core.registry import searched_units
+from rba_compress.graph.discovery import Support, find_chains
+from rba_compress.graph.rewrite import copy_model, replace_blocks
+from rba_compress.graph.tracer import Recording
+from rba_compress.units.base import Trial, Unit
+from rba_compress.units.block_variants import Traces, thin
+from rba_compress.units.read_out import READ_OUT
+from rba_compress.units.registry import unit_of
+from rba_compress.units.whole import WHOLE
+
+
+@torch.inference_mode(False)
+def supports(model: nn.Module, example: Any) -> Support:
+    """Find the chains of replaceable blocks of `model`, each verified by surgery, and every refusal.
+
+    Args:
+        model: any `nn.Module` or `fx.GraphModule`; left as it is.
+        example: one batch, in any form that a loader may yield; at most four samples are used.
+
+    Raises:
+        LoaderError: the example is not a batch.
+        ModelError: the model is of a kind that cannot be rewritten, or its forward pass fails.
+    """
+    model = undispatched(unwrap(model))
+    found, _ = discover(model, batch_of(model, example))
+    return found
+
+
+def discover(
+    model: nn.Module,
+    batch: Batch,
+    traces: Traces | None = None,
+    units: Sequence[str] | None = None,
+    *,
+    read_outs: bool = True,
+) -> tuple[Support, Recording]:
+    """Find the chains of `model` and what units offer there; return the recording of two samples, too.
+
+    Args:
+        traces: keeps the blocks that are traced.
+        units: which to try; by default all that a search may choose.
+        read_outs: whether exact read-outs are wanted, too.
+
+    Raises:
+        ModelError: the forward pass fails; rows of a batch depend on each other.
+    """
+    support, recording, two = find_chains(model, batch)
+    names = searched_units() if units is None else units
+    tried = [unit for unit in map(unit_of, names) if not unit.removes]
+    if read_outs and READ_OUT not in tried:
+        tried.append(READ_OUT)
+    traces = traces or Traces()
+    chains = tuple(_with_offers(model, c, two, traces, tried) for c in support.chains)
+    return Support(chains, support.refusals), recording
+
+
+def _with_offers(
+    model: nn.Module, chain: Chain, batch: Batch, traces: Traces, units: Sequence[Unit]
+) -> Chain:
+    """Return the chain with the offers of its blocks, as far as surgery bears them out.
+
+    Blocks of one kind and size share what is found out about the first of them.
+    """
+    if not units:
+        return chain
+    if chain.reads and (
+        flaw := _flaw(model, chain, len(chain) - 1, READ_OUT, batch=batch, traces=traces)
+    ):
+        chain = chain.model_copy(update={"reads": 0, "unread": flaw})
+    known: dict[Any, tuple[Offer, ...]] = {}
+    blocks = []
+    for b, block in enumerate(chain.blocks):
+        key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
+        if key not in known:
+            inner = any(unit is not READ_OUT for unit in units)
+            divisible = inner and _flaw(model, chain, b, WHOLE, batch=batch, traces=traces) is None
+            trial = Trial(model, chain, b, batch, traces, divisible=divisible)
+            offers = [offer for unit in units for offer in unit.offers(trial)]
+            known[key] = tuple(offer for offer in offers if offer.macs < chain.macs[b])
+        blocks.append(block.model_copy(update={"units": known[key]}))
+    return chain.model_copy(update={"blocks": tuple(blocks)})
+
+
+def _flaw(
+    model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
+) -> str | None:
+    """Return why a block cannot be run from its graph; None where it was, and the output stayed.
+
+    A read-out is tried in its exact form, which leaves the output as it is, too.
+    """
+    exact, block = unit is READ_OUT, chain.blocks[b]
+    slim = copy_model(model, share=True)
+    try:
+        cut = thin(slim, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        replace_blocks(slim, [block], cut)
+        with evaluating(model), evaluating(slim):
+            dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
+        return f"the thinned model fails: {type(error).__name__}: {error}"
+    if dense.shape != found.shape:
+        return "the model's output has another shape without them"
+    allowed = min(1000 * torch.finfo(dense.dtype).eps, 0.05) * dense.abs().max()
+    if not bool((dense - found).abs().max() <= allowed) and bool(torch.isfinite(dense).all()):
+        return "the model's output is another one without them"
+    return None

@@ -1,0 +1,51 @@
+"""read_out: a block computes the positions that the output reads; a map passes the others on.
+
+y = [P block(x), T (1 - P) x], with P the read positions. Exact, y = P block(x): the others are not
+computed at all, for nothing reads them behind the last block that mixes positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from rba_compress.core.cost import Cost
+from rba_compress.core.plan import Chain, Offer, Replacement
+from rba_compress.units.base import Trial, Unit
+from rba_compress.units.block_variants import BlockGraph
+
+
+class ReadOut(Unit):
+    """A block for the read positions alone."""
+
+    name = "read_out"
+    unread = True
+
+    def offers(self, trial: Trial) -> Iterator[Offer]:
+        """Yield the exact form and the other one."""
+        if trial.chain.reads:
+            yield from trial.offers(self, narrow=True, exact=True)
+            yield from trial.offers(self, narrow=False)
+
+    def exact_at(self, chain: Chain, b: int) -> Replacement:
+        """Return the exact read-out of block `b`; it has no map."""
+        return self.choice(chain, b, b + 1).model_copy(update={"exact": True})
+
+    def map_cost(self, new: Replacement, positions: int) -> Cost:
+        """Return nothing for an exact one, whose map is unused."""
+        return Cost() if new.exact else super().map_cost(new, positions)
+
+    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+        """Join the read positions of the output and the mapped others of the input."""
+        if exact:
+            return block.part(block.output, 0, reads)
+        return block.joined(block.output, block.entry, reads)
+
+    def describe(self, new: Replacement) -> str:
+        """Return the block, how many positions it computes and what becomes of the others."""
+        others = "not computed" if new.exact else f"-> {new.map}"
+        return f"{new.blocks[0].path} for {new.reads} read, others {others}"
+
+
+READ_OUT = ReadOut()

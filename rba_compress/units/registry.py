@@ -1,0 +1,26 @@
+"""The units of this package, one line each."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from rba_compress.core.registry import UNITS, register
+from rba_compress.units.attention_free import AttentionFree
+from rba_compress.units.base import Unit
+from rba_compress.units.mlp_free import MlpFree
+from rba_compress.units.read_out import READ_OUT
+from rba_compress.units.read_out_mlp import ReadOutMlp
+from rba_compress.units.span import SPAN
+from rba_compress.units.whole import WHOLE
+
+register(SPAN)
+register(READ_OUT)
+register(AttentionFree())
+register(MlpFree())
+register(ReadOutMlp())
+register(WHOLE)
+
+
+def unit_of(name: str) -> Unit:
+    """Return a registered unit; a plan's names were checked when it was read."""
+    return cast("Unit", UNITS[name])

@@ -1,0 +1,70 @@
+"""span: consecutive blocks are replaced by one map of the stream, y = T x."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from rba_compress.core.config import Config
+from rba_compress.core.cost import Cost
+from rba_compress.core.map_spec import MapSpec
+from rba_compress.core.plan import Chain, Offer, Replacement, Site, listed
+from rba_compress.core.registry import UNITS
+from rba_compress.units.base import Level, Trial, Unit
+from rba_compress.units.block_variants import Traces
+
+
+class Span(Unit):
+    """Blocks that are gone, and a map in their place."""
+
+    name = "span"
+    removes = True
+    mixes = False
+
+    def offers(self, trial: Trial) -> Iterable[Offer]:
+        """Return nothing: whatever chain was found is replaceable."""
+        return ()
+
+    def sites(self, chain: Chain, window: int | None) -> list[tuple[int, int]]:
+        """Return every span of at most `window` blocks."""
+        return chain.spans(window)
+
+    def excludes(self, site: Site, other: Replacement) -> bool:
+        """Return whether other blocks were replaced there already."""
+        return UNITS[other.unit].removes
+
+    def levels(self, config: Config, width: int) -> list[MapSpec]:
+        """Return every map, folded ones among them."""
+        return config.specs(width)
+
+    def folds(self, level: Level) -> bool:
+        """Return whether the map is a correction of the layer before."""
+        return isinstance(level, MapSpec) and level.kind == "folded"
+
+    def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
+        """Return the map's cost, and nothing for the other blocks."""
+        others = [Cost()] * (len(new.blocks) - 1)
+        return [self.map_cost(new, positions), *others], positions
+
+    def unfoldable(self, new: Replacement) -> str | None:
+        """Return why there is a module where the blocks were."""
+        if new.map.kind in ("identity", "folded"):
+            return None
+        return "a linear map on a residual stream has no place in a stock network"
+
+    def require(self, new: Replacement) -> None:
+        """Accept any number of blocks."""
+
+    def rewrite(
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+    ) -> nn.Module:
+        """Return the map."""
+        return module
+
+    def describe(self, new: Replacement) -> str:
+        """Return the blocks and the map."""
+        return f"{listed([block.path for block in new.blocks])} -> {new.map}"
+
+
+SPAN = Span()

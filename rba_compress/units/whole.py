@@ -1,0 +1,37 @@
+"""whole: a block as it is, with an identity between its sublayers, through which that stream is seen.
+
+Nothing is saved; statistics between sublayers and the test whether a block can be cut stand on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from rba_compress.core.plan import Offer, Replacement
+from rba_compress.units.base import Trial, Unit
+from rba_compress.units.block_variants import BlockGraph
+
+
+class Whole(Unit):
+    """A block that runs from its graph."""
+
+    name = "whole"
+    searched = False
+
+    def offers(self, trial: Trial) -> Iterable[Offer]:
+        """Return nothing: it saves nothing."""
+        return ()
+
+    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+        """Let the second sublayer read the stream between the two through the map."""
+        block.replace_middle(block.middle)
+        return block.output
+
+    def describe(self, new: Replacement) -> str:
+        """Return the block."""
+        return f"{new.blocks[0].path} as it is"
+
+
+WHOLE = Whole()
