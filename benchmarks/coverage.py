@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> str:
         f"{summed['chains']} and {summed['blocks']} in all). {summed['with_chains']} have chains; in "
         "each, one block was replaced by a shrunk map.",
         "",
-        "- as by hand: the output is, bit for bit, what the dense network gives with the map's value "
+        "- as by hand: the output is, bit for bit, what the original gives with the map's value "
         "put in place of the block's by a hook",
         "- reloaded: saved, read back, and the output is the same bit for bit",
         "- ONNX: the largest difference of ONNX Runtime's outputs, relative to the largest output; "
@@ -105,7 +105,7 @@ def table(rows: Sequence[Row]) -> str:
     for r in rows:
         parity = "" if r.onnx is None else f"{r.onnx:.0e}{', fixed' if r.onnx_fixed else ''}"
         if r.onnx_error:
-            parity = "refused, as the dense one" if r.dense_onnx_error else "refused"
+            parity = "refused, as the original" if r.dense_onnx_error else "refused"
         shape = marks[None if r.shape_kept is None else r.shape_kept and bool(r.finite)]
         cells = [r.network, str(r.chains), str(r.blocks), f"{r.seconds:.1f} s", shape]
         lines.append(f"| {' | '.join([*cells, marks[r.by_hand], marks[r.reloaded], parity])} |")

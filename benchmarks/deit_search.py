@@ -44,9 +44,9 @@ def main(how: Run) -> None:
         row = {
             "benchmark": "deit_search",
             "seed": seed,
-            "macs_kept": round(report.slim.macs / report.dense.macs, 4),
-            "top1_dense": fidelity.accuracy_dense,
-            "top1": fidelity.accuracy_slim,
+            "macs_kept": round(report.compressed.macs / report.original.macs, 4),
+            "top1_dense": fidelity.accuracy_original,
+            "top1": fidelity.accuracy_compressed,
             "agreement": fidelity.agreement,
             "kl": round(fidelity.divergence, 4),
             "latency_ratio": [round(ratio, 3) for ratio in ratios],

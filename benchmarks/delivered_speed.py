@@ -1,7 +1,6 @@
-"""Claim: a slim network is as much faster as it is smaller: latency falls as MACs do.
+"""Claim: a compressed network is as much faster as it is smaller: latency falls as MACs do.
 
-Dense and slim are timed in turn in one run (dense, slim, dense, slim, ...), at batch 1 and 32, in eager
-mode, compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of
+The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode, compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of
 replacement, and a ViT-B/16 with random weights and all kinds at once. `excess` is the ratio of
 latencies over the share of MACs that is kept; 1 is ideal. The plans are written by hand: time does not
 depend on weights.
@@ -88,7 +87,7 @@ def networks(name: str) -> tuple[nn.Module, list[str]]:
 
 
 def spliced(model: nn.Module, plan: Plan) -> nn.Module:
-    """The slim network, its maps near the identity."""
+    """The compressed network, its maps near the identity."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for replacement in plan.replacements:
@@ -125,14 +124,14 @@ def main(how: Run) -> None:
             (chain,) = supports(model, x[:2]).chains
             for form, build in forms(Path(folder), x[:2]).items():
                 torch.compiler.reset()
-                dense = build(model, f"{network} dense")
+                original = build(model, f"{network} original")
                 for name in wanted:
                     plan = plans(chain)[name]
                     thin = spliced(model, plan)
                     kept = cost(thin, as_batch(x[:1])).macs / cost(model, as_batch(x[:1])).macs
-                    slim = build(thin, f"{network} {name}")
+                    compressed = build(thin, f"{network} {name}")
                     for batch, goal in GOALS.items():
-                        found = timed(dense, slim, thin, x[:batch], seconds=how.seconds)
+                        found = timed(original, compressed, thin, x[:batch], seconds=how.seconds)
                         row = {
                             "network": network,
                             "plan": name,
@@ -150,19 +149,19 @@ def main(how: Run) -> None:
 
 
 def timed(
-    dense: nn.Module, slim: nn.Module, expected: nn.Module, x: Tensor, *, seconds: float
+    original: nn.Module, compressed: nn.Module, expected: nn.Module, x: Tensor, *, seconds: float
 ) -> dict[str, float]:
-    """The paired ratio, once it is sure that what is timed is the slim network."""
+    """The paired ratio, once it is sure that what is timed is the compressed network."""
     with torch.no_grad():
-        output = slim(x)
+        output = compressed(x)
         found = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(found, expected(x), rtol=1e-3, atol=1e-3)
-    latency = benchmark(dense, slim, x, seconds=seconds)
+    latency = benchmark(original, compressed, x, seconds=seconds)
     return {
         "latency": round(latency.ratio, 4),
         "low": round(latency.ratio_low, 4),
         "high": round(latency.ratio_high, 4),
-        "dense_ms": round(latency.dense_ms, 2),
+        "dense_ms": round(latency.original_ms, 2),
         "pairs": latency.pairs,
     }
 

@@ -66,9 +66,9 @@ def caught(folder: Path, path: Path) -> int:
     return found
 
 
-def sizes(folder: Path, dense: nn.Module) -> dict[str, int]:
-    """Bytes of weights: dense, slim, delta."""
-    save_file(dense.state_dict(), folder / "dense.safetensors")
+def sizes(folder: Path, original: nn.Module) -> dict[str, int]:
+    """Bytes of weights: original, compressed, delta."""
+    save_file(original.state_dict(), folder / "dense.safetensors")
     return {
         "dense": (folder / "dense.safetensors").stat().st_size,
         **{name: (folder / name / WEIGHTS).stat().st_size for name in ("slim", "delta")},
@@ -77,24 +77,24 @@ def sizes(folder: Path, dense: nn.Module) -> dict[str, int]:
 
 def real(how: Run, folder: Path) -> dict[str, Any]:
     """The DeiT-tiny."""
-    dense = deit_tiny()
-    loader = imagenet(dense, "calibration")
+    original = deit_tiny()
+    loader = imagenet(original, "calibration")
     step = max(1, len(loader) * len(loader[0][0]) // how.images)
     config = Config(
         swaps=0, refit=False, shrinks=(0.7,)
     )  # a quick search: its quality is not the claim
-    result = compress(dense, loader[::step], budget=Budget(macs=how.macs), config=config)
+    result = compress(original, loader[::step], budget=Budget(macs=how.macs), config=config)
     result.save(folder / "slim", architecture=DEIT, hub=True)
     result.save(folder / "delta", delta=True)
-    tests = torch.cat([x for x, _ in imagenet(dense, "test")[::4]])
+    tests = torch.cat([x for x, _ in imagenet(original, "test")[::4]])
     onnx = folder / "slim" / "model.onnx"
-    certificate = export_onnx(folder / "slim", onnx, tests, dense=dense, seconds=20)
+    certificate = export_onnx(folder / "slim", onnx, tests, original=original, seconds=20)
     checks = verify(folder / "slim")
     names = (WEIGHTS, "plan.json", "report.json", "model.onnx", "certificate.json")
     return {
         "plan": str(result.plan),
-        "macs_kept": result.report.slim.macs / result.report.dense.macs,
-        "bytes": sizes(folder, dense),
+        "macs_kept": result.report.compressed.macs / result.report.original.macs,
+        "bytes": sizes(folder, original),
         "certificate": certificate.model_dump(mode="json"),
         "checks": checks,
         "flipped": FLIPS,
@@ -104,22 +104,22 @@ def real(how: Run, folder: Path) -> dict[str, Any]:
 
 def large(folder: Path) -> dict[str, Any]:
     """The ViT-B/16."""
-    dense, _ = networks("vit_base")
+    original, _ = networks("vit_base")
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    plan = plans(supports(dense, x).chains[0])["all kinds"]
-    slim = spliced(dense, plan)
+    plan = plans(supports(original, x).chains[0])["all kinds"]
+    compressed = spliced(original, plan)
     known = Architecture(name="vit_base_patch16_224")
     for name, delta in (("slim", False), ("delta", True)):
         write_artifact(
-            slim,
+            compressed,
             plan,
             folder / name,
             example=as_batch(x),
-            dense_weights="",
+            original_weights="",
             architecture=None if delta else known,
             delta=delta,
         )
-    return {"plan": str(plan), "bytes": sizes(folder, dense)}
+    return {"plan": str(plan), "bytes": sizes(folder, original)}
 
 
 def main(how: Run) -> None:

@@ -181,7 +181,7 @@ class Target:
                 manifest = read_manifest(self.root)
             else:
                 path.write_bytes(content)
-            rebuilt(self.root, manifest, model=self.model)
+            rebuilt(self.root, manifest, original=self.model)
         finally:
             if kind in ("weights", "header"):
                 path.write_bytes(self.weights)

@@ -170,10 +170,10 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
     batches = [batch for _, batch in numbered]
     assert all(bool(torch.isfinite(output).all()) for output in forward(model, batches))
     seen = profile(model, loader, config=config)
-    (chain,), dense = (found.chain for found in seen.chains), seen.dense.macs
+    (chain,), original = (found.chain for found in seen.chains), seen.original.macs
     apart = parity(model, chain, batches, how.window)
     assert apart < TOLERANCE, f"the map is {apart:.2g} from least squares in float64"
-    length, macs = sum(map(len, batches)), {"dense": dense, "moments": moments_macs(seen)}
+    length, macs = sum(map(len, batches)), {"dense": original, "moments": moments_macs(seen)}
     images = {"loader_images": how.batch * len(loader), "images": length}
     row: dict[str, Any] = {"network": network, "dtype": kind, **images, "parity": apart}
     row |= of_profile(model, seen, how)
@@ -194,7 +194,7 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
     call_seconds |= {name: statistics.median(run[name][0] for run in runs) for name in calls}
     plain = call_seconds["plain"]
     rate: dict[str, float] = row["gmacs_s"]
-    rate["plain"] = round(length * dense / plain / 1e9, 1)
+    rate["plain"] = round(length * original / plain / 1e9, 1)
     bound = {name: rates["fp32" if name == "moments" else kind] / 1e9 for name in rate}
     return row | {
         "images_s": {name: round(length / call_seconds[name], 2) for name in calls},
@@ -262,13 +262,15 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
         device, lambda: [fit_map(AFFINE, moments.pair(*s, spectrum=True)).spec for s in spans]
     )
     solution = fit_spans(profiled, [(b, b + 1) for b in thirds(profiled.chain)], AFFINE)
-    slim = splice(model, solution.plan, solution.tensors)
-    assert all(bool(torch.isfinite(output).all()) for output in forward(slim, [seen.example]))
-    macs = {"dense": seen.dense.macs, "slim": cost(slim, seen.example).macs}
+    compressed = splice(model, solution.plan, solution.tensors)
+    assert all(bool(torch.isfinite(output).all()) for output in forward(compressed, [seen.example]))
+    macs = {"dense": seen.original.macs, "slim": cost(compressed, seen.example).macs}
     rows, milliseconds = [], {"dense": 0.0, "slim": 0.0}
     for batch in (1, how.batch):
-        found = benchmark(model, slim, seen.example.select(list(range(batch))), seconds=how.seconds)
-        milliseconds = {"dense": found.dense_ms, "slim": found.slim_ms}
+        found = benchmark(
+            model, compressed, seen.example.select(list(range(batch))), seconds=how.seconds
+        )
+        milliseconds = {"dense": found.original_ms, "slim": found.compressed_ms}
         latency = {"median": found.ratio, "low": found.ratio_low, "high": found.ratio_high}
         rows.append(
             {"batch": batch, "pairs": found.pairs}

@@ -1,4 +1,4 @@
-"""Claim: minutes of label-free distillation bring a slim network back to its original.
+"""Claim: minutes of label-free distillation bring a compressed network back to its original.
 
 Three networks: the embedded digits ViT without six of its twelve blocks; the CIFAR ResNet-20 without
 one, two and three of the seven blocks that can go; the real DeiT-tiny with 33 and 25 % of its MACs
@@ -99,7 +99,7 @@ def resnet_case() -> tuple[nn.Module, Loader, Loader, Iterator[tuple[str, Result
     def plans() -> Iterator[tuple[str, Result]]:
         for macs in (0.9, 0.8, 0.7):
             found = compress(model, calibration, budget=Budget(macs=macs))
-            kept = found.report.slim.macs / found.report.dense.macs
+            kept = found.report.compressed.macs / found.report.original.macs
             yield f"{1 - kept:.1%} of MACs gone", found
 
     return model, calibration, test, plans()
@@ -122,13 +122,15 @@ def deit_case(folder: Path) -> tuple[nn.Module, Loader, Loader, Iterator[tuple[s
     return model, calibration, test, plans()
 
 
-def resolved(model: nn.Module, calibration: Loader, slim: Result) -> nn.Module:
-    """The slim network with the last layer of every branch of its kept blocks re-solved by ridge
+def resolved(model: nn.Module, calibration: Loader, compressed: Result) -> nn.Module:
+    """The compressed network with the last layer of every branch of its kept blocks re-solved by ridge
     towards the original streams, from the first that was replaced on, whether that helps or not.
     """
-    seen = profile(model, calibration, config=slim.plan.config)
+    seen = profile(model, calibration, config=compressed.plan.config)
     run = SearchContext(model, seen, calibration, Budget(macs=0.5))
-    solution = Solution(slim.plan.model_copy(update={"steps": (), "candidates": ()}), slim.tensors)
+    solution = Solution(
+        compressed.plan.model_copy(update={"steps": (), "candidates": ()}), compressed.tensors
+    )
     for c, chain in enumerate(run.chains):
         taken = replaced_blocks(solution.plan, chain)
         walk = run.fitter.walk(c)
@@ -157,10 +159,10 @@ def main(how: Run) -> None:
     model, calibration, test, plans = case
     tests = [as_batch(item) for item in test]
 
-    def row(plan: str, method: str, slim: nn.Module, **more: Any) -> None:
-        found = fidelity(model, slim, tests, "kl")
-        dense, top1 = found.accuracy_dense or 0.0, found.accuracy_slim or 0.0
-        kept = cost(slim, tests[0]).macs / cost(model, tests[0]).macs
+    def row(plan: str, method: str, compressed: nn.Module, **more: Any) -> None:
+        found = fidelity(model, compressed, tests, "kl")
+        original, top1 = found.accuracy_original or 0.0, found.accuracy_compressed or 0.0
+        kept = cost(compressed, tests[0]).macs / cost(model, tests[0]).macs
         values = {
             "case": how.case,
             "cores": os.cpu_count(),
@@ -168,9 +170,9 @@ def main(how: Run) -> None:
             "macs_kept": round(kept, 4),
             "method": method,
             **more,
-            "top1_dense": round(dense, 4),
+            "top1_dense": round(original, 4),
             "top1": round(top1, 4),
-            "share": round(top1 / dense, 4),
+            "share": round(top1 / original, 4),
             "agreement": round(found.agreement or 0.0, 4),
             "kl": round(found.divergence, 4),
         }
@@ -178,9 +180,9 @@ def main(how: Run) -> None:
         with how.out.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def healed(plan: str, method: str, slim: Result, loader: Loader, healing: Healing) -> None:
+    def healed(plan: str, method: str, compressed: Result, loader: Loader, healing: Healing) -> None:
         start = time.perf_counter()
-        found = heal(slim, loader, original=model, healing=healing)
+        found = heal(compressed, loader, original=model, healing=healing)
         record = found.plan.healed
         more = (
             {}
@@ -197,25 +199,25 @@ def main(how: Run) -> None:
         known = {"seed": healing.seed, "healing": asked, "seconds": took, "steps": steps}
         row(plan, method, found.model, **known, **more)
 
-    for plan, slim in plans:
-        row(plan, "as searched", slim.model)
+    for plan, compressed in plans:
+        row(plan, "as searched", compressed.model)
         if how.sweep:
             for name, ways in SWEEP.items():
-                healed(plan, name, slim, calibration, how.healing.model_copy(update=ways))
+                healed(plan, name, compressed, calibration, how.healing.model_copy(update=ways))
             return
         for count in how.counts:
             # Of fewer images the deal is another one.
-            bare = replace(slim, profile=replace(slim.profile, order=(), lengths=()))
+            bare = replace(compressed, profile=replace(compressed.profile, order=(), lengths=()))
             for seed in how.seeds:
                 asked = how.healing.model_copy(update={"seed": seed})
                 healed(plan, f"{count} images", bare, fewer(calibration, count), asked)
         if how.counts:
             return
         if how.closed_form:
-            row(plan, "re-solved", resolved(model, calibration, slim))
+            row(plan, "re-solved", resolved(model, calibration, compressed))
         for seed in how.seeds:
             asked = how.healing.model_copy(update={"seed": seed})
-            healed(plan, "healed", slim, calibration, asked)
+            healed(plan, "healed", compressed, calibration, asked)
 
 
 if __name__ == "__main__":

@@ -104,20 +104,20 @@ def searched(
 
 @torch.no_grad()
 def perplexities(
-    dense: nn.Module, slims: dict[str, nn.Module], test: Sequence[dict[str, Tensor]]
+    original: nn.Module, slims: dict[str, nn.Module], test: Sequence[dict[str, Tensor]]
 ) -> dict[str, tuple[float, float, float]]:
-    """Of each network: perplexity, KL per token to the dense one, and agreement of the next token."""
+    """Of each network: perplexity, KL per token to the original, and agreement of the next token."""
     nll = dict.fromkeys(slims, 0.0)
     kl, agreed, tokens, each = dict(nll), dict(nll), 0, 0
-    with evaluating(dense):
+    with evaluating(original):
         for item in tqdm(test, "test", disable=None):
             batch = as_batch(item)
             ids = item["input_ids"]
-            wanted = batch.run(dense).logits
+            wanted = batch.run(original).logits
             tokens, each = tokens + ids[:, 1:].numel(), each + ids.numel()
-            for name, slim in slims.items():
-                with evaluating(slim):
-                    logits = batch.run(slim).logits
+            for name, compressed in slims.items():
+                with evaluating(compressed):
+                    logits = batch.run(compressed).logits
                 nll[name] += float(
                     nn.functional.cross_entropy(
                         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
@@ -175,7 +175,7 @@ def main(how: Run) -> None:
                 "perplexity": round(ppl, 3),
                 "kl_per_token": round(kl, 4),
                 "agreement": round(agreement, 4),
-                "macs_kept": round(spent.macs / seen.dense.macs, 4),
+                "macs_kept": round(spent.macs / seen.original.macs, 4),
                 "params": spent.params,
                 "refits": len(found[key].plan.refits),
                 "seconds": round(took.get(key, 0.0), 1),
@@ -193,7 +193,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "# SmolLM2-135M-Instruct, layers taken away",
         "",
         "Perplexity on 32,768 tokens of WikiText-2's test part; KL and agreement of the next token "
-        "to the dense model.",
+        "to the original model.",
         "",
         "| layers removed | method | which | perplexity | KL per token | agreement | MACs kept |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -139,7 +139,7 @@ class Bench:
         ]
 
     def mapped(self, span: tuple[int, int, int], spec: MapSpec) -> Solution:
-        """One map over one span, fitted on the dense streams."""
+        """One map over one span, fitted on the original streams."""
         c, start, stop = span
         return fit_spans(self.seen.chains[c], [(start, stop)], spec)
 
@@ -238,7 +238,7 @@ def ours(bench: Bench) -> Found:
     found: dict[int, Solution] = {}
     for gone in sorted(bench.blocks, reverse=True):
         if gone not in found:
-            budget = Budget(macs=bench.seen.dense.macs - gone * saved)
+            budget = Budget(macs=bench.seen.original.macs - gone * saved)
             solution = search(bench.case.model, bench.seen, bench.case.calibration, budget=budget)
             for point in solution.points:
                 found.setdefault(_blocks(point.plan.replacements), point)
@@ -267,10 +267,12 @@ def outputs(model: nn.Module, test: Sequence[Batch]) -> list[Tensor]:
         return [main_output(batch.run(model)) for batch in test]
 
 
-def measured(dense: Sequence[Tensor], slim: Sequence[Tensor], test: Sequence[Batch]) -> np.ndarray:
-    """Of each sample: divergence, agreement, and whether dense and slim are right: (4, samples)."""
+def measured(
+    original: Sequence[Tensor], compressed: Sequence[Tensor], test: Sequence[Batch]
+) -> np.ndarray:
+    """Of each sample: divergence, agreement, and whether each network is right, (4, samples)."""
     columns = []
-    for a, b, batch in zip(dense, slim, test, strict=True):
+    for a, b, batch in zip(original, compressed, test, strict=True):
         assert batch.labels is not None
         first, second = a.argmax(-1), b.argmax(-1)
         found = (
@@ -290,7 +292,7 @@ def main(how: Run) -> None:
     samples = dict(np.load(how.samples)) if how.samples.exists() else {}
     for network in how.networks:
         case = CASES[network]()
-        dense = outputs(case.model, case.test)
+        original = outputs(case.model, case.test)
         for seed in how.seeds:
             seen = profile(case.model, case.calibration, config=_whole_blocks(seed))
             bench = Bench(case, seen, seed, how.blocks)
@@ -302,12 +304,12 @@ def main(how: Run) -> None:
                 for gone, solution in tqdm(found, f"{network} {seed} {method}"):
                     number = numbers[gone] = numbers.get(gone, -1) + 1
                     key = f"{network}/{gone}/{method}/{seed}/{number}"
-                    slim = splice_shared(case.model, solution.plan, solution.tensors)
-                    each = measured(dense, outputs(slim, case.test), case.test)
+                    compressed = splice_shared(case.model, solution.plan, solution.tensors)
+                    each = measured(original, outputs(compressed, case.test), case.test)
                     samples[key] = each.astype(np.float32)
                     rows[key] = {
                         "key": key,
-                        "macs_kept": round(cost(slim, case.test[0]).macs / seen.dense.macs, 4),
+                        "macs_kept": round(cost(compressed, case.test[0]).macs / seen.original.macs, 4),
                         "top1_dense": round(float(each[2].mean()), 4),
                         "top1": round(float(each[3].mean()), 4),
                         "agreement": round(float(each[1].mean()), 4),
@@ -333,15 +335,15 @@ def table(rows: dict[str, dict[str, Any]], samples: dict[str, np.ndarray]) -> st
     rows = {key: row for key, row in rows.items() if key in samples}
     for network, gone in sorted({tuple(key.split("/")[:2]) for key in rows}):
         of_case = {key: row for key, row in rows.items() if key.startswith(f"{network}/{gone}/")}
-        dense = next(iter(of_case.values()))["top1_dense"]
+        original = next(iter(of_case.values()))["top1_dense"]
         size = samples[next(iter(of_case))].shape[1]
         lines += [
             "",
             f"## {network}, {gone} {'block' if gone == '1' else 'blocks'} gone",
             "",
-            f"{size} test samples, dense top-1 {dense:.3f}.",
+            f"{size} test samples, original top-1 {original:.3f}.",
             "",
-            "| method | MACs kept | top-1 | of dense | agreement | KL | KL minus ours "
+            "| method | MACs kept | top-1 | of original | agreement | KL | KL minus ours "
             "| top-1 minus ours |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
@@ -356,7 +358,7 @@ def table(rows: dict[str, dict[str, Any]], samples: dict[str, np.ndarray]) -> st
                 method,
                 f"{np.mean(macs):.3f}",
                 f"{top1.mean():.3f} [{top1.min():.3f}, {top1.max():.3f}]",
-                f"{top1.mean() / dense:.3f}",
+                f"{top1.mean() / original:.3f}",
                 f"{each[:, 1].mean():.3f}",
                 f"{kl.mean():.3f} [{kl.min():.3f}, {kl.max():.3f}]",
             ]

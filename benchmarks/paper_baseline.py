@@ -48,17 +48,17 @@ def main(how: Baseline) -> None:
     (profiled,), samples = calibrate(model, [chain], enumerate(tqdm(read(calibration), "calibrate")))
     dense_cost = cost(model, test[0])
     with evaluating(model):
-        dense = [main_output(batch.run(model)) for batch in test]
+        original = [main_output(batch.run(model)) for batch in test]
     redundancy = profiled.block_redundancy
     rows: list[dict[str, Any]] = []
     for start, stop in tqdm(chain.spans(how.longest), "spans"):
         for method, spec in METHODS.items():
             replacement, tensors = fit_span(profiled, start, stop, spec)
             plan = Plan(replacements=(replacement,))
-            slim = splice_shared(model, plan, tensors)
-            with evaluating(slim):
-                outputs = [main_output(batch.run(slim)) for batch in test]
-            found = compare_outputs("kl", zip(dense, outputs, test, strict=True))
+            compressed = splice_shared(model, plan, tensors)
+            with evaluating(compressed):
+                outputs = [main_output(batch.run(compressed)) for batch in test]
+            found = compare_outputs("kl", zip(original, outputs, test, strict=True))
             saved = plan_saving([chain], [replacement]).macs
             assert replacement.diagnostics is not None
             row = {
@@ -66,8 +66,8 @@ def main(how: Baseline) -> None:
                 "model": "deit_tiny_patch16_224",
                 "blocks": chain.paths[start:stop],
                 "method": method,
-                "top1_dense": found.accuracy_dense,
-                "top1": found.accuracy_slim,
+                "top1_dense": found.accuracy_original,
+                "top1": found.accuracy_compressed,
                 "agreement": found.agreement,
                 "kl": round(found.divergence, 4),
                 "r2": round(replacement.diagnostics.r2, 4),
@@ -86,7 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The paper's method on DeiT-tiny: every span of one to four blocks",
         "",
-        f"ImageNet sample, {rows[0]['calibration_images']} calibration and 500 test images; dense "
+        f"ImageNet sample, {rows[0]['calibration_images']} calibration and 500 test images; original "
         f"top-1 {rows[0]['top1_dense']}. One linear map (plain least squares, no bias) in place of "
         "the span, against skipping it. Block Redundancy is of the span's blocks on the class token.",
         "",

@@ -242,9 +242,9 @@ def quality(model: nn.Module, loader: list[Any], test: list[Any]) -> list[dict[s
         row: dict[str, Any] = {"span": [start, stop]}
         for stride, profiled in by_stride.items():
             found = fit_spans(profiled, [(start, stop)], spec("shrunk", chain.width))
-            slim = splice(model, found.plan, found.tensors)
+            compressed = splice(model, found.plan, found.tensors)
             row[f"kl_stride_{stride}"] = round(
-                fidelity(model, slim, read(test[:12]), "kl").divergence, 5
+                fidelity(model, compressed, read(test[:12]), "kl").divergence, 5
             )
         rows.append(row)
     return rows

@@ -40,18 +40,18 @@ def main(how: Run) -> None:
     exact = with_read_outs(Solution(Plan(), {}), [chain]).plan
     blocks = tuple(unit_of("read_out").choice(chain, b, b + 1) for b in range(1, len(chain)))
     plans = {"exact": exact, "eleven read-outs": Plan(replacements=blocks)}
-    slim = {name: splice(model, plan, {}) for name, plan in plans.items()}
+    compressed = {name: splice(model, plan, {}) for name, plan in plans.items()}
     with torch.no_grad():
-        torch.testing.assert_close(slim["exact"](x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compressed["exact"](x), model(x), rtol=1e-4, atol=1e-4)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for form, build in forms(Path(folder), x[:2]).items():
-            dense = build(model, f"{form} dense")
+            original = build(model, f"{form} original")
             for name, plan in plans.items():
-                thin = build(slim[name], f"{form} {name}")
-                kept = cost(slim[name], as_batch(x)).macs / cost(model, as_batch(x)).macs
+                thin = build(compressed[name], f"{form} {name}")
+                kept = cost(compressed[name], as_batch(x)).macs / cost(model, as_batch(x)).macs
                 for batch in (1, 32):
-                    found = timed(dense, thin, slim[name], x[:batch], seconds=how.seconds)
+                    found = timed(original, thin, compressed[name], x[:batch], seconds=how.seconds)
                     row = {
                         "network": name,
                         "plan": str(plan) if name == "exact" else "blocks 1 to 11 read out, identity",

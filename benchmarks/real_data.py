@@ -25,7 +25,7 @@ def data_root() -> Path:
 
 
 def deit_tiny() -> nn.Module:
-    """The ImageNet DeiT-tiny, dense top-1 .792 on the test split."""
+    """The ImageNet DeiT-tiny, original top-1 .792 on the test split."""
     model = DEIT.build()
     load_weights(model, data_root() / "deit_tiny_patch16_224.safetensors")
     return model

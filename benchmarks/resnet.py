@@ -87,22 +87,24 @@ def main(how: Run) -> None:
     batches = [as_batch(pair) for pair in test]
     rows = []
     for block, method, solution in found:
-        slim = splice_shared(model, solution.plan, solution.tensors)
-        rows.append({"block": block, "method": method, **measured(model, slim, solution, batches)})
+        compressed = splice_shared(model, solution.plan, solution.tensors)
+        rows.append(
+            {"block": block, "method": method, **measured(model, compressed, solution, batches)}
+        )
         print(json.dumps(rows[-1]), flush=True)
     how.out.write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     how.out.with_suffix(".md").write_text(table(rows))
 
 
 def measured(
-    model: nn.Module, slim: nn.Module, solution: Solution, test: Sequence[Batch]
+    model: nn.Module, compressed: nn.Module, solution: Solution, test: Sequence[Batch]
 ) -> dict[str, Any]:
     """One network, measured on the test images."""
-    found = fidelity(model, slim, test, "kl")
+    found = fidelity(model, compressed, test, "kl")
     return {
-        "macs_kept": round(cost(slim, test[0]).macs / cost(model, test[0]).macs, 4),
-        "top1_dense": found.accuracy_dense,
-        "top1": found.accuracy_slim,
+        "macs_kept": round(cost(compressed, test[0]).macs / cost(model, test[0]).macs, 4),
+        "top1_dense": found.accuracy_original,
+        "top1": found.accuracy_compressed,
         "agreement": found.agreement,
         "kl": round(found.divergence, 4),
         "kl_low": round(found.divergence_low or 0.0, 4),
@@ -114,11 +116,11 @@ def measured(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    dense = rows[0]["top1_dense"]
+    original = rows[0]["top1_dense"]
     lines = [
         "# CIFAR-10 ResNet-20, one block taken away",
         "",
-        f"2,000 test images, dense top-1 {dense:.4f}. Re-estimated: the statistics of the BatchNorms "
+        f"2,000 test images, original top-1 {original:.4f}. Re-estimated: statistics of the BatchNorms "
         "behind it, where held-out KL falls by more than a standard error (norms: how many were).",
         "",
         "| block | method | MACs kept | top-1 | agreement | KL, 95 % interval | norms |",

@@ -2,7 +2,7 @@
 
 all-MiniLM-L6-v2 through transformers, calibrated on sentences of WikiText-2's calibration part with
 their attention mask, measured on sentences of its test part: the cosine of each embedding (mean of
-the real tokens' last hidden states, normalised) to the dense one, and Spearman's correlation of all
+the real tokens' last hidden states, normalised) to the original, and Spearman's correlation of all
 pairwise similarities. The divergence of the search is a function: one minus the cosine of the
 embeddings.
 
@@ -85,10 +85,10 @@ def embedding(output: Any, mask: Tensor) -> Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
-def embedding_divergence(dense: Any, slim: Any, batch: Batch) -> Tensor:
+def embedding_divergence(original: Any, compressed: Any, batch: Batch) -> Tensor:
     """One minus the cosine of the two networks' embeddings, (N,)."""
     mask = batch.kwargs["attention_mask"]
-    return 1 - (embedding(dense, mask) * embedding(slim, mask)).sum(-1)
+    return 1 - (embedding(original, mask) * embedding(compressed, mask)).sum(-1)
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def embeddings(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     return torch.cat([embedding(model(**batch), batch["attention_mask"]) for batch in batches])
 
 
-def fidelity(dense: Tensor, slim: Tensor) -> dict[str, float]:
+def fidelity(original: Tensor, compressed: Tensor) -> dict[str, float]:
     """Mean cosine of the embeddings, and Spearman's correlation of all pairwise similarities."""
-    upper = torch.triu_indices(len(dense), len(dense), 1)
-    pairs = [(e @ e.T)[upper[0], upper[1]].numpy() for e in (dense, slim)]
-    cosine = float((dense * slim).sum(-1).mean())
+    upper = torch.triu_indices(len(original), len(original), 1)
+    pairs = [(e @ e.T)[upper[0], upper[1]].numpy() for e in (original, compressed)]
+    cosine = float((original * compressed).sum(-1).mean())
     return {"cosine": round(cosine, 4), "spearman": round(float(spearmanr(*pairs)[0]), 4)}
 
 
@@ -123,14 +123,14 @@ def skipped(seen: Profile, layers: Sequence[int], spec: MapSpec = BASELINES["ski
     return fit_spans(seen.chains[0], [(layer, layer + 1) for layer in layers], spec)
 
 
-def write_stock(slim: nn.Module, solution: Solution, seen: Profile, directory: Path) -> None:
-    """The slim encoder as a directory that transformers and sentence-transformers read."""
+def write_stock(compressed: nn.Module, solution: Solution, seen: Profile, directory: Path) -> None:
+    """The compressed encoder as a directory that transformers and sentence-transformers read."""
     write_artifact(
-        slim,
+        compressed,
         solution.plan,
         directory,
         example=seen.example,
-        dense_weights=seen.weights,
+        original_weights=seen.weights,
         fold=True,
         hub=True,
     )
@@ -145,7 +145,7 @@ def write_stock(slim: nn.Module, solution: Solution, seen: Profile, directory: P
 
 
 def as_stock(
-    slim: nn.Module, solution: Solution, seen: Profile, test: Any, texts: Sequence[str]
+    compressed: nn.Module, solution: Solution, seen: Profile, test: Any, texts: Sequence[str]
 ) -> Tensor:
     """Its embeddings, as transformers and sentence-transformers read them from a directory."""
     from sentence_transformers import SentenceTransformer
@@ -153,13 +153,13 @@ def as_stock(
 
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "stock"
-        write_stock(slim, solution, seen, directory)
+        write_stock(compressed, solution, seen, directory)
         found = embeddings(AutoModel.from_pretrained(directory).eval(), test)  # nosec B615 # local
         theirs = SentenceTransformer(str(directory), device="cpu").encode(
             list(texts), convert_to_tensor=True, batch_size=len(test[0]["input_ids"])
         )
     torch.testing.assert_close(theirs, found, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(embeddings(slim, test), found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings(compressed, test), found, rtol=1e-4, atol=1e-4)
     return found
 
 
@@ -169,21 +169,23 @@ def main(how: Run) -> None:
     calibration = loader(tokenizer, sentences("calibration", how.calibration), how.batch_size)
     texts = sentences("test", how.test)
     test = loader(tokenizer, texts, how.batch_size)
-    dense = embeddings(model, test)
+    original = embeddings(model, test)
     rows: list[dict[str, Any]] = []
 
     def add(method: str, solution: Solution, seen: Profile) -> None:
-        slim = splice_shared(model, solution.plan, solution.tensors)
+        compressed = splice_shared(model, solution.plan, solution.tensors)
         stock = method == "stock"
-        found = as_stock(slim, solution, seen, test, texts) if stock else embeddings(slim, test)
-        spent = cost(slim, seen.example)
+        found = (
+            as_stock(compressed, solution, seen, test, texts) if stock else embeddings(compressed, test)
+        )
+        spent = cost(compressed, seen.example)
         rows.append(
             {
                 "method": method,
                 "removed": sum(r.stop - r.start for r in solution.plan.replacements),
-                **fidelity(dense, found),
-                "macs_kept": round(spent.macs / seen.dense.macs, 4),
-                "params_kept": round(spent.params / seen.dense.params, 4),
+                **fidelity(original, found),
+                "macs_kept": round(spent.macs / seen.original.macs, 4),
+                "params_kept": round(spent.params / seen.original.params, 4),
                 "plan": str(solution.plan),
             }
         )
@@ -211,7 +213,7 @@ def table(rows: Sequence[dict[str, Any]], how: Run) -> str:
         "# all-MiniLM-L6-v2, one and two of six layers taken away",
         "",
         f"{how.calibration} sentences of WikiText-2's calibration part, measured on {how.test} of its "
-        "test part: cosine of the embeddings to the dense ones, Spearman's correlation of all pairwise "
+        "test part: cosine of the embeddings to the originals, Spearman's correlation of all pairwise "
         "similarities. A stock model is measured as `AutoModel` reads it, and sentence-transformers "
         "gives the same.",
         "",

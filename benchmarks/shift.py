@@ -69,22 +69,22 @@ def _keep(scores: list[Tensor], _: Any, __: Any, output: Tensor) -> None:
 
 
 def main() -> None:
-    dense = deit_tiny()
-    known: Any = dense.pretrained_cfg
-    calibration = imagenet(dense, "calibration", 50)
-    seen = profile(dense, calibration)
+    original = deit_tiny()
+    known: Any = original.pretrained_cfg
+    calibration = imagenet(original, "calibration", 50)
+    seen = profile(original, calibration)
     held = (batch for _, _, batch in seen.split(calibration).deal("validation", "test"))
-    usual = Usual.of(dense, Plan(), seen.chains, held)
+    usual = Usual.of(original, Plan(), seen.chains, held)
     assert usual is not None
-    batches = imagenet(dense, "test", 50)
+    batches = imagenet(original, "test", 50)
     mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
     found = []
     for name, corrupt in corruptions(mean, std).items():
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         images, labels = corrupt(images[::2]), labels[::2]
         scores: list[Tensor] = []
-        hook = dense.register_forward_hook(partial(_keep, scores))
-        numbers = torch.cat([usual.numbers(dense, as_batch(x)) for x in images.split(50)])
+        hook = original.register_forward_hook(partial(_keep, scores))
+        numbers = torch.cat([usual.numbers(original, as_batch(x)) for x in images.split(50)])
         hook.remove()
         right = int((torch.cat(scores) == labels).sum())
         row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}

@@ -80,7 +80,7 @@ def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
     run, start = SearchContext(model, seen, calibration, Budget(macs=min(shares))), time.perf_counter()
     draft, found = run.start, []
     for share in shares:
-        run.limits.costs = Budget(macs=share).limits(seen.dense.macs, seen.dense.params)
+        run.limits.costs = Budget(macs=share).limits(seen.original.macs, seen.original.params)
         steps = 0
         while steps == 0 or run.limits.lacking(draft.cost):
             if run.limits.lacking(draft.cost):
@@ -89,15 +89,15 @@ def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
                 draft = after
             steps += 1
             solution = run.finished(draft)
-            slim = splice_shared(model, solution.plan, solution.tensors)
-            measured = fidelity(model, slim, test, "kl")
+            compressed = splice_shared(model, solution.plan, solution.tensors)
+            measured = fidelity(model, compressed, test, "kl")
             found.append(
                 {
                     "seed": seed,
                     "budget": share,
-                    "macs_kept": round(cost(slim, test[0]).macs / seen.dense.macs, 4),
-                    "top1_dense": measured.accuracy_dense,
-                    "top1": measured.accuracy_slim,
+                    "macs_kept": round(cost(compressed, test[0]).macs / seen.original.macs, 4),
+                    "top1_dense": measured.accuracy_original,
+                    "top1": measured.accuracy_compressed,
                     "agreement": measured.agreement,
                     "kl": round(measured.divergence, 4),
                     "seconds": round(time.perf_counter() - start),
@@ -111,7 +111,7 @@ def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
 def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of one method at one budget, over its seeds, with the lowest and the highest top-1."""
     of = {name: round(statistics.mean(row[name] for row in rows), 4) for name in MEASURES}
-    top1, dense = [row["top1"] for row in rows], statistics.mean(row["top1_dense"] for row in rows)
+    top1, original = [row["top1"] for row in rows], statistics.mean(row["top1_dense"] for row in rows)
     return {
         "method": method,
         "asked": asked,
@@ -119,7 +119,7 @@ def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, A
         **of,
         "top1_low": min(top1),
         "top1_high": max(top1),
-        "of_dense": round(of["top1"] / dense, 4),
+        "of_dense": round(of["top1"] / original, 4),
     }
 
 
@@ -159,8 +159,8 @@ def draw(rows: list[dict[str, Any]], summary: list[dict[str, Any]], target: Path
 
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    dense = rows[0]["top1_dense"]
-    for axis, name, first in ((axes[0], "top1", dense), (axes[1], "kl", 0.0)):
+    original = rows[0]["top1_dense"]
+    for axis, name, first in ((axes[0], "top1", original), (axes[1], "kl", 0.0)):
         axis.plot(
             [100 * (1 - row["macs_kept"]) for row in rows],
             [row[name] for row in rows],
@@ -181,8 +181,8 @@ def draw(rows: list[dict[str, Any]], summary: list[dict[str, Any]], target: Path
         axis.set_xlim(-1, 36)
     axes[0].set_ylabel("top-1, 500 test images")
     axes[0].set_ylim(0.58, 0.82)
-    axes[0].axhline(dense, color="0.6", lw=0.8)
-    axes[1].set_ylabel("KL divergence to the dense network (nats)")
+    axes[0].axhline(original, color="0.6", lw=0.8)
+    axes[1].set_ylabel("KL divergence to the original network (nats)")
     axes[1].set_ylim(-0.02, 0.62)
     axes[0].legend(frameon=False, loc="lower left")
     figure.suptitle("DeiT-tiny, ImageNet: 500 unlabelled calibration images", fontsize=11)

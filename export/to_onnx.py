@@ -1,6 +1,6 @@
 """An artefact as ONNX with its certificate; prints one JSON line. The same as `rba-compress export`.
 
-python export/to_onnx.py slim/ --inputs images/
+python export/to_onnx.py compressed/ --inputs images/
 """
 
 from __future__ import annotations

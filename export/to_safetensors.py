@@ -1,8 +1,8 @@
 """The whole state dict of an artefact, or of a delta and its original, as one file; one JSON line.
 
-    python export/to_safetensors.py slim/ --out slim.safetensors
-    python export/to_safetensors.py delta/ --base deit_tiny_patch16_224 --weights deit.safetensors \
-        --out slim.safetensors
+    python export/to_safetensors.py compressed/ --out compressed.safetensors
+    python export/to_safetensors.py delta/ --original deit_tiny_patch16_224 --weights deit.safetensors \
+        --out compressed.safetensors
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Job:
     """What `rba-compress compress` or `search` wrote."""
     out: Path
     """The file to write; must not exist."""
-    base: str | None = None
+    original: str | None = None
     """The timm name of the original, for a delta."""
     weights: Path | None = None
     """Its weights, a safetensors file."""
@@ -34,10 +34,10 @@ class Job:
 def main(job: Job) -> None:
     if job.out.exists():
         raise SystemExit(f"{job.out} exists: name a new file")
-    base = None if job.base is None else Architecture(name=job.base).build()
-    if base is not None and job.weights is not None:
-        load_weights(base, job.weights)
-    model = load(job.artefact, base=base)
+    original = None if job.original is None else Architecture(name=job.original).build()
+    if original is not None and job.weights is not None:
+        load_weights(original, job.weights)
+    model = load(job.artefact, original=original)
     temporary = job.out.with_name(f".{job.out.name}.tmp")
     save_model(model, str(temporary))  # tied weights once
     temporary.rename(job.out)

@@ -58,13 +58,13 @@ budget: half a nat of probabilities, half the variance of the output, 41 degrees
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A slim network of the original's class, and how it came about."""
+    """A compressed network of the original's class, and how it came about."""
 
     model: nn.Module
     plan: Plan
     report: Report
     tensors: dict[str, Tensor]
-    """The fitted tensors of the plan's maps, by their key in the slim state dict."""
+    """The fitted tensors of the plan's maps, by their key in the compressed state dict."""
     profile: Profile
     front: tuple[Point, ...] = ()
     """The network of every step on the way there; `front[k].splice(model)` builds one."""
@@ -136,7 +136,7 @@ def compress(
     Args:
         model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
             DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off. Where
-            accelerate has dispatched a module over devices or to disk, the slim one stays so: kept
+            accelerate has dispatched a module over devices or to disk, the result stays so: kept
             blocks keep their hooks, maps and re-solved layers lie in memory where the block ran, and
             what is left of a thinned block is loaded as it runs.
         loader: an iterable of batches that can be read more than once: tensors, tuples of the model's
@@ -144,7 +144,7 @@ def compress(
             of keywords with labels under `labels`; the report's first line says what was read as what.
             Five samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate
             launch`) are each given the whole loader and read their share of it.
-        budget: what the slim network may cost; by default three quarters of the MACs.
+        budget: what the compressed network may cost; by default three quarters of the MACs.
         config: how to search.
         divergence: a function of one's own for what the output may not lose, as in `profile`.
 
@@ -153,16 +153,16 @@ def compress(
             `NoChainError`, `ActivationError`, `BudgetError`, `ConfigError`, `MemoryLimitError`; and
             `FidelityError` where no budget was given and the best network is further than `BOUNDS`.
     """
-    budget, dense = Budget.of(budget), unwrap(model)
-    seen = profile(dense, loader, config=config, divergence=divergence)
+    budget, original = Budget.of(budget), unwrap(model)
+    seen = profile(original, loader, config=config, divergence=divergence)
     test = list(seen.split(loader).part("test"))
     # Held-out samples that cannot be judged are told before the search.
-    fidelity(dense, dense, test, seen.criterion)
-    found = search(dense, seen, loader, budget=budget)
-    slim = splice(dense, found.plan, found.tensors, traces=seen.traces)
+    fidelity(original, original, test, seen.criterion)
+    found = search(original, seen, loader, budget=budget)
+    compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     front = steps.run(
-        "the front", lambda: measure_front(dense, seen, found, test, samples=HELD_OUT), ()
+        "the front", lambda: measure_front(original, seen, found, test, samples=HELD_OUT), ()
     )
     unmeasured = _unmeasured(seen, found.plan)
     report = (
@@ -170,13 +170,13 @@ def compress(
         if front
         else steps.run(
             "the report",
-            lambda: compare(dense, slim, test, seen, found.plan, samples=HELD_OUT),
+            lambda: compare(original, compressed, test, seen, found.plan, samples=HELD_OUT),
             unmeasured,
         )
     )
     # Where the exact read-out alone met the budget, there was no step.
     drawn = [point.report.summary for point in front] or [report.summary]
-    drawn += steps.run("the paper's map at this cost", lambda: _rival(dense, seen, report, test), [])
+    drawn += steps.run("the paper's map at this cost", lambda: _rival(original, seen, report, test), [])
     details = steps.run(
         "the details of the report",
         lambda: Details.of(
@@ -184,16 +184,18 @@ def compress(
             found.plan,
             drawn,
             front_samples=HELD_OUT,
-            options=_options(architecture_of(dense)),
+            options=_options(architecture_of(original)),
         ),
         None,
     )
     if report is not unmeasured:
         _require_near(report, budget, seen.criterion.outputs)
-    usual = steps.run("the statistics of `check`", lambda: _usual(slim, found.plan, seen, loader), None)
+    usual = steps.run(
+        "the statistics of `check`", lambda: _usual(compressed, found.plan, seen, loader), None
+    )
     warned = (*report.warnings, *steps.failed)
     report = report.model_copy(update={"details": details, "warnings": warned})
-    return Result(slim, found.plan, report, found.tensors, seen, front, usual)
+    return Result(compressed, found.plan, report, found.tensors, seen, front, usual)
 
 
 class _Steps:
@@ -216,13 +218,13 @@ class _Steps:
             return otherwise
 
 
-def _rival(dense: nn.Module, seen: Profile, report: Report, test: Sequence[Batch]) -> list[Summary]:
+def _rival(original: nn.Module, seen: Profile, report: Report, test: Sequence[Batch]) -> list[Summary]:
     """Measure the paper's choice at the cost of a report, where it has one."""
-    rival = paper_span(seen, report.slim.macs)
+    rival = paper_span(seen, report.compressed.macs)
     if rival is None:
         return []
-    network = splice_shared(dense, rival.plan, rival.tensors)
-    measured = compare(dense, network, test, seen, rival.plan, samples=HELD_OUT, seconds=0)
+    network = splice_shared(original, rival.plan, rival.tensors)
+    measured = compare(original, network, test, seen, rival.plan, samples=HELD_OUT, seconds=0)
     return [measured.summary.model_copy(update={"method": "paper"})]
 
 
@@ -233,20 +235,20 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
         model=seen.model,
         plan=str(plan),
         samples=HELD_OUT,
-        dense=seen.dense,
-        slim=Cost(**{k: getattr(network_cost(seen, plan), k) for k in ("macs", "params")}),
+        original=seen.original,
+        compressed=Cost(**{k: getattr(network_cost(seen, plan), k) for k in ("macs", "params")}),
         fidelity=Fidelity(
             samples=0,
             kind=seen.criterion.kind,
             divergence=nan,
             agreement=None,
             cosine=nan,
-            accuracy_dense=None,
-            accuracy_slim=None,
+            accuracy_original=None,
+            accuracy_compressed=None,
         ),
         latency=Latency(
-            dense_ms=nan,
-            slim_ms=nan,
+            original_ms=nan,
+            compressed_ms=nan,
             ratio=nan,
             ratio_low=nan,
             ratio_high=nan,
@@ -260,10 +262,10 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
     )
 
 
-def _usual(slim: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
-    """What the held-out samples look like inside of the slim network."""
+def _usual(compressed: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
+    """What the held-out samples look like inside of the compressed network."""
     held = (batch for _, _, batch in seen.split(loader).deal("validation", "test"))
-    return Usual.of(slim, plan, seen.chains, held)
+    return Usual.of(compressed, plan, seen.chains, held)
 
 
 def _require_near(report: Report, budget: Budget | None, judged: Sequence[JudgedOutput]) -> None:
@@ -275,7 +277,7 @@ def _require_near(report: Report, budget: Budget | None, judged: Sequence[Judged
     if not found.samples:
         return
     if not math.isfinite(found.divergence):
-        raise FidelityError("the slim network's output holds NaN or infinity on held-out samples")
+        raise FidelityError("the compressed network's output holds NaN or infinity on held-out samples")
     kinds = {output.name: output.divergence for output in judged} or {"": found.kind}
     means = found.outputs or {"": found.divergence}
     bounds = {name: BOUNDS.get(kinds.get(name, found.kind), math.inf) for name in means}
@@ -305,7 +307,7 @@ def _options(architecture: Architecture | None) -> str:
 
 @overload
 def heal(
-    slim: Result,
+    compressed: Result,
     loader: Iterable[Any],
     *,
     original: nn.Module,
@@ -314,7 +316,7 @@ def heal(
 ) -> Result: ...
 @overload
 def heal(
-    slim: nn.Module,
+    compressed: nn.Module,
     loader: Iterable[Any],
     *,
     original: nn.Module,
@@ -324,21 +326,21 @@ def heal(
 @workers_named()
 @torch.inference_mode(False)
 def heal(
-    slim: Result | nn.Module,
+    compressed: Result | nn.Module,
     loader: Iterable[Any],
     *,
     original: nn.Module,
     healing: Healing | None = None,
     checkpoint: str | Path | None = None,
 ) -> Result | nn.Module:
-    """Train a slim network towards its original for some minutes, on the original's own outputs.
+    """Train a compressed network towards its original for some minutes, on the original's own outputs.
 
     Args:
-        slim: what `compress` returned, or a slim network of one's own; left as it is.
+        compressed: what `compress` returned, or a compressed network of one's own; left as it is.
         loader: batches as for `compress`; labels are read only where `healing.labels` asks for them.
             Seven samples of ten are trained on, two are held out to choose the best state, and one is
             left for the report. Several processes are each given the whole loader.
-        original: the network that the slim one was made from; left as it is.
+        original: the network that the compressed one was made from; left as it is.
         healing: how; by default for ten epochs.
         checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
             the start, the training goes on from it, and ends as if it had never stopped.
@@ -349,58 +351,60 @@ def heal(
         unchanged, and the report of a result says so (for a network, a warning).
 
     Raises:
-        PlanError: the slim network was not made from this original.
+        PlanError: the compressed network was not made from this original.
         ModelError: nothing is there to train, or weights are of low precision or offloaded.
         LoaderError: too few samples to hold any out; labels that are asked for and are not there.
         ArtifactError: the checkpoint cannot be written, or is of another training.
         RankError: one of several processes ended.
     """
-    healing, dense = Healing.of(healing) or Healing(), unwrap(original)
+    healing, original = Healing.of(healing) or Healing(), unwrap(original)
     path = None if checkpoint is None else Path(checkpoint)
-    if not isinstance(slim, Result):
-        network = unwrap(slim)
+    if not isinstance(compressed, Result):
+        network = unwrap(compressed)
         split = Split(loader, healing.seed)
-        example = split.first(form_of(dense))
-        recording = record(dense, example.to(dense))
-        criterion, _, _ = criterion_of(dense, recording, Config(), example.labels)
-        chains = discover(dense, example)[0].chains if healing.features else ()
-        course = distil(dense, network, split, criterion, healing, chains=chains, checkpoint=path)
+        example = split.first(form_of(original))
+        recording = record(original, example.to(original))
+        criterion, _, _ = criterion_of(original, recording, Config(), example.labels)
+        chains = discover(original, example)[0].chains if healing.features else ()
+        course = distil(original, network, split, criterion, healing, chains=chains, checkpoint=path)
         if course.note:
             warnings.warn(course.note, stacklevel=2)
         healed = copy_model(network)
         replace_parameters(healed, course.weights)
         return healed
-    seen = slim.profile
-    if fingerprint(dense) != seen.weights:
-        raise PlanError(f"the slim network was made from another {seen.model}: pass its own original")
+    seen = compressed.profile
+    if fingerprint(original) != seen.weights:
+        raise PlanError(
+            f"the compressed network was made from another {seen.model}: pass its own original"
+        )
     split, chains = seen.split(loader), tuple(p.chain for p in seen.chains)
-    split.first(form_of(dense))  # labels may come that were not there before
+    split.first(form_of(original))  # labels may come that were not there before
     if healing.features and not chains:  # of a result that was opened again
-        chains = discover(dense, seen.example)[0].chains
+        chains = discover(original, seen.example)[0].chains
     course = distil(
-        dense,
-        slim.model,
+        original,
+        compressed.model,
         split,
         seen.criterion,
         healing,
         chains=chains,
         checkpoint=path,
     )
-    model, plan, tensors = slim.model, slim.plan, slim.tensors
+    model, plan, tensors = compressed.model, compressed.plan, compressed.tensors
     if course.healed is not None:
         healed_plan = plan.model_copy(update={"healed": _after(plan.healed, course.healed)})
         plan, tensors = healed_plan, {**tensors, **course.weights}
         model = copy_model(model)
         replace_parameters(model, course.weights)
-    report = compare(dense, model, split.part("test"), seen, plan, samples=HELD_OUT)
-    details = slim.report.details
+    report = compare(original, model, split.part("test"), seen, plan, samples=HELD_OUT)
+    details = compressed.report.details
     if details is not None and course.healed is not None:
         healed_row = report.summary.model_copy(update={"method": "healed"})
         details = details.model_copy(update={"front": (*details.front, healed_row)})
     notes = (*report.warnings, *filter(None, [course.note]))
     report = report.model_copy(update={"details": details, "warnings": notes})
-    usual = slim.usual and _usual(model, plan, seen, loader)
-    return replace(slim, model=model, plan=plan, tensors=tensors, report=report, usual=usual)
+    usual = compressed.usual and _usual(model, plan, seen, loader)
+    return replace(compressed, model=model, plan=plan, tensors=tensors, report=report, usual=usual)
 
 
 def _after(first: Healed | None, second: Healed) -> Healed:
@@ -424,26 +428,25 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         PlanError: it was made from another network.
         LoaderError: as `compress`.
     """
-    manifest, dense = read_manifest(Path(directory)), unwrap(original)
+    manifest, original = read_manifest(Path(directory)), unwrap(original)
     if manifest.folded:
         raise ArtifactError(f"{directory} is folded: heal the result before it is saved with fold=True")
     kind = manifest.plan.divergence
     if kind == "given":
         raise ArtifactError(f"{directory} was judged by a function of one's own: heal the result")
-    weights = fingerprint(dense)
-    if weights != manifest.dense_weights:
+    weights = fingerprint(original)
+    if weights != manifest.original_weights:
         raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
-    given = {"base" if manifest.delta else "model": dense}
-    slim = load(directory, **given).to(device_of(dense))
+    compressed = load(directory, original=original).to(device_of(original))
     plan, split = manifest.plan, Split(loader, manifest.plan.config.seed)
-    example = split.first(form_of(dense))
+    example = split.first(form_of(original))
     assert split.form is not None
     seen = Profile(
         model=manifest.model,
         weights=weights,
         chains=(),
         refusals=plan.refusals,
-        dense=cost(dense, example),
+        original=cost(original, example),
         criterion=Criterion(kind, None, plan.outputs),
         samples=0,
         config=plan.config,
@@ -453,21 +456,23 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         form=split.form,
     )
     report = read_report(Path(directory)) or compare(
-        dense, slim, seen.split(loader).part("test"), seen, plan, samples=HELD_OUT
+        original, compressed, seen.split(loader).part("test"), seen, plan, samples=HELD_OUT
     )
-    return Result(slim, plan, report, fitted_tensors(plan, slim.state_dict()), seen)
+    return Result(compressed, plan, report, fitted_tensors(plan, compressed.state_dict()), seen)
 
 
 def measure_front(
-    dense: nn.Module, seen: Profile, found: Solution, batches: Sequence[Batch], *, samples: str
+    original: nn.Module, seen: Profile, found: Solution, batches: Sequence[Batch], *, samples: str
 ) -> tuple[Point, ...]:
-    """Compare the network of every step of a search with the dense one, as `compare`."""
+    """Compare the network of every step of a search with the original, as `compare`."""
     points = []
     for solution in current().bar(found.points, "front", unit="point"):
-        slim = splice_shared(dense, solution.plan, solution.tensors, seen.traces)
+        compressed = splice_shared(original, solution.plan, solution.tensors, seen.traces)
         # The steps on the way are timed for less: at least seven pairs.
         seconds = 0.5 if solution is found.points[-1] else 0.05
-        report = compare(dense, slim, batches, seen, solution.plan, samples=samples, seconds=seconds)
+        report = compare(
+            original, compressed, batches, seen, solution.plan, samples=samples, seconds=seconds
+        )
         points.append(Point(solution.plan, report, solution.tensors))
     return tuple(points)
 
@@ -487,9 +492,9 @@ def save(
     Args:
         result: what `compress` returned.
         directory: must not exist, or be empty; it is written whole or not at all.
-        architecture: what builds the dense network. By default what the model tells of itself; where
-            that does not build this very network, `load` asks for `model=`.
-        delta: write what was fitted alone; `load(dir, base=...)` takes the original network.
+        architecture: what builds the original network. By default what the model tells of itself; where
+            that does not build this very network, `load` asks for `original=`.
+        delta: write what was fitted alone; `load(dir, original=...)` takes the original network.
         fold: write a stock network with fewer blocks, for plans of identities and folded maps alone:
             timm or transformers load its weights without this package.
         hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
@@ -506,7 +511,7 @@ def save(
         result.plan,
         directory,
         example=result.profile.example,
-        dense_weights=result.profile.weights,
+        original_weights=result.profile.weights,
         report=result.report,
         architecture=architecture,
         delta=delta,
@@ -516,8 +521,8 @@ def save(
 
 
 def compare(
-    dense: nn.Module,
-    slim: nn.Module,
+    original: nn.Module,
+    compressed: nn.Module,
     batches: Iterable[Batch],
     seen: Profile,
     plan: Plan,
@@ -525,20 +530,22 @@ def compare(
     samples: str,
     seconds: float = 0.5,
 ) -> Report:
-    """Measure a slim network against the dense one: fidelity on `batches`, which `samples` names,
+    """Measure a compressed network against the original: fidelity on `batches`, which `samples` names,
     cost and latency, for about `seconds`, on the first batch that was profiled.
     """
-    watch = MostChanged(dense)
-    found = fidelity(dense, slim, batches, seen.criterion, watch)
+    watch = MostChanged(original)
+    found = fidelity(original, compressed, batches, seen.criterion, watch)
     timed = Latency(
-        **current().told(lambda: benchmark(dense, slim, seen.example, seconds=seconds).model_dump())
+        **current().told(
+            lambda: benchmark(original, compressed, seen.example, seconds=seconds).model_dump()
+        )
     )
     return Report(
         model=seen.model,
         plan=str(plan),
         samples=samples,
-        dense=seen.dense,
-        slim=cost(slim, seen.example),
+        original=seen.original,
+        compressed=cost(compressed, seen.example),
         fidelity=found,
         latency=timed,
         forward_passes=plan.forward_passes,
@@ -560,6 +567,6 @@ def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]
         return []
     missed = budget.broken(found.divergence, found.agreement, found.accuracy_drop)
     limit = budget.latency
-    if limit is not None and (timed.ratio if limit <= 1 else timed.slim_ms) > limit:
-        missed.append(f"latency <= {limit:g} (it is {timed.ratio:.3f}, {timed.slim_ms:.4g} ms)")
+    if limit is not None and (timed.ratio if limit <= 1 else timed.compressed_ms) > limit:
+        missed.append(f"latency <= {limit:g} (it is {timed.ratio:.3f}, {timed.compressed_ms:.4g} ms)")
     return [f"on these samples it does not hold that {text}" for text in missed]

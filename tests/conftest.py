@@ -25,8 +25,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports are timed in a few pairs: half a second in each of some hundred tests is minutes."""
 
-    def timed(dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float) -> Latency:
-        return benchmark(dense, slim, example, seconds=0)
+    def timed(original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float) -> Latency:
+        return benchmark(original, compressed, example, seconds=0)
 
     monkeypatch.setattr(api, "benchmark", timed)
 

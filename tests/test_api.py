@@ -22,7 +22,7 @@ def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor,
     assert result.model.get_classifier() is result.model.head
     accuracy = [(m(x).argmax(-1) == labels).float().mean() for m in (digits, result.model)]
     assert accuracy[0] - accuracy[1] <= 0.01  # within a point of the original
-    assert result.report.slim.macs <= 0.8 * result.report.dense.macs
+    assert result.report.compressed.macs <= 0.8 * result.report.original.macs
     assert result.report.latency.ratio < 1  # on blocks this small, calls cost as much as products
 
 
@@ -30,33 +30,33 @@ def test_features_are_kept_where_they_are_asked_for(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:
     config = Config(**(LIGHT.model_dump() | {"keep_features": True}))
-    slim = compress(digits, digits_loader, budget=Budget(macs=0.9), config=config)
+    compressed = compress(digits, digits_loader, budget=Budget(macs=0.9), config=config)
     x = held_out[0][:4]
-    assert slim.model.forward_features(x).shape == digits.forward_features(x).shape
-    assert "every position is computed" in slim.report.table()
-    assert not any(r.exact for r in slim.plan.replacements)
+    assert compressed.model.forward_features(x).shape == digits.forward_features(x).shape
+    assert "every position is computed" in compressed.report.table()
+    assert not any(r.exact for r in compressed.plan.replacements)
 
 
 def test_the_exact_pass_alone_costs_nothing(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:
     """Where it meets the budget, nothing else is done."""
-    slim = compress(digits, digits_loader, budget=Budget(macs=0.95))
-    (only,) = slim.plan.replacements
+    compressed = compress(digits, digits_loader, budget=Budget(macs=0.95))
+    (only,) = compressed.plan.replacements
     assert only.exact
-    assert slim.report.fidelity.divergence < 1e-9
-    assert slim.front == ()
-    assert "others not computed" in slim.report.table()
-    torch.testing.assert_close(slim.model(held_out[0]), digits(held_out[0]), rtol=1e-5, atol=1e-5)
+    assert compressed.report.fidelity.divergence < 1e-9
+    assert compressed.front == ()
+    assert "others not computed" in compressed.report.table()
+    torch.testing.assert_close(compressed.model(held_out[0]), digits(held_out[0]), rtol=1e-5, atol=1e-5)
     # Down to the last sample that it computes for: seven percent of the network.
-    assert slim.report.slim.macs < 0.93 * slim.report.dense.macs
+    assert compressed.report.compressed.macs < 0.93 * compressed.report.original.macs
 
 
 def test_the_report_is_of_samples_that_nothing_was_chosen_on(result: Result) -> None:
     fidelity = result.report.fidelity
     assert fidelity.samples == 32  # one in ten of 320
     assert fidelity.kind == "kl"
-    assert fidelity.accuracy_dense is not None
+    assert fidelity.accuracy_original is not None
     table = result.report.table()
     for word in ("accuracy", "agreement", "parameters", "MACs", "latency, batch", "KL divergence"):
         assert word in table
@@ -69,23 +69,23 @@ def modes(model: nn.Module) -> list[bool]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, digits_loader: list[Any]) -> None:
     model = digits_model().to(dtype)
-    slim = compress(
+    compressed = compress(
         model, digits_loader, budget=Budget(macs=0.8), config=LIGHT
     )  # the loader yields float32
-    assert {p.dtype for p in slim.model.parameters()} == {dtype}
-    assert slim.report.fidelity.agreement is not None
-    assert slim.report.fidelity.agreement > 0.9
+    assert {p.dtype for p in compressed.model.parameters()} == {dtype}
+    assert compressed.report.fidelity.agreement is not None
+    assert compressed.report.fidelity.agreement > 0.9
 
 
 def test_a_model_in_train_mode_comes_back_in_train_mode() -> None:
     model = seeded(Chain).train()
     model.blocks[0].eval()
     before = modes(model)
-    slim = compress(model, loader(), budget=Budget(macs=0.8))
+    compressed = compress(model, loader(), budget=Budget(macs=0.8))
     assert modes(model) == before
-    assert slim.model.training
+    assert compressed.model.training
     reference = compress(seeded(Chain), loader(), budget=Budget(macs=0.8))
-    assert slim.plan == reference.plan
+    assert compressed.plan == reference.plan
 
 
 def test_wrappers_are_taken_off() -> None:
@@ -129,10 +129,10 @@ def test_features_without_classes_are_measured_by_their_error() -> None:
             super().__init__()
             self.head = nn.LayerNorm(8)
 
-    slim = compress(seeded(Features), loader(), budget=Budget(macs=0.8))
-    assert slim.plan.divergence == "cosine"
-    assert slim.report.fidelity.agreement is None
-    assert "1 - cosine" in slim.report.table()
+    compressed = compress(seeded(Features), loader(), budget=Budget(macs=0.8))
+    assert compressed.plan.divergence == "cosine"
+    assert compressed.report.fidelity.agreement is None
+    assert "1 - cosine" in compressed.report.table()
 
 
 def test_random_state_is_not_touched(digits_loader: list[Any]) -> None:

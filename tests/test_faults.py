@@ -35,7 +35,7 @@ from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 folder, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 calibration.EVERY = healing.EVERY = 0.0  # a checkpoint after every batch, every epoch
 model, data = seeded(Chain), loader(200, 5)
-dense, samples, slim = to_heal()
+original, samples, compressed = to_heal()
 
 def forked(job):
     pid = os.fork()
@@ -75,7 +75,7 @@ def to_profile(target):
 
 def to_train(target):
     def job():
-        healed = heal(slim, samples, original=dense, healing=BRIEF, checkpoint=folder / "heal.checkpoint")
+        healed = heal(compressed, samples, original=original, healing=BRIEF, checkpoint=folder / "heal.checkpoint")
         save_file(healed.state_dict(), target)
     return job
 
@@ -85,7 +85,7 @@ before = {p.name: p.read_bytes() for p in (folder / "before").iterdir()}
 
 def directory(target):
     if target.exists() and any(target.iterdir()):
-        assert torch.equal(load(target, model=model)(rows(3)), found.model(rows(3)))
+        assert torch.equal(load(target, original=model)(rows(3)), found.model(rows(3)))
 
 def state(target):
     if target.exists():
@@ -114,7 +114,7 @@ for name, (make, check) in jobs.items():
     elif name == "heal":
         a, b = (load_file(folder / f"heal.{end}") for end in ("whole", "last"))
     else:
-        a, b = (load(folder / f"{name}.{end}", model=model).state_dict() for end in ("whole", "last"))
+        a, b = (load(folder / f"{name}.{end}", original=model).state_dict() for end in ("whole", "last"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a), name
     assert not (folder / f"{name}.checkpoint").exists()
@@ -257,15 +257,15 @@ folder = Path(sys.argv[1])
 calibration.EVERY = healing.EVERY = 0.0
 found = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT)
 seen = profile(seeded(Chain), loader())
-dense, samples, slim = to_heal()
+original, samples, compressed = to_heal()
 for name in ("page.html", "seen", "a.checkpoint", "b.checkpoint"):
     (folder / name).write_text("mine")
 jobs = {
     "page.html": lambda: found.report.to_html(folder / "page.html"),
     "seen": lambda: seen.save(folder / "seen"),
     "new": lambda: profile(seeded(Chain), loader(), checkpoint=folder / "new"),
-    "healed": lambda: heal(slim, samples, original=dense, healing=BRIEF, checkpoint=folder / "healed"),
-    "slim": lambda: found.save(folder / "slim"),
+    "healed": lambda: heal(compressed, samples, original=original, healing=BRIEF, checkpoint=folder / "healed"),
+    "compressed": lambda: found.save(folder / "compressed"),
 }
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a write beyond fails, as on a full disk
 for name, job in jobs.items():
@@ -278,7 +278,13 @@ for name, job in jobs.items():
 
 def test_a_full_disk_is_named_and_takes_nothing(tmp_path: Path) -> None:
     lines = script(FULL, tmp_path).strip().splitlines()
-    assert [line.partition(" |")[0] for line in lines] == ["page.html", "seen", "new", "healed", "slim"]
+    assert [line.partition(" |")[0] for line in lines] == [
+        "page.html",
+        "seen",
+        "new",
+        "healed",
+        "compressed",
+    ]
     assert all("cannot write" in line for line in lines)
     assert {p.name for p in tmp_path.iterdir()} == {"page.html", "seen", "a.checkpoint", "b.checkpoint"}
     assert all(p.read_text() == "mine" for p in tmp_path.iterdir())

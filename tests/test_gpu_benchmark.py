@@ -71,7 +71,9 @@ def test_a_row_for_each_dtype_with_every_figure(
             assert share["low"] <= share["median"] <= share["high"]
         assert set(row["call_seconds"]) == {*row["images_s"], "discover", "fingerprint", "read"}
         assert (
-            set(row["gmacs_s"]) == set(row["of_matrix_rate"]) == {"dense", "slim", "moments", "plain"}
+            set(row["gmacs_s"])
+            == set(row["of_matrix_rate"])
+            == {"original", "compressed", "moments", "plain"}
         )
         assert [latency["batch"] for latency in row["latency"]] == [1, 32]
         assert all(latency["pairs"] >= 7 for latency in row["latency"])

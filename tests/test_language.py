@@ -72,23 +72,23 @@ def greedy(model: Any, prompt: Tensor, steps: int = 10) -> Tensor:
 @pytest.mark.parametrize("layers", [(0,), (2,), (0, 1), (1, 3)], ids=str)
 @pytest.mark.parametrize("build", [llama, pytest.param(gemma2, marks=reads_attention_type)])
 def test_cached_decoding_equals_uncached(build: Any, layers: tuple[int, ...]) -> None:
-    slim: Any = without(build(), *layers)
+    compressed: Any = without(build(), *layers)
     prompt = ids()
-    wanted = greedy(slim, prompt)
+    wanted = greedy(compressed, prompt)
     how = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     mask = torch.ones_like(prompt)
     for cache in (None, "static"):
-        found = slim.generate(prompt, attention_mask=mask, cache_implementation=cache, **how)
+        found = compressed.generate(prompt, attention_mask=mask, cache_implementation=cache, **how)
         assert torch.equal(found, wanted), cache
 
 
 def test_left_padding_changes_nothing_of_what_is_generated() -> None:
-    slim: Any = without(llama(), 0, 2)
+    compressed: Any = without(llama(), 0, 2)
     prompt = ids()
-    alone = [greedy(slim, prompt[:1, 3:]), greedy(slim, prompt[1:])]
+    alone = [greedy(compressed, prompt[:1, 3:]), greedy(compressed, prompt[1:])]
     padded, mask = prompt.clone(), torch.ones_like(prompt)
     padded[0, :3], mask[0, :3] = 0, 0
-    found = slim.generate(
+    found = compressed.generate(
         padded, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None
     )
     assert torch.equal(found[0, 3:], alone[0][0])
@@ -139,8 +139,8 @@ def test_bfloat16() -> None:
     result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",), swaps=0))
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
     prompt = ids()
-    slim: Any = result.model
-    found = slim.generate(
+    compressed: Any = result.model
+    found = compressed.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False
     )
     assert found.shape[1] > prompt.shape[1]

@@ -67,13 +67,13 @@ def texts() -> list[dict[str, Tensor]]:
 
 
 @functools.cache
-def compressed(build: Callable[[], nn.Module], config: Config = SPANS) -> Result:
+def result_of(build: Callable[[], nn.Module], config: Config = SPANS) -> Result:
     """A result that tests share: what they change is a copy of its model."""
     return compress(build(), texts(), budget=Budget(macs=0.85), config=config)
 
 
-def slim_of(build: Callable[[], nn.Module], config: Config = SPANS) -> Any:
-    return copy.deepcopy(compressed(build, config).model)
+def model_of(build: Callable[[], nn.Module], config: Config = SPANS) -> Any:
+    return copy.deepcopy(result_of(build, config).model)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -91,15 +91,20 @@ def logits(model: nn.Module) -> Tensor:
 def test_what_from_pretrained_would_read_wrongly_is_not_written(
     build: Callable[[], nn.Module], path: str, tmp_path: Path
 ) -> None:
-    original, slim = build(), slim_of(build)
-    for network in (slim, copy.deepcopy(slim), reread(slim), copy.deepcopy(slim).to(torch.float64)):
+    original, compressed = build(), model_of(build)
+    for network in (
+        compressed,
+        copy.deepcopy(compressed),
+        reread(compressed),
+        copy.deepcopy(compressed).to(torch.float64),
+    ):
         assert type(network) is type(original)
         writer: Any = network.get_submodule(path)
         for method in ("save_pretrained", "push_to_hub"):
             with pytest.raises(ArtifactError, match=f"^{method} {REFUSED} .*layers?.3"):
                 getattr(writer, method)(tmp_path / "stock")
     assert not (tmp_path / "stock").exists()
-    torch.testing.assert_close(logits(reread(slim)), logits(slim), rtol=0, atol=0)
+    torch.testing.assert_close(logits(reread(compressed)), logits(compressed), rtol=0, atol=0)
     writer = original.get_submodule(path)
     writer.save_pretrained(tmp_path / "original")  # type: ignore[operator]
     again = type(writer).from_pretrained(tmp_path / "original").eval()  # type: ignore[attr-defined]
@@ -115,9 +120,9 @@ def reread(model: nn.Module) -> Any:
 
 
 def test_what_is_named_instead_reads_back(tmp_path: Path) -> None:
-    result = compressed(llama)
-    result.save(tmp_path / "slim", hub=True)
-    again = load(tmp_path / "slim")
+    result = result_of(llama)
+    result.save(tmp_path / "compressed", hub=True)
+    again = load(tmp_path / "compressed")
     torch.testing.assert_close(logits(again), logits(result.model), rtol=0, atol=0)
     with pytest.raises(ArtifactError, match=REFUSED):
         again.save_pretrained(tmp_path / "stock")  # type: ignore[operator]
@@ -131,7 +136,7 @@ def test_a_network_without_a_replaced_block_is_written(tmp_path: Path) -> None:
 
 
 def test_a_folded_network_is_written(tmp_path: Path) -> None:
-    result = compressed(llama, Config(foldable=True, swaps=0))
+    result = result_of(llama, Config(foldable=True, swaps=0))
     result.save(tmp_path / "folded", fold=True, hub=True)
     again: Any = load(tmp_path / "folded")
     again.save_pretrained(tmp_path / "stock")
@@ -160,14 +165,14 @@ def test_a_mixin_of_the_hub_is_refused_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("build", [llama, bert])
 def test_training_and_generating_go_on(build: Callable[[], nn.Module]) -> None:
-    slim = slim_of(build)
-    slim.gradient_checkpointing_enable()
-    slim.train()
-    slim(**texts()[0]).logits.float().sum().backward()
-    assert all(p.grad is not None for p in slim.parameters())
-    slim.gradient_checkpointing_disable()
-    slim.eval().resize_token_embeddings(60, mean_resizing=False)
-    assert slim(input_ids=torch.full((2, 4), 59)).logits.isfinite().all()
+    compressed = model_of(build)
+    compressed.gradient_checkpointing_enable()
+    compressed.train()
+    compressed(**texts()[0]).logits.float().sum().backward()
+    assert all(p.grad is not None for p in compressed.parameters())
+    compressed.gradient_checkpointing_disable()
+    compressed.eval().resize_token_embeddings(60, mean_resizing=False)
+    assert compressed(input_ids=torch.full((2, 4), 59)).logits.isfinite().all()
 
 
 class AdapterLayer(nn.Module):
@@ -216,11 +221,11 @@ def test_adapters_outside_of_the_blocks_are_no_obstacle() -> None:
 
 
 def test_an_adapter_in_a_thinned_block_is_not_left_out_in_silence() -> None:
-    assert "for 1 read, others not computed" in str(compressed(bert).plan)
-    slim = with_adapters(slim_of(bert), "bert.encoder.layer.3.attention.self.query")
+    assert "for 1 read, others not computed" in str(result_of(bert).plan)
+    compressed = with_adapters(model_of(bert), "bert.encoder.layer.3.attention.self.query")
     with pytest.raises(ModelError, match="attention.self.query of a thinned block has an adapter"):
-        logits(slim)
-    whole = slim_of(llama)
+        logits(compressed)
+    whole = model_of(llama)
     before = logits(whole)
     after = logits(with_adapters(whole, "model.layers.0.self_attn.q_proj"))
     assert not torch.equal(before, after)
@@ -243,13 +248,13 @@ def test_peft_merges_and_disables(build: Callable[[], nn.Module]) -> None:
 
     early = peft.get_peft_model(build(), peft.LoraConfig(**how, layers_to_transform=[0])).eval()
     result = compress(early, texts(), budget=Budget(macs=0.85), config=SPANS)
-    slim: Any = result.model
+    compressed: Any = result.model
     assert all(".0" not in b.path[-2:] for r in result.plan.replacements for b in r.blocks)
-    wanted = logits(slim)
-    with slim.disable_adapter():
-        assert not torch.equal(logits(slim), wanted)
-    torch.testing.assert_close(logits(slim), wanted)
-    whole = slim.merge_and_unload()
+    wanted = logits(compressed)
+    with compressed.disable_adapter():
+        assert not torch.equal(logits(compressed), wanted)
+    torch.testing.assert_close(logits(compressed), wanted)
+    whole = compressed.merge_and_unload()
     torch.testing.assert_close(logits(whole), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ArtifactError, match=REFUSED):
         whole.save_pretrained("stock")
@@ -258,10 +263,10 @@ def test_peft_merges_and_disables(build: Callable[[], nn.Module]) -> None:
 @pytest.mark.slow
 def test_adapters_on_a_compressed_network(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    slim = slim_of(llama)
-    bare = copy.deepcopy(slim)
+    compressed = model_of(llama)
+    bare = copy.deepcopy(compressed)
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
-    tuned = peft.get_peft_model(slim, config).eval()
+    tuned = peft.get_peft_model(compressed, config).eval()
     tuned.save_pretrained(tmp_path / "adapters")
     wanted = logits(tuned)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "adapters").eval()

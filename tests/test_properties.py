@@ -178,7 +178,7 @@ def test_the_cost_of_a_plan_is_the_cost_of_the_network_that_it_makes(
     made: tuple[Chain, Plan, dict[str, Tensor]],
 ) -> None:
     model, plan, tensors = made
-    dense, slim = (cost(m, as_batch(rows(4))) for m in (model, splice(model, plan, tensors)))
+    original, compressed = (cost(m, as_batch(rows(4))) for m in (model, splice(model, plan, tensors)))
     macs = params = 0
     for new in plan.replacements:
         inner = [model.get_submodule(block.path) for block in new.blocks]
@@ -190,7 +190,7 @@ def test_the_cost_of_a_plan_is_the_cost_of_the_network_that_it_makes(
         maps["low_rank"] = (2 * width * rank, 2 * width * rank + width)
         macs += maps[new.map.kind][0] - len(inner) * 4 * width**2
         params += maps[new.map.kind][1] - gone
-    assert (slim.macs, slim.params) == (dense.macs + macs, dense.params + params)
+    assert (compressed.macs, compressed.params) == (original.macs + macs, original.params + params)
 
 
 @settings(deadline=None, max_examples=15)
@@ -200,7 +200,7 @@ def test_splicing_any_plan_leaves_the_original_and_both_forms_agree(
 ) -> None:
     model, plan, tensors = made
     before = copy.deepcopy(model.state_dict())
-    slim = splice(model, plan, tensors)
+    compressed = splice(model, plan, tensors)
     traced = fx.symbolic_trace(model)
     of_graph = supports(traced, rows(4)).chains[0]
     blocks = {block.path: block for block in of_graph.blocks}
@@ -209,9 +209,9 @@ def test_splicing_any_plan_leaves_the_original_and_both_forms_agree(
         for r in plan.replacements
     ]
     graph = splice(traced, Plan(replacements=tuple(moved)), tensors)
-    torch.testing.assert_close(graph(rows(6)), slim(rows(6)))
+    torch.testing.assert_close(graph(rows(6)), compressed(rows(6)))
     assert {n: t.shape for n, t in graph.state_dict().items()} == {
-        n: t.shape for n, t in slim.state_dict().items()
+        n: t.shape for n, t in compressed.state_dict().items()
     }
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -230,7 +230,7 @@ def test_saved_loaded_and_spliced_with_nothing_it_is_the_same(
 ) -> None:
     for k, (model, result) in enumerate(slims):
         save(result, tmp_path / str(k))
-        again = splice(load(tmp_path / str(k), model=model), Plan(), {})
+        again = splice(load(tmp_path / str(k), original=model), Plan(), {})
         assert torch.equal(again(rows(9)), result.model(rows(9)))
         mine, theirs = again.state_dict(), result.model.state_dict()
         assert mine.keys() == theirs.keys()

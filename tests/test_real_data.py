@@ -41,24 +41,24 @@ def test_the_command_line_compresses_the_real_deit_tiny(
         "split": images / "calibration.txt",
         "test-split": images / "test.txt",
         "macs": 0.9,
-        "out": tmp_path / "slim",
+        "out": tmp_path / "compressed",
         "device": "cpu",
     }
     assert main(["compress", *(str(p) for k, v in options.items() for p in (f"--{k}", v))]) == 0
     assert "on 500 samples (test split test.txt)" in capsys.readouterr().out
-    report = Report.model_validate_json((tmp_path / "slim" / "report.json").read_text())
-    assert report.fidelity.accuracy_dense == 0.792
-    assert report.slim.macs <= 0.9 * report.dense.macs
+    report = Report.model_validate_json((tmp_path / "compressed" / "report.json").read_text())
+    assert report.fidelity.accuracy_original == 0.792
+    assert report.compressed.macs <= 0.9 * report.original.macs
     assert report.latency.ratio < 0.98
-    assert report.fidelity.accuracy_slim is not None
-    assert report.fidelity.accuracy_slim > 0.772  # 97.5 % of dense
+    assert report.fidelity.accuracy_compressed is not None
+    assert report.fidelity.accuracy_compressed > 0.772  # 97.5 % of original
     assert report.fidelity.agreement is not None
     assert report.fidelity.agreement > 0.92
-    slim, dense = load(tmp_path / "slim"), deit_tiny()
-    again = fidelity(dense, slim, read(imagenet(dense, "test")), "kl")
-    assert again.accuracy_slim == report.fidelity.accuracy_slim
+    compressed, original = load(tmp_path / "compressed"), deit_tiny()
+    again = fidelity(original, compressed, read(imagenet(original, "test")), "kl")
+    assert again.accuracy_compressed == report.fidelity.accuracy_compressed
     assert again.divergence == pytest.approx(report.fidelity.divergence, rel=1e-4)
-    assert read_manifest(tmp_path / "slim").architecture is not None
+    assert read_manifest(tmp_path / "compressed").architecture is not None
 
 
 @pytest.mark.slow
@@ -69,13 +69,13 @@ def test_the_exact_read_out_is_exact_on_real_images() -> None:
     (chain,) = supports(model, x).chains
     plan = with_read_outs(Solution(Plan(), {}), [chain]).plan
     for dtype, allowed in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        dense = copy.deepcopy(model).to(dtype)
-        slim = splice(dense, plan, {})
+        original = copy.deepcopy(model).to(dtype)
+        compressed = splice(original, plan, {})
         with torch.no_grad():
-            expected, found = dense(x.to(dtype)), slim(x.to(dtype))
+            expected, found = original(x.to(dtype)), compressed(x.to(dtype))
         torch.testing.assert_close(found, expected, rtol=allowed, atol=allowed)
     batch = as_batch(x)
-    assert cost(slim, batch).macs < 0.93 * cost(dense, batch).macs
+    assert cost(compressed, batch).macs < 0.93 * cost(original, batch).macs
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     (chain,) = supports(model, calibration[0]).chains
     (profiled,), _ = calibrate(model, [chain], enumerate(read(calibration)))
     replacement, tensors = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
-    slim = splice(model, Plan(replacements=(replacement,)), tensors)
-    found = fidelity(model, slim, read(imagenet(model, "test")), "kl")
-    assert found.accuracy_slim == pytest.approx(row["top1"], abs=0.005)
+    compressed = splice(model, Plan(replacements=(replacement,)), tensors)
+    found = fidelity(model, compressed, read(imagenet(model, "test")), "kl")
+    assert found.accuracy_compressed == pytest.approx(row["top1"], abs=0.005)
     assert found.divergence == pytest.approx(row["kl"], rel=0.02)
 
 

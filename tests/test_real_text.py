@@ -42,14 +42,14 @@ def test_a_sentence_encoder_loses_a_layer_and_loads_everywhere(tmp_path: Path) -
     how = Config(foldable=True, swaps=0, window=1, refit=False)
     seen = profile(model, calibration, config=how, divergence=sentences.embedding_divergence)
     found = search(model, seen, calibration, budget=Budget(macs=0.85))
-    slim = splice(model, found.plan, found.tensors)
+    compressed = splice(model, found.plan, found.tensors)
     texts = sentences.sentences("test", 120)
     test = sentences.loader(tokenizer, texts, 20)
-    wanted = sentences.embeddings(slim, test)
+    wanted = sentences.embeddings(compressed, test)
     measured = sentences.fidelity(sentences.embeddings(model, test), wanted)
     # Without re-solving kept layers, on a fifth of the samples; the table has the goal.
     assert measured["spearman"] > 0.94
-    sentences.write_stock(slim, found, seen, tmp_path / "stock")
+    sentences.write_stock(compressed, found, seen, tmp_path / "stock")
     again = transformers.AutoModel.from_pretrained(tmp_path / "stock").eval()
     assert again.config.num_hidden_layers == 5
     torch.testing.assert_close(sentences.embeddings(again, test), wanted, rtol=1e-4, atol=1e-4)
@@ -67,15 +67,15 @@ def test_a_language_model_decodes_without_layers() -> None:
     (profiled,), _ = calibrate(model, [chain], enumerate(as_batch(b) for b in loader), window=1)
     spec = MapSpec(kind="shrunk", shrink=0.5, damping=1e-4)
     found = fit_spans(profiled, [(0, 1), (14, 15)], spec)
-    slim: Any = splice(model, found.plan, found.tensors)
+    compressed: Any = splice(model, found.plan, found.tensors)
     prompts = [line[:60] for line in wikitext2("test")[:2]]
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(prompts, padding=True, return_tensors="pt")
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    cached = slim.generate(**batch, **settings)
-    assert torch.equal(cached, slim.generate(**batch, use_cache=False, **settings))
-    assert torch.equal(cached, slim.generate(**batch, cache_implementation="static", **settings))
+    cached = compressed.generate(**batch, **settings)
+    assert torch.equal(cached, compressed.generate(**batch, use_cache=False, **settings))
+    assert torch.equal(cached, compressed.generate(**batch, cache_implementation="static", **settings))
     for row, prompt in enumerate(prompts):
-        alone = slim.generate(**tokenizer(prompt, return_tensors="pt"), **settings)
+        alone = compressed.generate(**tokenizer(prompt, return_tensors="pt"), **settings)
         assert torch.equal(cached[row, -8:], alone[0, -8:])

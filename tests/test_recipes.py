@@ -42,7 +42,7 @@ def recipe(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, and a slim ViT with its ONNX file."""
+    """Images, and a compressed ViT with its ONNX file."""
     folder = tmp_path_factory.mktemp("work")
     generator = torch.Generator().manual_seed(0)
     for index in range(8):
@@ -54,50 +54,50 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = seeded(timm.create_model, "test_vit", num_classes=2)
     data = torch.randn(20, 3, 160, 160, generator=generator)
     found = compress(model, list(data.split(10)), budget=Budget(macs=0.95), config=LIGHT)
-    found.save(folder / "slim")
-    line = recipe(EXPORT / "to_onnx.py", folder / "slim", "--inputs", folder / "images").stdout
+    found.save(folder / "compressed")
+    line = recipe(EXPORT / "to_onnx.py", folder / "compressed", "--inputs", folder / "images").stdout
     (folder / "line.json").write_text(line)
     return folder
 
 
 def test_to_onnx_prints_one_json_line(work: Path) -> None:
     line = json.loads((work / "line.json").read_text())
-    assert line["file"] == str(work / "slim" / "model.onnx")
-    assert line["bytes"] == (work / "slim" / "model.onnx").stat().st_size
+    assert line["file"] == str(work / "compressed" / "model.onnx")
+    assert line["bytes"] == (work / "compressed" / "model.onnx").stat().st_size
     assert 0 <= line["max_rel"] <= 1e-4
     assert line["argmax_agreement"] == 1
     assert line["latency_ratio"] > 0
     np.save(work / "x.npy", np.zeros((2, 3, 160, 160), np.float32))
-    out = work / "program" / "slim.pt2"
+    out = work / "program" / "compressed.pt2"
     again = recipe(
-        EXPORT / "to_onnx.py", work / "slim", "--inputs", work / "x.npy", "--out", out
+        EXPORT / "to_onnx.py", work / "compressed", "--inputs", work / "x.npy", "--out", out
     ).stdout
     assert json.loads(again)["file"] == str(out)
     assert out.is_file()
 
 
 def test_to_safetensors_writes_the_whole_state(work: Path) -> None:
-    out = work / "slim.safetensors"
-    line = json.loads(recipe(EXPORT / "to_safetensors.py", work / "slim", "--out", out).stdout)
-    state = load(work / "slim").state_dict()
+    out = work / "compressed.safetensors"
+    line = json.loads(recipe(EXPORT / "to_safetensors.py", work / "compressed", "--out", out).stdout)
+    state = load(work / "compressed").state_dict()
     stored = load_file(out)
     assert line["tensors"] == len(state) == len(stored)
     assert all(torch.equal(stored[name], state[name]) for name in state)
     assert (
         "exists: name a new file"
-        in recipe(EXPORT / "to_safetensors.py", work / "slim", "--out", out, code=1).stderr
+        in recipe(EXPORT / "to_safetensors.py", work / "compressed", "--out", out, code=1).stderr
     )
 
 
 def test_the_runner_prepares_images_as_timm_does_and_needs_no_torch(work: Path) -> None:
-    run = (EXPORT / "serve" / "run.py", work / "slim")
+    run = (EXPORT / "serve" / "run.py", work / "compressed")
     found = recipe(
         "-c", WITHOUT_TORCH, *run, "--images", work / "images", "--save", work / "y.npy", "--batch", 3
     )
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert [line["input"] for line in lines] == sorted(line["input"] for line in lines)
     assert len(lines) == 8
-    model = load(work / "slim")
+    model = load(work / "compressed")
     transform = create_transform(**resolve_data_config({}, model=model))
     pictures = [Image.open(work / "images" / line["input"]).convert("RGB") for line in lines]
     x = torch.stack([transform(picture) for picture in pictures])
@@ -118,23 +118,30 @@ def test_the_runner_refuses_what_is_not_certified(work: Path, tmp_path: Path) ->
     runner = EXPORT / "serve" / "run.py"
     np.save(tmp_path / "x.npy", np.zeros((2, 3, 10, 10), np.float32))
     given = ("--inputs", tmp_path / "x.npy")
-    assert "samples have the shape (3, 10, 10)" in recipe(runner, work / "slim", *given, code=2).stderr
+    assert (
+        "samples have the shape (3, 10, 10)"
+        in recipe(runner, work / "compressed", *given, code=2).stderr
+    )
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert (
-        "allow_pickle" in recipe(runner, work / "slim", "--inputs", tmp_path / "o.npy", code=2).stderr
+        "allow_pickle"
+        in recipe(runner, work / "compressed", "--inputs", tmp_path / "o.npy", code=2).stderr
     )
     (tmp_path / "none").mkdir()
-    assert "no images in" in recipe(runner, work / "slim", "--images", tmp_path / "none", code=2).stderr
+    assert (
+        "no images in"
+        in recipe(runner, work / "compressed", "--images", tmp_path / "none", code=2).stderr
+    )
     assert "certificate.json is missing" in recipe(runner, tmp_path, *given, code=2).stderr
-    shutil.copytree(work / "slim", tmp_path / "slim")
+    shutil.copytree(work / "compressed", tmp_path / "compressed")
     for name, message in (
         ("model.onnx", "is not the certified file"),
         ("certificate.json", "is not what"),
     ):
-        path = tmp_path / "slim" / name
+        path = tmp_path / "compressed" / name
         good = path.read_bytes()
         path.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-        assert message in recipe(runner, tmp_path / "slim", *given, code=2).stderr
+        assert message in recipe(runner, tmp_path / "compressed", *given, code=2).stderr
         path.write_bytes(good)
 
 
@@ -146,7 +153,7 @@ def test_the_runner_in_an_environment_of_its_own(work: Path, tmp_path: Path) -> 
     install = [python, "-m", "pip", "install", "-q", "-r", serve / "requirements.txt"]
     subprocess.run([str(part) for part in install], check=True)
     assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
-    command = [python, serve / "run.py", work / "slim", "--images", work / "images"]
+    command = [python, serve / "run.py", work / "compressed", "--images", work / "images"]
     found = subprocess.run([str(p) for p in command], capture_output=True, text=True, check=True)
     assert len(found.stdout.splitlines()) == 8
 
@@ -176,8 +183,8 @@ def test_a_delta_becomes_one_file(tmp_path: Path) -> None:
     config = Config(maps=("shrunk",), units=("span",), shrinks=(0.6,), swaps=0, refit=False)
     found = compress(model, list(data.split(10)), budget=Budget(macs=0.95), config=config)
     found.save(tmp_path / "delta", delta=True)
-    out = tmp_path / "slim.safetensors"
-    base = ("--base", "test_vit", "--weights", tmp_path / "dense.safetensors")
-    recipe(EXPORT / "to_safetensors.py", tmp_path / "delta", *base, "--out", out)
+    out = tmp_path / "compressed.safetensors"
+    original = ("--original", "test_vit", "--weights", tmp_path / "dense.safetensors")
+    recipe(EXPORT / "to_safetensors.py", tmp_path / "delta", *original, "--out", out)
     stored, wanted = load_file(out), found.model.state_dict()
     assert all(torch.equal(stored[name], wanted[name]) for name in wanted)

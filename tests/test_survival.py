@@ -1,4 +1,4 @@
-"""What a DeiT-tiny of timm can do, its slim network can do too."""
+"""What a DeiT-tiny of timm can do, its compressed network can do too."""
 
 from __future__ import annotations
 
@@ -31,41 +31,43 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def dense() -> nn.Module:
+def original() -> nn.Module:
     return deit_tiny()
 
 
 @pytest.fixture(scope="module")
-def images(dense: nn.Module) -> Tensor:
-    return imagenet(dense, "test", 16)[0][0]
+def images(original: nn.Module) -> Tensor:
+    return imagenet(original, "test", 16)[0][0]
 
 
 @pytest.fixture(scope="module")
-def plan(dense: nn.Module, images: Tensor) -> Plan:
+def plan(original: nn.Module, images: Tensor) -> Plan:
     """A block skipped, a span mapped, one without attention, one without MLP, and the exact read-out."""
-    return plans(supports(dense, images[:2]).chains[0])["all kinds"]
+    return plans(supports(original, images[:2]).chains[0])["all kinds"]
 
 
 @pytest.fixture
-def slim(dense: nn.Module, plan: Plan) -> nn.Module:
-    return spliced(dense, plan)
+def compressed(original: nn.Module, plan: Plan) -> nn.Module:
+    return spliced(original, plan)
 
 
 @pytest.fixture
-def featured(dense: nn.Module, plan: Plan) -> nn.Module:
-    """As `slim`, with every position computed."""
+def featured(original: nn.Module, plan: Plan) -> nn.Module:
+    """As `compressed`, with every position computed."""
     kept = tuple(r for r in plan.replacements if not r.exact)
-    return spliced(dense, plan.model_copy(update={"replacements": kept}))
+    return spliced(original, plan.model_copy(update={"replacements": kept}))
 
 
 def test_the_class_and_its_methods(
-    slim: nn.Module, featured: nn.Module, dense: Any, images: Tensor
+    compressed: nn.Module, featured: nn.Module, original: Any, images: Tensor
 ) -> None:
-    assert type(slim) is type(dense)
-    assert slim.get_classifier() is slim.head
+    assert type(compressed) is type(original)
+    assert compressed.get_classifier() is compressed.head
     with torch.no_grad():
-        assert slim.forward_features(images).shape == (16, 1, 192)  # what the head reads, no more
-        assert torch.equal(slim.forward_head(slim.forward_features(images)), slim(images))
+        assert compressed.forward_features(images).shape == (16, 1, 192)  # what the head reads, no more
+        assert torch.equal(
+            compressed.forward_head(compressed.forward_features(images)), compressed(images)
+        )
         assert featured.forward_features(images).shape == (16, 197, 192)
         middle, last = featured.get_intermediate_layers(images, n=[6, 11], reshape=True)
         assert middle.shape == last.shape == (16, 192, 14, 14)
@@ -73,16 +75,16 @@ def test_the_class_and_its_methods(
             images, indices=[11], norm=True, output_fmt="NLC", intermediates_only=True
         )
         torch.testing.assert_close(patches, featured.forward_features(images)[:, 1:])
-    slim.reset_classifier(10)
-    assert slim.num_classes == 10
-    assert slim(images).shape == (16, 10)
-    mine, theirs = slim.state_dict(), dense.state_dict()
+    compressed.reset_classifier(10)
+    assert compressed.num_classes == 10
+    assert compressed(images).shape == (16, 10)
+    mine, theirs = compressed.state_dict(), original.state_dict()
     kept = [name for name in theirs if name.startswith(("blocks.0.", "norm.", "patch_embed."))]
     assert all(torch.equal(mine[name], theirs[name]) for name in kept)
 
 
-def test_hooks_of_the_original_fire(dense: nn.Module, plan: Plan, images: Tensor) -> None:
-    model, seen = copy.deepcopy(dense), []
+def test_hooks_of_the_original_fire(original: nn.Module, plan: Plan, images: Tensor) -> None:
+    model, seen = copy.deepcopy(original), []
     model.blocks[0].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
     model.norm.register_forward_pre_hook(lambda *_: seen.append("norm"))
     found = spliced(model, plan)
@@ -90,68 +92,77 @@ def test_hooks_of_the_original_fire(dense: nn.Module, plan: Plan, images: Tensor
     assert seen == ["mlp", "norm"]
 
 
-def test_a_copy_is_a_network_of_its_own(slim: nn.Module, images: Tensor) -> None:
-    other = copy.deepcopy(slim)
+def test_a_copy_is_a_network_of_its_own(compressed: nn.Module, images: Tensor) -> None:
+    other = copy.deepcopy(compressed)
     with torch.no_grad():
-        wanted = slim(images)
+        wanted = compressed(images)
         assert torch.equal(other(images), wanted)
         for parameter in other.parameters():
             parameter.mul_(0.5)
-        assert torch.equal(slim(images), wanted)
+        assert torch.equal(compressed(images), wanted)
         assert not torch.allclose(other(images), wanted)
 
 
-def test_fine_tuning_moves_every_weight(slim: nn.Module, images: Tensor) -> None:
+def test_fine_tuning_moves_every_weight(compressed: nn.Module, images: Tensor) -> None:
     labels = torch.arange(16)
-    optimizer = torch.optim.SGD(slim.train().parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(compressed.train().parameters(), lr=0.01)
     losses = []
     for _ in range(4):
-        loss = nn.functional.cross_entropy(slim(images), labels)
+        loss = nn.functional.cross_entropy(compressed(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     used = {
-        name for name, p in slim.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+        name
+        for name, p in compressed.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
     }
-    unread = {name for name, _ in slim.named_parameters()} - used
+    unread = {name for name, _ in compressed.named_parameters()} - used
     assert all(".map." in name and name.startswith("blocks.11.") for name in unread), unread
-    slim.set_grad_checkpointing(True)
-    slim(images).sum().backward()
+    compressed.set_grad_checkpointing(True)
+    compressed(images).sum().backward()
 
 
-def test_compiled_it_gives_the_same(slim: nn.Module, images: Tensor) -> None:
+def test_compiled_it_gives_the_same(compressed: nn.Module, images: Tensor) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(slim, fullgraph=True)
+    compiled = torch.compile(compressed, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images), slim(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(compiled(images), compressed(images), atol=1e-4, rtol=1e-4)
 
 
-def test_exported_it_takes_any_batch(slim: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    program = torch.export.export(slim, (images[:4],), dynamic_shapes=({0: torch.export.Dim("n")},))
+def test_exported_it_takes_any_batch(compressed: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    program = torch.export.export(
+        compressed, (images[:4],), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(images[:7]), slim(images[:7]))
-    assert max(p.max_rel for p in export_pt2(slim, tmp_path / "slim.pt2", images).parity) <= 1e-4
+        torch.testing.assert_close(program.module()(images[:7]), compressed(images[:7]))
+    assert (
+        max(p.max_rel for p in export_pt2(compressed, tmp_path / "compressed.pt2", images).parity)
+        <= 1e-4
+    )
 
 
-def test_onnx_of_real_images(slim: nn.Module, dense: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    certificate = export_onnx(slim, tmp_path / "slim.onnx", images, dense=dense)
-    assert certificate.dense is not None
+def test_onnx_of_real_images(
+    compressed: nn.Module, original: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    certificate = export_onnx(compressed, tmp_path / "compressed.onnx", images, original=original)
+    assert certificate.original is not None
     assert certificate.latency is not None
-    assert certificate.slim.nodes < certificate.dense.nodes
-    assert certificate.slim.bytes < certificate.dense.bytes
+    assert certificate.compressed.nodes < certificate.original.nodes
+    assert certificate.compressed.bytes < certificate.original.bytes
     assert certificate.latency.ratio < 0.9
     assert all(parity.argmax_agreement == 1 for parity in certificate.parity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_saved_it_is_bit_equal_in_a_fresh_process(
-    dtype: torch.dtype, dense: nn.Module, plan: Plan, images: Tensor, tmp_path: Path
+    dtype: torch.dtype, original: nn.Module, plan: Plan, images: Tensor, tmp_path: Path
 ) -> None:
-    model = spliced(copy.deepcopy(dense).to(dtype), plan)
-    weights = {"dense_weights": fingerprint(dense), "example": as_batch(images)}
-    write_artifact(model, plan, tmp_path / "slim", architecture=DEIT, **weights)
+    model = spliced(copy.deepcopy(original).to(dtype), plan)
+    weights = {"original_weights": fingerprint(original), "example": as_batch(images)}
+    write_artifact(model, plan, tmp_path / "compressed", architecture=DEIT, **weights)
     write_artifact(model, plan, tmp_path / "delta", delta=True, **weights)
     x = images[:4].to(dtype)
     torch.save(x, tmp_path / "x.pt")
@@ -160,16 +171,16 @@ import sys, torch
 from rba_compress import load
 folder = sys.argv[1]
 with torch.no_grad():
-    torch.save(load(folder + "/slim")(torch.load(folder + "/x.pt")), folder + "/y.pt")
+    torch.save(load(folder + "/compressed")(torch.load(folder + "/x.pt")), folder + "/y.pt")
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
         if dtype is torch.float32:
-            assert torch.equal(load(tmp_path / "delta", base=dense)(x), model(x))
-    sizes = {name: (tmp_path / name / WEIGHTS).stat().st_size for name in ("slim", "delta")}
-    assert sizes["delta"] < 0.06 * sizes["slim"]
-    verify(tmp_path / "slim")
+            assert torch.equal(load(tmp_path / "delta", original=original)(x), model(x))
+    sizes = {name: (tmp_path / name / WEIGHTS).stat().st_size for name in ("compressed", "delta")}
+    assert sizes["delta"] < 0.06 * sizes["compressed"]
+    verify(tmp_path / "compressed")
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -177,15 +188,15 @@ def _rank(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    dense = deit_tiny()
+    original = deit_tiny()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(2, 3, 224, 224, generator=generator)
-    slim = spliced(dense, plans(supports(dense, x).chains[0])["blocks thinned"])
-    for name, parameter in slim.named_parameters():
+    compressed = spliced(original, plans(supports(original, x).chains[0])["blocks thinned"])
+    for name, parameter in compressed.named_parameters():
         parameter.requires_grad_(not (name.startswith("blocks.11.map")))  # it is not used
-    wrapped = DistributedDataParallel(slim)
+    wrapped = DistributedDataParallel(compressed)
     wrapped(x).square().mean().backward()
-    gradients = {n: p.grad for n, p in slim.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad for n, p in compressed.named_parameters() if p.grad is not None}
     torch.save((x, gradients), f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()
 
@@ -194,11 +205,11 @@ def test_in_two_processes_gradients_are_shared(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     (x, first), (y, second) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    dense = deit_tiny()
-    slim = spliced(dense, plans(supports(dense, x).chains[0])["blocks thinned"])
-    slim(torch.cat([x, y])).square().mean().backward()
+    original = deit_tiny()
+    compressed = spliced(original, plans(supports(original, x).chains[0])["blocks thinned"])
+    compressed(torch.cat([x, y])).square().mean().backward()
     assert len(first) > 100
-    for name, parameter in slim.named_parameters():
+    for name, parameter in compressed.named_parameters():
         if name in first:
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], parameter.grad, atol=1e-4, rtol=1e-3)

@@ -42,11 +42,11 @@ class Compression(BaseModel):
     auroc_difference: Interval
     brier_difference: Interval
     subgroups: tuple[Subgroup, ...]
-    """Slim less dense."""
+    """Slim less original."""
     onnx_bytes: tuple[int, int]
     onnx_latency_ratio: float | None
     onnx_difference: float
-    """Of the slim file from PyTorch at the most, relative."""
+    """Of the compressed file from PyTorch at the most, relative."""
 
 
 def shrink(
@@ -62,33 +62,36 @@ def shrink(
 def measured(
     result: Result, model: FTTransformer, x: np.ndarray, table: pd.DataFrame, directory: Path
 ) -> tuple[Compression, np.ndarray]:
-    """Save it, read it back, export it, and compare both on the test part; and the slim one's scores.
+    """Save it, read it back, export it, and compare both on the test part; with the compressed scores.
 
     Args:
         x: the encoded test part.
         table: the rows behind it.
-        directory: where the slim model goes; `load(directory, base=model)` reads it.
+        directory: where the compressed model goes; `load(directory, original=model)` reads it.
     """
     result.save(directory)
-    slim = load(directory, base=model)
+    compressed = load(directory, original=model)
     example = torch.from_numpy(x[:256])
-    certificate = export_onnx(slim, directory / "model.onnx", example, dense=model)
+    certificate = export_onnx(compressed, directory / "model.onnx", example, original=model)
     y, patients = table[OUTCOME].to_numpy(), table["patient"].to_numpy()
-    dense, after = scored(model, x), scored(slim, x)
+    original, after = scored(model, x), scored(compressed, x)
     report = result.report
     return Compression(
         plan=str(result.plan),
-        params=(report.dense.params, report.slim.params),
-        macs=(report.dense.macs, report.slim.macs),
+        params=(report.original.params, report.compressed.params),
+        macs=(report.original.macs, report.compressed.macs),
         latency_ratio=report.latency.ratio,
         agreement=report.fidelity.agreement or 0.0,
         divergence=report.fidelity.divergence,
-        auroc=tuple(float(MEASURES["auroc"](y, s)) for s in (dense, after)),
-        brier=tuple(float(MEASURES["brier"](y, s)) for s in (dense, after)),
-        auroc_difference=interval("auroc", y, after, patients, minus=dense),
-        brier_difference=interval("brier", y, after, patients, minus=dense),
-        subgroups=tuple(subgroups(table, after, minus=dense)),
-        onnx_bytes=(certificate.dense.bytes if certificate.dense else 0, certificate.slim.bytes),
+        auroc=tuple(float(MEASURES["auroc"](y, s)) for s in (original, after)),
+        brier=tuple(float(MEASURES["brier"](y, s)) for s in (original, after)),
+        auroc_difference=interval("auroc", y, after, patients, minus=original),
+        brier_difference=interval("brier", y, after, patients, minus=original),
+        subgroups=tuple(subgroups(table, after, minus=original)),
+        onnx_bytes=(
+            certificate.original.bytes if certificate.original else 0,
+            certificate.compressed.bytes,
+        ),
         onnx_latency_ratio=certificate.latency.ratio if certificate.latency else None,
         onnx_difference=max(parity.max_rel for parity in certificate.parity),
     ), after

@@ -22,7 +22,7 @@ _BACKENDS = ("attn_implementation", "experts_implementation")
 
 
 class Architecture(Frozen):
-    """A timm or transformers architecture, from which the dense network is built anew."""
+    """A timm or transformers architecture, from which the original network is built anew."""
 
     library: Literal["timm", "transformers"] = "timm"
     name: str

@@ -1,4 +1,4 @@
-"""The slim model as a directory, and back: nothing is pickled or unpickled.
+"""The compressed model as a directory, and back: nothing is pickled or unpickled.
 
     model.safetensors   the state dict; tensors that share memory are stored once. In a delta, what
                         was fitted alone: it is applied onto the original weights
@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import field_validator
@@ -62,17 +63,19 @@ WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
 class Manifest(Sealed):
-    """plan.json: what is needed to build the slim network again, and to check it."""
+    """plan.json: what is needed to build the compressed network again, and to check it."""
+
+    former: ClassVar[Mapping[str, str]] = {"dense_weights": "original_weights"}
 
     schema_version: int = SCHEMA
     architecture: Architecture | None
-    """None: `load(dir, model=...)` is given the architecture."""
+    """None: `load(dir, original=...)` is given the architecture."""
     delta: bool = False
-    """Whether the weights are the fitted ones alone: `load(dir, base=...)` is given the original."""
+    """Whether the weights are the fitted ones alone, which `load` joins with those of the original."""
     folded: Architecture | None = None
     """With fewer blocks, where the replaced ones are gone: what builds the network then."""
     model: str
-    """Class of the dense network."""
+    """Class of the original network."""
     plan: Plan
     tied: dict[str, str]
     """State-dict keys that are stored under another key."""
@@ -82,10 +85,10 @@ class Manifest(Sealed):
     """Of the files beside this one; up to schema 5 of report.json, too."""
     report: bool = False
     """Whether there is a report.json, which carries its own hash."""
-    dense_weights: str
+    original_weights: str
     """SHA-256 of the original weights, as `rba_compress.profiling.profiler.fingerprint` takes it."""
     probe: Probe | None = None
-    """What the slim network gives on inputs alike, to know it again; None where none can be drawn."""
+    """Reference inputs and outputs of the compressed network; None where none can be drawn."""
     versions: dict[str, str]
 
     @field_validator("sha256")
@@ -110,27 +113,27 @@ def write_artifact(
     directory: str | Path,
     *,
     example: Batch,
-    dense_weights: str,
+    original_weights: str,
     report: Report | None = None,
     architecture: Architecture | None = None,
     delta: bool = False,
     fold: bool = False,
     hub: bool = False,
 ) -> Manifest:
-    """Write the slim model to a new directory, all of it or nothing.
+    """Write the compressed model to a new directory, all of it or nothing.
 
     Args:
-        model: the slim network.
+        model: the compressed network.
         plan: the plan that made it.
         directory: must not exist, or be empty.
         example: a batch. On its first sample the network is built anew from the architecture and
             compared, bit for bit, before the architecture is written down; so are the settings of
             both module trees. Where they differ, or there is no architecture, the artefact is written
-            without one and `load` asks for `model=`. No sample is written, but the range of their
+            without one and `load` asks for `original=`. No sample is written, but the range of their
             values is.
-        dense_weights: fingerprint of the original weights.
+        original_weights: fingerprint of the original weights.
         report: written beside it.
-        architecture: what builds the dense network; by default what the model tells of itself, with
+        architecture: what builds the original network; by default what the model tells of itself, with
             constructor arguments that are read off it.
         delta: write the fitted tensors alone, to be applied onto the original network.
         fold: leave replaced blocks out, so that the architecture's own code with fewer blocks loads
@@ -156,9 +159,9 @@ def write_artifact(
     if fold:
         own = None if architecture else architecture_of(model)
         architecture = completed(own, model, plan) if own else architecture
-        slim = model
-        model, stock = folded(slim, plan, architecture, sample)
-        _name_losses(architecture, slim, plan, sample, given=own is None)
+        compressed = model
+        model, stock = folded(compressed, plan, architecture, sample)
+        _name_losses(architecture, compressed, plan, sample, given=own is None)
     state, tied = unique(fitted_tensors(plan, model.state_dict()) if delta else model.state_dict())
     if delta:
         architecture = None
@@ -186,7 +189,7 @@ def write_artifact(
                 for path in sorted(temporary.iterdir())
                 if path.suffix != ".md" and path.name != REPORT
             },
-            dense_weights=dense_weights,
+            original_weights=original_weights,
             probe=probe,
             versions=versions(),
         )
@@ -204,22 +207,22 @@ def _probe(example: Batch, model: nn.Module) -> Probe | None:
 
 
 def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a slim state dict that a plan brought."""
+    """The tensors of a compressed state dict that a plan brought."""
     keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
     trained = () if plan.healed is None else plan.healed.keys
     return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
 
 
 def _name_losses(
-    architecture: Architecture | None, slim: nn.Module, plan: Plan, example: Batch, *, given: bool
+    architecture: Architecture | None, compressed: nn.Module, plan: Plan, example: Batch, *, given: bool
 ) -> None:
     """Warn of settings that a folded network has lost; its architecture is the original's.
 
     Raises:
         WeightsError: the architecture was passed in.
     """
-    state, tied = unique(slim.state_dict())
-    flaw = architecture and _rebuild_flaw(architecture, slim, plan, state, tied, example=example)
+    state, tied = unique(compressed.state_dict())
+    flaw = architecture and _rebuild_flaw(architecture, compressed, plan, state, tied, example=example)
     if flaw and given:
         raise WeightsError(f"the architecture that was passed in is not this network: {flaw}")
     if flaw:
@@ -259,63 +262,58 @@ def _checked(
         raise WeightsError(f"{given.name!r}{known} is not this network: {flaw}")
     warnings.warn(
         f"{architecture.name!r}{known} is not this network ({flaw}), so "
-        "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, model=...)",
+        "load(dir) alone cannot build it: pass save(architecture=...), or load(dir, original=...)",
         stacklevel=5,
     )
     return None
 
 
-def load(
-    directory: str | Path, *, model: nn.Module | None = None, base: nn.Module | None = None
-) -> nn.Module:
-    """The slim network of an artefact, in eval mode on the CPU, bit-equal to what was saved.
+def load(directory: str | Path, *, original: nn.Module | None = None) -> nn.Module:
+    """The compressed network of an artefact, in eval mode on the CPU, bit-equal to what was saved.
 
     Args:
         directory: what `write_artifact` wrote.
-        model: the dense architecture, with any weights (of a folded artefact, the one with fewer
-            blocks); left as it is. Needed only where the artefact does not know its own (see
-            `write_artifact`).
-        base: as `model`, and it must be the very network that was compressed, weights and all.
+        original: the network that was compressed; left as it is. Needed where the artefact does not
+            know how to build it (see `write_artifact`), and there any network of its architecture will
+            do; and for a delta, which holds what was fitted alone and asks for its very weights.
 
     Raises:
         ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not
             what was written.
-        WeightsError: the weights do not fit `model`, are no safetensors, or `base` has others.
-        PlanError: `model` does not have the blocks that the plan replaces.
+        WeightsError: the weights do not fit `original`, are no safetensors; or a delta was made from
+            other weights.
+        PlanError: `original` does not have the blocks that the plan replaces.
     """
     root = Path(directory)
     manifest = read_manifest(root)
     for name, digest in manifest.sha256.items():
         require_intact(root, name, digest)
     require_report(root, manifest)
-    return rebuilt(root, manifest, model=model, base=base)
+    return rebuilt(root, manifest, original=original)
 
 
 @torch.inference_mode(False)
-def rebuilt(
-    root: Path, manifest: Manifest, *, model: nn.Module | None = None, base: nn.Module | None = None
-) -> nn.Module:
+def rebuilt(root: Path, manifest: Manifest, *, original: nn.Module | None = None) -> nn.Module:
     """As `load`, of an artefact whose files were found to be intact."""
-    if manifest.folded and base is not None:
+    if manifest.folded and original is not None:
         raise ArtifactError(f"{root} is folded: it loads without the original, load(dir)")
-    if base is not None and fingerprint(unwrap(base)) != manifest.dense_weights:
-        raise WeightsError(f"base is not the {manifest.model} that {root} was made from")
     if manifest.delta:
-        if base is None:
+        if original is None:
             raise ArtifactError(
-                f"{root} is a delta: pass the {manifest.model} that it was made of, load(dir, base=...)"
+                f"{root} is a delta: pass the {manifest.model} that it was made of, "
+                "load(dir, original=...)"
             )
-        slim = splice(unwrap(base), manifest.plan, read_state(root / WEIGHTS))
-        return in_memory(slim, device="cpu").cpu().eval()
-    given = model if base is None else base
-    if given is not None:
-        skeleton = in_memory(copy_model(unwrap(given)), device="cpu").cpu().eval()
+        if fingerprint(unwrap(original)) != manifest.original_weights:
+            raise WeightsError(f"original is not the {manifest.model} that {root} was made from")
+        whole = splice(unwrap(original), manifest.plan, read_state(root / WEIGHTS))
+        return in_memory(whole, device="cpu").cpu().eval()
+    if original is not None:
+        skeleton = in_memory(copy_model(unwrap(original)), device="cpu").cpu().eval()
     elif manifest.builder is not None:
         skeleton = manifest.builder.build()
     else:
         raise ArtifactError(
-            f"{root} does not know how to build a {manifest.model}: pass the dense architecture, "
-            "load(dir, model=...)"
+            f"{root} does not know how to build a {manifest.model}: pass one, load(dir, original=...)"
         )
     state = read_state(root / WEIGHTS)
     plan = Plan() if manifest.folded else manifest.plan
@@ -372,7 +370,7 @@ def _restore(
     tied: Mapping[str, str],
     buffers: Mapping[str, str],
 ) -> nn.Module:
-    """Weights `state` in a dense skeleton, rewritten in place as `plan` says."""
+    """Weights `state` in an original skeleton, rewritten in place as `plan` says."""
     splice(skeleton, plan, fitted_tensors(plan, state), inplace=True)
     whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
     fill(skeleton, whole, buffers, WEIGHTS)

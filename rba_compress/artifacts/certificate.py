@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import JsonValue
@@ -52,6 +53,8 @@ class Weight(Frozen):
 class Certificate(Sealed):
     """certificate.json: what was exported, and how its parity with the network was measured."""
 
+    former: ClassVar[Mapping[str, str]] = {"dense": "original", "slim": "compressed"}
+
     schema_version: int = SCHEMA
     format: Format
     file: str
@@ -75,11 +78,11 @@ class Certificate(Sealed):
     tolerance: float
     """Of max_rel."""
     parity: tuple[Parity, ...]
-    slim: Weight
-    dense: Weight | None
-    """Of the dense network, exported alike; None where it was not at hand."""
+    compressed: Weight
+    original: Weight | None
+    """Of the original network, exported alike; None where it was not at hand."""
     latency: Latency | None
-    """Of both in ONNX Runtime, in pairs; None where the dense network was not at hand."""
+    """Of both in ONNX Runtime, in pairs; None where the original network was not at hand."""
     versions: dict[str, str]
 
 

@@ -1,4 +1,4 @@
-"""A slim network as a stock architecture with fewer blocks, which loads without this package.
+"""A compressed network as a stock architecture with fewer blocks, which loads without this package.
 
 A span that passes its stream on, the layer before it re-solved or not, is as good as gone: leave its
 blocks out and number the others anew. A linear map on a residual stream is no part of a block, and
@@ -20,7 +20,7 @@ from rba_compress.profiling.fidelity import gap
 from rba_compress.units.registry import unit_of
 
 TOLERANCE = 1e-5
-"""Of the folded network's output, relative to the largest absolute value of the slim one's."""
+"""Of the folded network's output, relative to the largest absolute value of the compressed one's."""
 
 
 def unfoldable(plan: Plan) -> str | None:
@@ -35,12 +35,12 @@ def unfoldable(plan: Plan) -> str | None:
 def folded(
     model: nn.Module, plan: Plan, architecture: Architecture | None, example: Batch
 ) -> tuple[nn.Module, Architecture]:
-    """The slim network in its own architecture's code with fewer blocks, and that architecture.
+    """The compressed network in its own architecture's code with fewer blocks, and that architecture.
 
     Args:
-        model: the slim network.
+        model: the compressed network.
         plan: what made it.
-        architecture: of the dense network.
+        architecture: of the original network.
         example: a batch on which both are compared.
 
     Raises:
@@ -105,7 +105,7 @@ def _renumbered(state: dict[str, Tensor], kept: dict[str, tuple[int, list[int]]]
 
 
 def _flaw(stock: nn.Module, model: nn.Module, state: dict[str, Tensor], example: Batch) -> str | None:
-    """Load the weights into a stock network, and say how it differs from the slim one, or None."""
+    """Load the weights into a stock network; return how it differs from the compressed one, or None."""
     try:
         fill(stock, state, unsaved_buffers(model), "the folded network")
     except WeightsError as error:

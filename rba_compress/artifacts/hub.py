@@ -63,7 +63,7 @@ def write_hub(
         directory: of the artefact.
         model: the network whose weights lie there.
         report: what was measured.
-        architecture: of the dense network.
+        architecture: of the original network.
         stock: what builds the network without this package, where it is folded.
     """
     from jinja2 import Environment
@@ -75,7 +75,7 @@ def write_hub(
         known = architecture.model_dump(mode="json") if architecture else None
         content = {"library_name": library, "model": kind, "architecture": known}
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        given = "" if architecture else f", model=...  # the dense {kind}\n"
+        given = "" if architecture else f", original=...  # the original {kind}\n"
         code = (
             "from huggingface_hub import snapshot_download\nfrom rba_compress import load\n\n"
             f'model = load(snapshot_download("OWNER/NAME"){given})'

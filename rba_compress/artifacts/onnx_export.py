@@ -75,7 +75,7 @@ def export_onnx(
     path: str | Path,
     example: Any,
     *,
-    dense: nn.Module | None = None,
+    original: nn.Module | None = None,
     dynamic: bool = True,
     tolerance: float | None = None,
     seconds: float = 2.0,
@@ -87,8 +87,8 @@ def export_onnx(
         path: of the file to write; neither it nor a certificate of another file may be there.
         example: a batch of real inputs in any form that a loader may yield, on which the file is
             compared; the more samples, the more is compared.
-        dense: the network to compare cost and latency with; by default, of an artefact whose
-            architecture is known, the dense one with random weights.
+        original: the network to compare cost and latency with; by default, of an artefact whose
+            architecture is known, the original with random weights.
         dynamic: batches of any size, and for inputs (N, T) of integers sequences of any length.
         tolerance: the largest difference of outputs, relative to the largest absolute value of the
             output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
@@ -104,7 +104,7 @@ def export_onnx(
         model,
         path,
         example,
-        dense=dense,
+        original=original,
         dynamic=dynamic,
         tolerance=tolerance,
         seconds=seconds,
@@ -136,7 +136,7 @@ def _export(
     *,
     dynamic: bool,
     tolerance: float | None,
-    dense: nn.Module | None = None,
+    original: nn.Module | None = None,
     seconds: float = 0.0,
 ) -> Certificate:
     target = Path(path).absolute()
@@ -146,8 +146,8 @@ def _export(
         root = Path(model)
         manifest = read_manifest(root)
         weights = manifest.sha256[WEIGHTS]
-        if kind == "onnx" and dense is None and manifest.architecture is not None:
-            dense = manifest.architecture.build()
+        if kind == "onnx" and original is None and manifest.architecture is not None:
+            original = manifest.architecture.build()
         model = load(root)
     network = in_memory(unwrap(model), device="cpu")
     batch = batch_of(network, example).to(network)
@@ -186,15 +186,15 @@ def _export(
                     raise error from None
             return weight, open_file(kind, file)
 
-        slim, runner = written(network, folder / target.name)
+        compressed, runner = written(network, folder / target.name)
         parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
         other, latency = None, None
-        if dense is not None:
+        if original is not None:
             with tempfile.TemporaryDirectory() as aside:
-                dense = in_memory(copy_model(unwrap(dense))).to(
+                original = in_memory(copy_model(unwrap(original))).to(
                     next(network.parameters()).device, dtype
                 )
-                other, twin = written(dense, Path(aside) / f"dense{target.suffix}")
+                other, twin = written(original, Path(aside) / f"original{target.suffix}")
                 latency = benchmark(twin, runner, flat(batch), seconds=seconds)
         content = Certificate(
             format=kind,
@@ -211,8 +211,8 @@ def _export(
             preprocessing=_preprocessing(network),
             tolerance=allowed,
             parity=parity,
-            slim=slim,
-            dense=other,
+            compressed=compressed,
+            original=other,
             latency=latency,
             versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
         ).model_dump_json(indent=2)

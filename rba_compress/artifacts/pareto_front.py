@@ -21,15 +21,15 @@ from rba_compress.units.splice import splice
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A network on the way from the dense one to the budget, with the proof of what it costs."""
+    """A network on the way from the original to the budget, with the proof of what it costs."""
 
     plan: Plan
     report: Report
     tensors: dict[str, Tensor]
-    """The fitted tensors of its plan, by their key in the slim state dict."""
+    """The fitted tensors of its plan, by their key in the compressed state dict."""
 
     def splice(self, model: nn.Module) -> nn.Module:
-        """Its network, from the dense one that was searched.
+        """Its network, from the original that was searched.
 
         Raises:
             PlanError, ModelError: as `rba_compress.splice`.
@@ -43,11 +43,11 @@ def write_front(
     """Write a front to a new directory, all of it or nothing.
 
         front.json, front.csv, front.png   a row for each point
-        point-01, point-02, ...            its network as a delta: `load(dir, base=model)`
+        point-01, point-02, ...            its network as a delta: `load(dir, original=model)`
 
     Args:
         points: of one search.
-        model: the dense network that was searched.
+        model: the original network that was searched.
         seen: its profile.
         directory: must not exist, or be empty.
 
@@ -72,7 +72,7 @@ def write_front(
                 point.plan,
                 temporary / row["point"],
                 example=seen.example,
-                dense_weights=seen.weights,
+                original_weights=seen.weights,
                 report=point.report,
                 delta=True,
             )

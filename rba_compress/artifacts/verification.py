@@ -28,25 +28,21 @@ from rba_compress.core.errors import ArtifactError, ExportError, RBAError
 from rba_compress.core.io import require_intact
 
 
-def verify(
-    directory: str | Path, *, model: nn.Module | None = None, base: nn.Module | None = None
-) -> list[str]:
+def verify(directory: str | Path, *, original: nn.Module | None = None) -> list[str]:
     """Check an artefact, the files that were exported into it, or both; returns each check that held.
 
     Args:
         directory: what `save`, `export_onnx` or `export_pt2` wrote.
-        model, base: as for `load`, where the directory alone does not load. Without them, what needs
-            the network is not checked, and a line says so.
+        original: as for `load`, where the directory alone does not load. Without it, what needs the
+            network is not checked, and a line says so.
 
     Raises:
         ArtifactError: the first thing that is not as it was written.
     """
-    return list(checks(Path(directory), model=model, base=base))
+    return list(checks(Path(directory), original=original))
 
 
-def checks(
-    root: Path, *, model: nn.Module | None = None, base: nn.Module | None = None
-) -> Iterator[str]:
+def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
     """As `verify`, one by one: every hash, then what takes longer."""
     kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
     manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
@@ -66,11 +62,10 @@ def checks(
         require_report(root, manifest)
         if manifest.report:
             yield f"{REPORT}: intact"
-        if (base if manifest.delta else manifest.builder or model or base) is None:
-            wanted = "base" if manifest.delta else "model"
-            yield f"reload: not checked, it needs the {manifest.model} ({wanted}=)"
+        if original is None and (manifest.delta or manifest.builder is None):
+            yield f"reload: not checked, it needs the {manifest.model} (original=)"
         else:
-            network = _reloaded(root, manifest, model, base)
+            network = _reloaded(root, manifest, original)
             yield "reload: the network is built anew, its outputs are as recorded"
     for certificate in certificates.values():
         if manifest and certificate.weights not in (None, *manifest.sha256.values()):
@@ -78,11 +73,9 @@ def checks(
         yield f"{certificate.file}: {_parity(root, certificate, network)}"
 
 
-def _reloaded(
-    root: Path, manifest: Manifest, model: nn.Module | None, base: nn.Module | None
-) -> nn.Module:
+def _reloaded(root: Path, manifest: Manifest, original: nn.Module | None) -> nn.Module:
     try:
-        network = rebuilt(root, manifest, model=model, base=base)
+        network = rebuilt(root, manifest, original=original)
     except RBAError as error:
         raise ArtifactError(f"{root} does not load: {error}") from error
     flaw = manifest.probe.flaw(network) if manifest.probe else None

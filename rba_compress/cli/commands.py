@@ -85,7 +85,7 @@ class _Images(Command):
     batch_size: int = 16
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def read(self, dense: nn.Module, *, labelled: str = "") -> _Read:
+    def read(self, original: nn.Module, *, labelled: str = "") -> _Read:
         """The loaders of a network's images.
 
         Args:
@@ -94,8 +94,8 @@ class _Images(Command):
         Raises:
             LoaderError: there are no images, or no labels where they are needed.
         """
-        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, dense)
-        files = ImageFiles(self.images, self.split, dense, without=tests.paths if tests else ())
+        tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, original)
+        files = ImageFiles(self.images, self.split, original, without=tests.paths if tests else ())
         if labelled and not files.labelled:
             raise LoaderError(
                 f"{self.images} has {len(files.labels)} class folders, the model other classes: "
@@ -115,10 +115,10 @@ class _Images(Command):
         Raises:
             RBAError: one of its subclasses, with what is wrong.
         """
-        dense = architecture.build()
-        load_weights(dense, self.weights)
-        _to_device(dense, own_device(self.device))
-        return dense
+        original = architecture.build()
+        load_weights(original, self.weights)
+        _to_device(original, own_device(self.device))
+        return original
 
 
 @dataclass
@@ -128,13 +128,13 @@ class _Read:
     samples: str
     """What is reported on."""
 
-    def reported(self, result: Result, dense: nn.Module) -> Result:
+    def reported(self, result: Result, original: nn.Module) -> Result:
         """The result with a report on the test images, where there are any."""
         if self.tests is None:
             return result
         seen = result.profile
         batches = read(self.tests, seen.form)
-        report = compare(dense, result.model, batches, seen, result.plan, samples=self.samples)
+        report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
 
@@ -182,15 +182,15 @@ class _Job(_Images):
         config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
-        dense = self.original(architecture)
+        original = self.original(architecture)
         labelled = "" if self.accuracy_drop is None else "accuracy_drop"
-        return _Ready(architecture, dense, budget, config, self.read(dense, labelled=labelled))
+        return _Ready(architecture, original, budget, config, self.read(original, labelled=labelled))
 
 
 @dataclass
 class _Ready:
     architecture: Architecture
-    dense: nn.Module
+    original: nn.Module
     budget: Budget | None
     config: Config
     data: _Read
@@ -198,7 +198,7 @@ class _Ready:
 
 @dataclass(kw_only=True)
 class Compress(_Job):
-    """Compress a timm model on your images and save the slim model."""
+    """Compress a timm model on your images and save the compressed model."""
 
     hub: bool = False
     """Write config.json and a model card beside it, for a model hub."""
@@ -207,8 +207,8 @@ class Compress(_Job):
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
-        result = compress(job.dense, job.data.loader, budget=job.budget, config=job.config)
-        result = job.data.reported(result, job.dense)
+        result = compress(job.original, job.data.loader, budget=job.budget, config=job.config)
+        result = job.data.reported(result, job.original)
         result.save(self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub)
         if current().leads:
             _plot(result.profile.chains, self.out)
@@ -221,7 +221,7 @@ class Compress(_Job):
 
 @dataclass(kw_only=True)
 class Heal(_Images):
-    """Train a slim model that was saved towards its original, on your images without labels."""
+    """Train a compressed model that was saved towards its original, on your images without labels."""
 
     directory: tyro.conf.Positional[Path]
     """What `compress` or `save` wrote."""
@@ -239,14 +239,14 @@ class Heal(_Images):
                 f"{self.directory} does not know how to build its original: heal it in Python, with "
                 "rba_compress.heal"
             )
-        dense = self.original(architecture)
-        data = self.read(dense, labelled="labels" if self.healing.labels else "")
-        slim = reopen(self.directory, data.loader, original=dense)
+        original = self.original(architecture)
+        data = self.read(original, labelled="labels" if self.healing.labels else "")
+        compressed = reopen(self.directory, data.loader, original=original)
         healed = heal(
-            slim, data.loader, original=dense, healing=self.healing, checkpoint=self.checkpoint
+            compressed, data.loader, original=original, healing=self.healing, checkpoint=self.checkpoint
         )
         notes = healed.report.warnings
-        healed = data.reported(healed, dense)
+        healed = data.reported(healed, original)
         healed.save(self.out, architecture=architecture, hub=self.hub)
         say("\n".join([healed.report.table(), *notes, f"saved to {self.out}"]))
         return _told(healed.report, self.out)
@@ -261,7 +261,7 @@ class Profile(_Job):
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
-        seen = profile(job.dense, job.data.loader, config=job.config, checkpoint=self.checkpoint)
+        seen = profile(job.original, job.data.loader, config=job.config, checkpoint=self.checkpoint)
         if current().leads:
             with written_whole(self.out.absolute()) as folder:
                 seen.save(folder / "profile.safetensors")
@@ -292,8 +292,8 @@ class Search(_Job):
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
         data = job.data
-        seen = profile(job.dense, data.loader, config=job.config)
-        found = search(job.dense, seen, data.loader, budget=job.budget)
+        seen = profile(job.original, data.loader, config=job.config)
+        found = search(job.original, seen, data.loader, budget=job.budget)
         kept = found if self.front else replace(found, points=found.points[-1:])
         if not kept.points:
             say("nothing was replaced: the network meets its budget, or no step keeps within it")
@@ -301,12 +301,14 @@ class Search(_Job):
         batches = (
             seen.split(data.loader).part("test") if data.tests is None else read(data.tests, seen.form)
         )
-        points = measure_front(job.dense, seen, kept, list(batches), samples=data.samples)
+        points = measure_front(job.original, seen, kept, list(batches), samples=data.samples)
         if current().leads:
-            write_front(points, job.dense, seen, self.out)
+            write_front(points, job.original, seen, self.out)
         for point in points:
             say(f"{point.report.table()}\n")
-        say(f"saved to {self.out}; load({str(self.out / 'point-01')!r}, base=model) gives the first")
+        say(
+            f"saved to {self.out}; load({str(self.out / 'point-01')!r}, original=model) gives the first"
+        )
         return {"out": str(self.out), "front": [p.report.summary.model_dump() for p in points]}
 
 
@@ -349,7 +351,7 @@ class Verify(Command):
 
 @dataclass(kw_only=True)
 class Export(Command):
-    """Write a saved slim model as ONNX (or .pt2) with a certificate that it computes the same."""
+    """Write a saved compressed model as ONNX (or .pt2) with a certificate that it computes the same."""
 
     directory: tyro.conf.Positional[Path]
     """What `compress` or `save` wrote."""
@@ -367,12 +369,12 @@ class Export(Command):
         agreement = [p.argmax_agreement for p in certificate.parity if p.argmax_agreement is not None]
         worst, latency = max(p.max_rel for p in certificate.parity), certificate.latency
         say(
-            f"{out}: {certificate.slim.bytes:,} bytes, {worst:.1e} from PyTorch at the most"
-            + (f", latency {latency.ratio:.3f} of the dense network's" if latency else "")
+            f"{out}: {certificate.compressed.bytes:,} bytes, {worst:.1e} from PyTorch at the most"
+            + (f", latency {latency.ratio:.3f} of the original network's" if latency else "")
         )
         return {
             "file": str(out),
-            "bytes": certificate.slim.bytes,
+            "bytes": certificate.compressed.bytes,
             "max_rel": worst,
             "argmax_agreement": min(agreement, default=None),
             "latency_ratio": latency.ratio if latency else None,
@@ -396,7 +398,7 @@ class Export(Command):
 
 @dataclass(kw_only=True)
 class Report(Command):
-    """Write the report of a saved slim model as one HTML page."""
+    """Write the report of a saved compressed model as one HTML page."""
 
     directory: tyro.conf.Positional[Path]
     """What `compress` or `save` wrote."""
@@ -420,7 +422,7 @@ class Report(Command):
 
 @dataclass(kw_only=True)
 class Bench(Command):
-    """Time a saved slim model beside its original, in pairs, on inputs that are drawn alike."""
+    """Time a saved compressed model beside its original, in pairs, on inputs that are drawn alike."""
 
     directory: tyro.conf.Positional[Path]
     """What `compress` or `save` wrote."""
@@ -438,8 +440,8 @@ class Bench(Command):
                 f"{self.directory} does not know how to build its original, or what that takes: time "
                 "both in Python, with rba_compress.benchmark"
             )
-        dense, slim = manifest.architecture.build(), load(self.directory)
-        for built in (dense, slim):
+        original, compressed = manifest.architecture.build(), load(self.directory)
+        for built in (original, compressed):
             _to_device(built, self.device)
             if self.compile:
                 built.compile()
@@ -447,11 +449,11 @@ class Bench(Command):
         for size in self.batch_sizes:
             if size < 1:
                 raise LoaderError(f"a batch of {size} samples")
-            timed = benchmark(dense, slim, manifest.probe.draw(size), seconds=self.seconds)
+            timed = benchmark(original, compressed, manifest.probe.draw(size), seconds=self.seconds)
             rows[str(size)] = timed.model_dump(mode="json")
             say(
-                f"batch {size}: {timed.dense_ms:.2f} ms before, {timed.slim_ms:.2f} after, ratio "
-                f"{timed.ratio:.3f}, quartiles {timed.ratio_low:.3f} to {timed.ratio_high:.3f} of "
+                f"batch {size}: {timed.original_ms:.2f} ms before, {timed.compressed_ms:.2f} after, "
+                f"ratio {timed.ratio:.3f}, quartiles {timed.ratio_low:.3f} to {timed.ratio_high:.3f} of "
                 f"{timed.pairs} pairs on {timed.device}"
             )
         return rows

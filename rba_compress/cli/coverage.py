@@ -49,7 +49,8 @@ class Row(Frozen):
     shape_kept: bool | None = None
     finite: bool | None = None
     by_hand: bool | None = None
-    """Whether the slim network gives, bit for bit, what the dense one gives with the map's value put in
+    """Whether the compressed network gives, bit for bit, what the original gives with the map's value put
+    in
     place of the block's by hand."""
     reloaded: bool | None = None
     """Whether the saved network, read back, gives the same outputs bit for bit."""
@@ -60,7 +61,7 @@ class Row(Frozen):
     onnx_error: str = ""
     """Why there is no ONNX file."""
     dense_onnx_error: str | None = None
-    """Why there is none of the dense network either; asked only where the slim one has none."""
+    """Why there is none of the original either; tried only where the compressed one has none."""
 
     @property
     def right(self) -> bool:
@@ -111,15 +112,15 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
     (profiled,), _ = calibrate(model, [chain], [(0, batch)], window=1)
     middle = len(chain) // 2
     solution, block = fit_spans(profiled, [(middle, middle + 1)], SPEC), chain.blocks[middle]
-    slim = splice(model, solution.plan, solution.tensors).eval()
-    with evaluating(model), evaluating(slim):
+    compressed = splice(model, solution.plan, solution.tensors).eval()
+    with evaluating(model), evaluating(compressed):
         output, (streams,) = run_with_streams(model, [chain], batch)
-        dense, found = _tensors(output), _tensors(batch.run(slim))
-        value = slim.get_submodule(f"{block.path}.map")(streams[middle])
+        original, found = _tensors(output), _tensors(batch.run(compressed))
+        value = compressed.get_submodule(f"{block.path}.map")(streams[middle])
         by_hand = _tensors(with_value(model, block, batch, value))
     result: dict[str, Any] = {
         "span": str(solution.plan.replacements[0]),
-        "shape_kept": [t.shape for t in dense] == [t.shape for t in found],
+        "shape_kept": [t.shape for t in original] == [t.shape for t in found],
         "finite": all(bool(torch.isfinite(t).all()) for t in found),
         "by_hand": _equal(found, by_hand),
     }
@@ -127,17 +128,21 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
         warnings.simplefilter("ignore")  # that `load` needs the model is no news here
         root = Path(temporary)
         manifest = write_artifact(
-            slim, solution.plan, root / "slim", example=batch, dense_weights=fingerprint(model)
+            compressed,
+            solution.plan,
+            root / "compressed",
+            example=batch,
+            original_weights=fingerprint(model),
         )
-        again = load(root / "slim", model=None if manifest.architecture else network.build())
+        again = load(root / "compressed", original=None if manifest.architecture else network.build())
         with evaluating(again):
             result["reloaded"] = _equal(found, _tensors(batch.run(again)))
         if onnx:
-            result |= _exported(slim, model, root, batch)
+            result |= _exported(compressed, model, root, batch)
     return support, row.model_copy(update=result)
 
 
-def _exported(slim: nn.Module, dense: nn.Module, root: Path, batch: Batch) -> dict[str, Any]:
+def _exported(compressed: nn.Module, original: nn.Module, root: Path, batch: Batch) -> dict[str, Any]:
     example = (*batch.args, batch.kwargs)[0]
 
     def export(model: nn.Module, dynamic: bool) -> float:
@@ -149,11 +154,11 @@ def _exported(slim: nn.Module, dense: nn.Module, root: Path, batch: Batch) -> di
     result: dict[str, Any] = {}
     for dynamic in (True, False):
         try:
-            return {"onnx": export(slim, dynamic), "onnx_fixed": not dynamic}
+            return {"onnx": export(compressed, dynamic), "onnx_fixed": not dynamic}
         except ExportError as error:
             result = {"onnx_error": str(error)}
     try:
-        export(dense, dynamic=False)
+        export(original, dynamic=False)
     except ExportError as error:
         result["dense_onnx_error"] = str(error)
     return result

@@ -32,7 +32,7 @@ save_file({"y": load(directory)(load_file(inputs)["x"]).detach()}, outputs)
 def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print) -> Report:
     """Compress the digits ViT to `kept` of its MACs and parameters, and prove it on held-out digits.
 
-    Writes `out/slim/`, `out/report.html` and `out/similarity.png`.
+    Writes `out/compressed/`, `out/report.html` and `out/similarity.png`.
 
     Args:
         say: is told of it as it goes.
@@ -40,12 +40,12 @@ def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print
     Raises:
         ArtifactError: the model loaded in a fresh process gives other outputs.
     """
-    dense = digits_model()
+    original = digits_model()
     train, test = digits_data()
     say("A 12-block vision transformer on 8 x 8 digits; calibrated on its training digits.\n")
-    result = compress(dense, batches(train), budget=Budget(macs=kept, params=kept))
+    result = compress(original, batches(train), budget=Budget(macs=kept, params=kept))
     report = compare(
-        dense,
+        original,
         result.model,
         read(batches(test)),
         result.profile,
@@ -54,14 +54,16 @@ def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print
     )
     say(report.table())
     result = result.with_report(report)
-    result.save(out / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS)))
+    result.save(
+        out / "compressed", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
+    )
     plot_similarity(result.profile.chains[0]).savefig(out / "similarity.png", dpi=120)
     result.report.to_html(out / PAGE)
-    _reload(out / "slim", test[0], result.model)
+    _reload(out / "compressed", test[0], result.model)
     say(
         f"\nthe report                  {out / PAGE}\n"
         f"block-to-block similarity   {out / 'similarity.png'}\n"
-        f"the slim model              {out / 'slim'}\n"
+        f"the compressed model              {out / 'compressed'}\n"
         "loaded in a fresh process   outputs equal, bit for bit"
     )
     return result.report

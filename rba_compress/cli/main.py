@@ -3,8 +3,8 @@
     rba-compress demo
     rba-compress supports deit_tiny_patch16_224
     rba-compress compress --model deit_tiny_patch16_224 --weights deit.safetensors --images imagenet/ \\
-        --macs 0.8 --html --out slim/
-    rba-compress verify slim/
+        --macs 0.8 --html --out compressed/
+    rba-compress verify compressed/
 
 `rba-compress COMMAND --help` lists its options. Exit codes: 0 done, 1 a fault of this program, 2 bad
 usage or input, 3 the budget cannot be reached, 4 a directory or a check of one failed, 130 interrupted.

@@ -18,7 +18,7 @@ from rba_compress.core.registry import SearchedUnit, searched_units
 from rba_compress.core.schema import Frozen, Share
 
 Trained = Literal["maps", "norms", "adapters", "all"]
-"""What of a slim network is trained: see `Healing.train`."""
+"""What of a compressed network is trained: see `Healing.train`."""
 
 Augmentation = Literal["flip", "crop", "mix", "cut"]
 
@@ -64,7 +64,7 @@ class Asked(Frozen):
 
 
 class Budget(Asked):
-    """What the slim network may cost, and how far it may fall; several limits hold together.
+    """What the compressed network may cost, and how far it may fall; several limits hold together.
 
     Costs: a float up to 1 is the share to keep, an int is absolute. With limits of quality alone the
     search goes on for as long as they hold, and returns the cheapest network that it found.
@@ -80,7 +80,7 @@ class Budget(Asked):
     params: float | int | None = None
     """Parameters, shared ones once."""
     latency: float | int | None = None
-    """Of the loader's first batch on the model's device, as a paired ratio to the dense network's;
+    """Of the loader's first batch on the model's device, as a paired ratio to the original network's;
     above 1 in milliseconds. Timings vary from run to run, and so may plans."""
     divergence: float | None = None
     """The highest mean divergence of the output, on the samples that the search chooses on."""
@@ -126,10 +126,10 @@ class Budget(Asked):
         return [(name, value) for name, value in super().__repr_args__() if value is not None]
 
     def limits(self, macs: int, params: int) -> dict[str, float]:
-        """The absolute limits of macs and params, for a dense network of that cost."""
-        dense = {"macs": macs, "params": params}
+        """The absolute limits of macs and params, for an original network of that cost."""
+        original = {"macs": macs, "params": params}
         limits = {}
-        for name, whole in dense.items():
+        for name, whole in original.items():
             value = getattr(self, name)
             if value is not None:
                 limits[name] = value * whole if isinstance(value, float) else value
@@ -229,7 +229,7 @@ class Config(Asked):
 
 
 class Healing(Asked):
-    """How a slim network is trained towards its original."""
+    """How a compressed network is trained towards its original."""
 
     train: Trained = "all"
     """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear

@@ -34,7 +34,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         raise ModelError(
             "the model was compiled in place by its compile() method: pass a copy that was not, and "
-            "compile the slim one"
+            "compile the compressed one"
         )
     return model
 

@@ -106,7 +106,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     found = [part for part in parts if hasattr(part, "weights_map")]
     if found and isinstance(module, fx.GraphModule):
         raise ModelError(
-            "accelerate has dispatched a GraphModule: pass the plain module, or dispatch the slim one"
+            "accelerate has dispatched a GraphModule: pass the plain module, or dispatch the result"
         )
     if found and len(found) < len(parts):
         kinds = ", ".join(type(part).__name__ for part in parts)

@@ -173,7 +173,7 @@ class Replacement(Frozen):
 
     @property
     def key(self) -> str:
-        """Prefix of its tensors in a state dict of the slim model."""
+        """Prefix of its tensors in a state dict of the compressed model."""
         return f"{self.blocks[0].path}.map."
 
     def __str__(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -35,3 +36,13 @@ class Frozen(BaseModel):
     """A value that reads and writes JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    former: ClassVar[Mapping[str, str]] = {}
+    """Names that fields had in earlier schemas, and their names of today."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, data: Any) -> Any:
+        if not cls.former or not isinstance(data, dict):
+            return data
+        return {cls.former.get(name, name): value for name, value in data.items()}

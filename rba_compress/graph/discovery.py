@@ -269,16 +269,16 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
     try:
         with evaluating(model):
             output, (streams,) = run_with_streams(model, [chain], batch)
-            dense = main_output(output)
-            if not _same(dense, main_output(batch.run(model))):
+            original = main_output(output)
+            if not _same(original, main_output(batch.run(model))):
                 return "two runs on the same batch differ: is it random in eval mode?"
             if not isinstance(model, fx.GraphModule):
                 rebuilt = main_output(batch.run(_rebuilt(model, chain)))
-                if not _same(dense, rebuilt):
+                if not _same(original, rebuilt):
                     return "rebuilding its output from its stream changes the model's output"
             skipped = copy_model(model, share=True)
             replace_blocks(skipped, chain.blocks, nn.Identity())
-            if main_output(batch.run(skipped)).shape != dense.shape:
+            if main_output(batch.run(skipped)).shape != original.shape:
                 return "skipping it changes the shape of the model's output"
             block = chain.blocks[len(chain) // 2]
             halved = copy_model(model, share=True)

@@ -45,7 +45,7 @@ def narrow(graph: fx.Graph) -> fx.Graph:
     _move_projections(split, demand(split).needs)
     _split_projections(split, demand(split).needs)
     needs = demand(split).needs
-    slim = fx.Graph()
+    compressed = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     parts: dict[tuple[fx.Node, Need], fx.Node] = {}
 
@@ -58,13 +58,13 @@ def narrow(graph: fx.Graph) -> fx.Graph:
         if need == have or shape is None or (need != ALL and need.count >= shape[need.dim]):
             return made[node]
         if (node, need) not in parts:
-            part = slim.call_function(_aten.slice.Tensor, (made[node], need.dim, 0, need.count))
+            part = compressed.call_function(_aten.slice.Tensor, (made[node], need.dim, 0, need.count))
             parts[node, need] = part
         return parts[node, need]
 
     for node in split.nodes:
         if node.op == "placeholder":
-            made[node] = slim.node_copy(node)
+            made[node] = compressed.node_copy(node)
             continue
         if node not in needs:
             continue
@@ -75,13 +75,13 @@ def narrow(graph: fx.Graph) -> fx.Graph:
             continue
         # A part of a tensor may not be viewed as another shape without a copy.
         target = _aten.reshape.default if packet_of(node) in SIZED else node.target
-        made[node] = slim.create_node(node.op, target, args, kwargs, name=node.name)
+        made[node] = compressed.create_node(node.op, target, args, kwargs, name=node.name)
         if node.target is operator.getitem and needs[node.args[0]] != needs[node]:
             # Another of the results is read whole.
             part = (made[node], needs[node].dim, 0, needs[node].count)
-            made[node] = slim.call_function(_aten.slice.Tensor, part)
-    slim.lint()
-    return slim
+            made[node] = compressed.call_function(_aten.slice.Tensor, part)
+    compressed.lint()
+    return compressed
 
 
 def _move_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:

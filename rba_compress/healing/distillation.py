@@ -1,4 +1,4 @@
-"""Healing: the original network teaches the slim one, on samples without labels.
+"""Healing: the original network teaches the compressed one, on samples without labels.
 
 What is minimised is what the search minimises: the divergence of the output from the original's, which
 tells anew what it gives for every augmented image (Hinton, Vinyals, Dean 2015; Beyer et al. 2022, who
@@ -56,7 +56,7 @@ class Training(Frozen):
 
     schema_version: Literal[1] = 1
     original: str
-    slim: str
+    compressed: str
     data: str
     healing: Healing
     ranks: int
@@ -74,7 +74,7 @@ class Course:
     """What came of a training."""
 
     weights: dict[str, Tensor]
-    """By their key in the slim network; none where nothing was better than what went in."""
+    """By their key in the compressed network; none where nothing was better than what went in."""
     healed: Healed | None
     note: str = ""
     """What its user should be told."""
@@ -99,29 +99,29 @@ class _Watched(nn.Module):
 
 
 class Student(nn.Module):
-    """A slim network of which some tensors are trained; all others stay as they are.
+    """A compressed network of which some tensors are trained; all others stay as they are.
 
     Its parameters are those that are trained: tensors themselves, and the factors U (out, r) and
     V (r, in) of adapters W + U V on others (Hu et al. 2022), with U = 0 at the start.
     """
 
     def __init__(
-        self, slim: nn.Module, healing: Healing, new: Sequence[str], chains: Sequence[Chain] = ()
+        self, compressed: nn.Module, healing: Healing, new: Sequence[str], chains: Sequence[Chain] = ()
     ) -> None:
         """
         Args:
-            slim: left as it is.
+            compressed: left as it is.
             new: names of the parameters that the original does not have, those of maps.
 
         Raises:
             ModelError: there is nothing of the kind to train.
         """
         super().__init__()
-        own = {name: p for name, p in slim.named_parameters() if p.is_floating_point()}
-        self.keys, self.adapted = _chosen(slim, own, healing, new)
+        own = {name: p for name, p in compressed.named_parameters() if p.is_floating_point()}
+        self.keys, self.adapted = _chosen(compressed, own, healing, new)
         if not self.keys and not self.adapted:
             raise ModelError(
-                f"train={healing.train!r}: the slim network has no such parameter; its maps are "
+                f"train={healing.train!r}: the compressed network has no such parameter; its maps are "
                 "identities, say. Train 'norms', 'adapters' or 'all'"
             )
         generator = torch.Generator().manual_seed(healing.seed)
@@ -133,11 +133,11 @@ class Student(nn.Module):
             drawn = torch.randn(healing.rank, columns, generator=generator) / columns**0.5
             self.downs.append(drawn.to(weight))
         # No child: what is not trained is no parameter of this one.
-        self._frozen = (_Watched(slim, chains),)
+        self._frozen = (_Watched(compressed, chains),)
         self._own = own
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained tensors, by their key in the slim network's state dict."""
+        """The trained tensors, by their key in the compressed network's state dict."""
         found: dict[str, Tensor] = dict(zip(self.keys, self.values, strict=True))
         for key, up, down in zip(self.adapted, self.ups, self.downs, strict=True):
             weight = self._own[key].detach()
@@ -151,7 +151,7 @@ class Student(nn.Module):
 
 
 def _chosen(
-    slim: nn.Module, own: dict[str, nn.Parameter], healing: Healing, new: Sequence[str]
+    compressed: nn.Module, own: dict[str, nn.Parameter], healing: Healing, new: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Names of the parameters that are trained, and of those that get an adapter."""
     match healing.train:
@@ -162,7 +162,7 @@ def _chosen(
     keys = [name for name, p in own.items() if name in new or p.ndim == 1]
     if healing.train == "norms":
         return keys, []
-    tables = {id(m.weight) for m in slim.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight) for m in compressed.modules() if isinstance(m, nn.Embedding)}
     adapted = [
         name
         for name, p in own.items()
@@ -275,7 +275,7 @@ class _Objective:
 
 def distil(
     original: nn.Module,
-    slim: nn.Module,
+    compressed: nn.Module,
     split: Split,
     criterion: Criterion,
     healing: Healing,
@@ -283,7 +283,7 @@ def distil(
     chains: Sequence[Chain] = (),
     checkpoint: Path | None = None,
 ) -> Course:
-    """Train a slim network towards its original; both are left as they are.
+    """Train a compressed network towards its original; both are left as they are.
 
     Args:
         chains: whose last streams are matched, where `healing.features` asks for it.
@@ -294,15 +294,15 @@ def distil(
         LoaderError, ModelError, PlanError, ArtifactError, RankError: as `rba_compress.heal`.
     """
     known = dict(original.named_parameters())
-    new = [name for name, _ in slim.named_parameters() if name not in known]
-    _require_trainable(original, slim, known)
+    new = [name for name, _ in compressed.named_parameters() if name not in known]
+    _require_trainable(original, compressed, known)
     ranks, samples = split.ranks, Samples.of(split)
     _require_labels(samples, criterion, healing)
     watched = chains if healing.features else ()
-    student = Student(copy_model(slim, share=True), healing, new, watched)
+    student = Student(copy_model(compressed, share=True), healing, new, watched)
     header = Training(
         original=fingerprint(original),
-        slim=fingerprint(slim),
+        compressed=fingerprint(compressed),
         data=samples.data,
         healing=healing,
         ranks=ranks.count,
@@ -510,26 +510,31 @@ class _Run:
         return header
 
 
-def _require_trainable(original: nn.Module, slim: nn.Module, known: dict[str, nn.Parameter]) -> None:
+def _require_trainable(
+    original: nn.Module, compressed: nn.Module, known: dict[str, nn.Parameter]
+) -> None:
     """
     Raises:
-        PlanError: the slim network was not made from this original.
+        PlanError: the compressed network was not made from this original.
         ModelError: its weights are of low precision, or lie elsewhere.
     """
-    shared = {name: p for name, p in slim.named_parameters() if name in known}
+    shared = {name: p for name, p in compressed.named_parameters() if name in known}
     other = next((n for n, p in shared.items() if p.shape != known[n].shape), None)
-    if type(slim) is not type(original) or other is not None or not shared:
+    if type(compressed) is not type(original) or other is not None or not shared:
         raise PlanError(
-            f"the slim {type(slim).__name__} was not made from this {type(original).__name__}"
+            f"the {type(compressed).__name__} was not made from this {type(original).__name__}"
             + (f": {other} is of another shape" if other else "")
         )
-    for what, model in (("original", original), ("slim", slim)):
+    for what, model in (("original", original), ("compressed", compressed)):
         if any(p.is_meta for p in model.parameters()):
             raise ModelError(
                 f"weights of the {what} network are offloaded: load it into memory to heal"
             )
         require_plain_weights(model)
-    low = {p.dtype for p in slim.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
+    low = {p.dtype for p in compressed.parameters() if p.is_floating_point()} - {
+        torch.float32,
+        torch.float64,
+    }
     if low:
         raise ModelError(
             f"weights in {low.pop()} are too coarse for small steps: heal model.float(), and with "

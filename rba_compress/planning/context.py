@@ -66,7 +66,7 @@ class SearchContext:
         self.limits.require_measurable(self.start.evaluation)
         if budget.latency is not None:
             example = profile.example
-            milliseconds = self.ranks.told(lambda: benchmark(model, model, example).dense_ms)
+            milliseconds = self.ranks.told(lambda: benchmark(model, model, example).original_ms)
             share = budget.latency if budget.latency <= 1 else budget.latency / milliseconds
             self.limits.costs["latency"] = share
             self.fitter.times = self.ranks.told(lambda: block_times(model, self.chains, example))

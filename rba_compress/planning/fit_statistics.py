@@ -145,8 +145,8 @@ def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Modu
 
 
 def span_rows(
-    dense: nn.Module,
-    slim: nn.Module,
+    original: nn.Module,
+    compressed: nn.Module,
     chain: Chain,
     batches: Iterable[Batch],
     *,
@@ -156,7 +156,7 @@ def span_rows(
     """The moments of every pair of source and target, by source, in one pass of both networks.
 
     Args:
-        dense, slim: with a probe where a source or target lies between sublayers.
+        original, compressed: with a probe where a source or target lies between sublayers.
         spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
         folds: the last branch before a source, where that can be refitted.
     """
@@ -164,8 +164,8 @@ def span_rows(
     found: dict[float, SpanRows] = {}
     middles = sorted({place for span in spans for place in span if place % 1})
     paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
-    of_slim = observed(folds[i] for i in targets if i in folds)
-    of_slim += [paths[i] for i in targets if i in paths]
+    of_compressed = observed(folds[i] for i in targets if i in folds)
+    of_compressed += [paths[i] for i in targets if i in paths]
     last_h = math.ceil(max(j for _, j in spans))
     last_g = math.ceil(max(targets))
 
@@ -173,18 +173,18 @@ def span_rows(
         between = {i: seen.layers[path][0] for i, path in paths.items() if path in seen.layers}
         return {float(i): h for i, h in seen.streams[0].items()} | between
 
-    with evaluating(dense), evaluating(slim):
+    with evaluating(original), evaluating(compressed):
         for moved in batches:
-            # Targets are the dense network's, sources the other's.
-            h = streams(observe(dense, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
-            seen = observe(slim, [chain], moved, layers=of_slim, stop=(0, last_g))
+            # Targets are the original network's, sources the other's.
+            h = streams(observe(original, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
+            seen = observe(compressed, [chain], moved, layers=of_compressed, stop=(0, last_g))
             g, mask = streams(seen), attention_mask(moved, chain)
             for i, ends in targets.items():
                 wanted = torch.cat([h[j] for j in ends], chain.axis)
                 maps = Rows.of(chain, g[i], wanted, mask)
                 gaps = None
                 if i in folds:
-                    lacking = [_lacking(slim, folds[i], seen.layers, h[j] - g[i]) for j in ends]
+                    lacking = [_lacking(compressed, folds[i], seen.layers, h[j] - g[i]) for j in ends]
                     gap = torch.cat(lacking, chain.axis)
                     gaps = Rows.of(chain, seen.layers[folds[i].path][0], gap, mask)
                 new = SpanRows(ends, chain.width, maps, gaps)
@@ -264,9 +264,9 @@ class Walk:
     """Walks down a chain with both networks, holding the samples' streams at one boundary."""
 
     def __init__(
-        self, dense: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
+        self, original: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
     ) -> None:
-        self.dense, self.chains, self.index = dense, chains[: chain + 1], chain
+        self.original, self.chains, self.index = original, chains[: chain + 1], chain
         self.batches = batches
         self.boundary = 0
         self.passes = 0.0
@@ -278,13 +278,13 @@ class Walk:
     def chain(self) -> Chain:
         return self.chains[self.index]
 
-    def to(self, slim: nn.Module, boundary: int) -> None:
-        """Go on to a boundary; what lies before it in `slim` must not have changed since."""
+    def to(self, compressed: nn.Module, boundary: int) -> None:
+        """Go on to a boundary; what lies before it in `compressed` must not have changed since."""
         if self._h and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
         reached: list[list[Streams]] = []
-        for model, held in ((self.dense, self._h), (slim, self._g)):
+        for model, held in ((self.original, self._h), (compressed, self._g)):
             run = self._pass(model, held, boundary)
             with evaluating(run.resumed.model):
                 reached.append([run.reached(k, last) for k in range(len(self.batches))])
@@ -302,7 +302,7 @@ class Walk:
         resumed = Resumed(copy, self.chains, self.index, first, streams[0])
         return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
 
-    def gaps(self, slim: nn.Module, branches: Sequence[Branch]) -> Rows:
+    def gaps(self, compressed: nn.Module, branches: Sequence[Branch]) -> Rows:
         """(features of the last branch, what its output lacks), over the block at the boundary.
 
         `branches` are the block's, up to the one that is asked for. What is lacking is the original
@@ -311,21 +311,21 @@ class Walk:
         last, paths = branches[-1], observed(branches)
         total: Rows | None = None
         stop, b = self.boundary + 1, self.boundary
-        dense, light = (
+        original, light = (
             self._pass(model, held, stop, paths)
-            for model, held in ((self.dense, self._h), (slim, self._g))
+            for model, held in ((self.original, self._h), (compressed, self._g))
         )
-        with evaluating(dense.resumed.model), evaluating(light.resumed.model):
+        with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
-                theirs, ours = dense(k).layers, light(k).layers
+                theirs, ours = original(k).layers, light(k).layers
                 if last.norm is not None:
                     gap = theirs[last.norm][1] - ours[last.norm][1]
                 else:
                     gap = self._h[k][self.index][b] - self._g[k][self.index][b]
                     for branch in branches:
                         moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
-                        gap = gap + moved * scale_of(self.dense, branch)
-                lacking = _lacking(slim, last, ours, gap)
+                        gap = gap + moved * scale_of(self.original, branch)
+                lacking = _lacking(compressed, last, ours, gap)
                 new = Rows.of(
                     self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)
                 )

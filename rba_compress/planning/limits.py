@@ -25,7 +25,7 @@ class Limits:
 
     def __init__(self, profile: Profile, budget: Budget) -> None:
         self.profile, self.budget = profile, budget
-        self.costs = budget.limits(profile.dense.macs, profile.dense.params)
+        self.costs = budget.limits(profile.original.macs, profile.original.params)
         """Of macs, params and the share of latency, where they are limited."""
         self._require_reachable()
 
@@ -48,12 +48,12 @@ class Limits:
         floor = self.floor
         missed = [name for name, limit in self.costs.items() if getattr(floor, name) > limit]
         if missed:
-            dense = self.profile.dense
+            whole = self.profile.original
             wanted = ", ".join(f"{name} <= {self.costs[name]:,.0f}" for name in missed)
             raise BudgetError(
-                f"no plan reaches {wanted} (of {dense.macs:,} macs, {dense.params:,} params): the "
-                f"cheapest reachable is {floor.macs:,} macs ({kept(floor.macs, dense.macs):.3f}) and "
-                f"{floor.params:,} params ({kept(floor.params, dense.params):.3f})"
+                f"no plan reaches {wanted} (of {whole.macs:,} macs, {whole.params:,} params): the "
+                f"cheapest reachable is {floor.macs:,} macs ({kept(floor.macs, whole.macs):.3f}) and "
+                f"{floor.params:,} params ({kept(floor.params, whole.params):.3f})"
                 + (". An int is absolute: 1.0 keeps all" if 1 in self.costs.values() else "")
             )
 
@@ -81,14 +81,14 @@ class Limits:
             after: the next one, which breaks them; None where there was no step.
             maps: the kinds that were tried.
         """
-        dense = self.profile.dense
+        original = self.profile.original
         missed = ", ".join(
             f"{name} <= {self.costs[name]:{'.3f' if name == 'latency' else ',.0f'}}"
             for name in self.lacking(best.cost)
         )
         reached = (
-            f"{best.cost.macs:,} macs ({kept(best.cost.macs, dense.macs):.3f}), "
-            f"{best.cost.params:,} params ({kept(best.cost.params, dense.params):.3f})"
+            f"{best.cost.macs:,} macs ({kept(best.cost.macs, original.macs):.3f}), "
+            f"{best.cost.params:,} params ({kept(best.cost.params, original.params):.3f})"
             + (f", {best.cost.latency:.3f} of the latency" if "latency" in self.costs else "")
             + f" at divergence {best.mean:.4g}"
         )
@@ -117,7 +117,7 @@ class Limits:
 
     def share(self, cost: Cost) -> float:
         """Return the share of what was asked that is still to be saved, 1 to 0."""
-        original = self.profile.dense.model_copy(update={"latency": 1.0})
+        original = self.profile.original.model_copy(update={"latency": 1.0})
         asked, left = self.lacking(original), self.lacking(cost)
         return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
 

@@ -59,5 +59,5 @@ def plan_saving(
 def network_cost(profile: Profile, plan: Plan, *, times: Sequence[Sequence[float]] = ()) -> Cost:
     """Return the cost of the network under a plan; the share of latency is an estimate."""
     replacements = without_unread(Solution(plan, {}), profile).plan.replacements
-    original = profile.dense.model_copy(update={"latency": 1.0})
+    original = profile.original.model_copy(update={"latency": 1.0})
     return original - plan_saving([p.chain for p in profile.chains], replacements, times=times)

@@ -47,9 +47,9 @@ def paper_span(profile: Profile, macs: int) -> Solution | None:
         chain, alike = profiled.chain, profiled.similarity("redundancy")
         for start, stop in chain.spans(profile.window):
             mapped = SPAN.choice(chain, start, stop, spec)
-            left = profile.dense.macs - plan_saving([chain], [mapped]).macs
+            left = profile.original.macs - plan_saving([chain], [mapped]).macs
             order = max(left - macs, 0), stop - start, -float(alike[start, stop])
-            if left < profile.dense.macs:
+            if left < profile.original.macs:
                 sites.append((order, profiled, (start, stop)))
     if not sites:
         return None

@@ -23,7 +23,7 @@ class Solution:
     plan: Plan
     tensors: dict[str, Tensor]
     points: tuple[Solution, ...] = ()
-    """The networks on the way from the original one, in the order in which they were found."""
+    """The networks on the way from the original, in the order in which they were found."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _main(model: nn.Module, recording: Recording, named: dict[Path, fx.Node]) ->
         dtypes = ", ".join(str(n.meta["dtype"]) for n in recording.outputs.values()) or "no tensor"
         raise ModelError(
             f"the output of {kind} holds no floating-point tensor ({dtypes}): there is nothing to "
-            "measure a slim network by"
+            "measure a compressed network by"
         )
     path, node = next(iter(named.items()))
     shape = node.meta["shape"]

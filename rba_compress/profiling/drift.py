@@ -1,6 +1,6 @@
 """Whether later data are like what a network was calibrated on, by the streams between its blocks.
 
-At every boundary that a slim network still has, the rows x (T, d) of a sample are laid along the
+At every boundary that a compressed network still has, the rows x (T, d) of a sample are laid along the
 principal directions of the rows that were profiled, in units of their standard deviations, so that rows
 of that distribution have mean 0 and covariance I. Of each sample that leaves
 
@@ -122,7 +122,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Usual:
-    """What held-out samples look like inside of a slim network."""
+    """What held-out samples look like inside of a compressed network."""
 
     places: tuple[Place, ...]
     held: Tensor
@@ -130,7 +130,7 @@ class Usual:
 
     @classmethod
     def of(
-        cls, slim: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
+        cls, compressed: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
     ) -> Usual | None:
         """From held-out batches; those of several ranks count together. None where no boundary has
         rows of its own for each sample."""
@@ -139,15 +139,15 @@ class Usual:
         if not places:
             return None
         bare = cls(places, torch.zeros(0, sum(p.count for p in places), dtype=torch.float64))
-        own = torch.cat([bare.held, *(bare.numbers(slim, batch) for batch in batches)])
+        own = torch.cat([bare.held, *(bare.numbers(compressed, batch) for batch in batches)])
         return cls(places, torch.cat(current().gathered(own)))
 
-    def numbers(self, slim: nn.Module, batch: Batch) -> Tensor:
+    def numbers(self, compressed: nn.Module, batch: Batch) -> Tensor:
         """Of every sample of a batch, place by place: (N, numbers) float64, on the CPU."""
         chains = list({place.chain.name: place.chain for place in self.places}.values())
-        moved = batch.to(slim)
-        with evaluating(slim):
-            streams = observe(slim, chains, moved).streams
+        moved = batch.to(compressed)
+        with evaluating(compressed):
+            streams = observe(compressed, chains, moved).streams
         seen = {chain.name: found for chain, found in zip(chains, streams, strict=True)}
         found = [
             place.numbers(
@@ -159,9 +159,9 @@ class Usual:
         ]
         return torch.cat(found, 1)
 
-    def shift(self, slim: nn.Module, batch: Batch) -> Shift:
+    def shift(self, compressed: nn.Module, batch: Batch) -> Shift:
         """How far a batch is from them."""
-        return self.judged(self.numbers(slim, batch))
+        return self.judged(self.numbers(compressed, batch))
 
     def judged(self, numbers: Tensor) -> Shift:
         """How far samples of these numbers are from them."""
@@ -188,7 +188,7 @@ class Usual:
 
 
 def _places(plan: Plan, chains: Sequence[ChainProfile]) -> Iterator[Place]:
-    """The boundaries that a slim network has: not those inside of a span that is replaced."""
+    """The boundaries that a compressed network has: not those inside of a span that is replaced."""
     for profiled in chains:
         spans = [r for r in plan.replacements if r.chain == profiled.chain.name]
         gone = {b for r in spans for b in range(r.start + 1, r.stop)}

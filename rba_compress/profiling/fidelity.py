@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,20 +27,25 @@ from rba_compress.core.schema import Frozen
 from rba_compress.linalg.moments import Spread, Total
 
 Function = Callable[[Any, Any, Batch], Tensor]
-"""A divergence of one's own: the outputs of the dense and of the slim network, as they return them, and
+"""A divergence of one's own: the outputs of the original and of the compressed network as they are, and
 the batch -> the divergence of each sample, (N,), at least 0."""
 
 DIVERGENCES = {
-    "kl": "KL divergence to dense (nats)",
-    "bernoulli": "Bernoulli KL to dense (nats)",
-    "nse": "squared error to dense",
-    "cosine": "1 - cosine to dense",
-    "given": "divergence to dense",
+    "kl": "KL divergence to original (nats)",
+    "bernoulli": "Bernoulli KL to original (nats)",
+    "nse": "squared error to original",
+    "cosine": "1 - cosine to original",
+    "given": "divergence to original",
 }
 
 
 class Fidelity(Frozen):
-    """The slim network against the dense one, on samples that nothing was chosen on."""
+    """The compressed network against the original, on samples that nothing was chosen on."""
+
+    former: ClassVar[Mapping[str, str]] = {
+        "accuracy_dense": "accuracy_original",
+        "accuracy_slim": "accuracy_compressed",
+    }
 
     samples: int
     kind: Divergence
@@ -59,9 +64,9 @@ class Fidelity(Frozen):
     agreement_high: float | None = None
     cosine: float
     """Mean cosine of the two outputs."""
-    accuracy_dense: float | None
+    accuracy_original: float | None
     """None where no labels came."""
-    accuracy_slim: float | None
+    accuracy_compressed: float | None
     drop_low: float | None = None
     """The 95 % interval of `accuracy_drop`, of samples in pairs."""
     drop_high: float | None = None
@@ -69,9 +74,9 @@ class Fidelity(Frozen):
     @property
     def accuracy_drop(self) -> float | None:
         """None where no labels came."""
-        if self.accuracy_dense is None or self.accuracy_slim is None:
+        if self.accuracy_original is None or self.accuracy_compressed is None:
             return None
-        return self.accuracy_dense - self.accuracy_slim
+        return self.accuracy_original - self.accuracy_compressed
 
 
 def require_labels(labels: Tensor | None, classes: int) -> None:
@@ -91,8 +96,8 @@ def require_labels(labels: Tensor | None, classes: int) -> None:
 
 def divergence(
     kind: Divergence,
-    dense: Tensor,
-    slim: Tensor,
+    original: Tensor,
+    compressed: Tensor,
     counted: Tensor | None = None,
     *,
     probabilities: bool = False,
@@ -109,54 +114,62 @@ def divergence(
 
     Args:
         kind: all but `given`.
-        dense, slim: (N, ..., classes or features).
+        original, compressed: (N, ..., classes or features).
         counted: (N, T) of outputs (N, T, ...), true at the positions that count: not at padding.
         probabilities: whether the outputs are P or s, no scores.
         scale: as in `JudgedOutput`.
     """
     if kind in ("kl", "bernoulli"):
         each = _token_kl if kind == "kl" else _label_kl
-        if dense.ndim <= 2:
-            return each(dense.reshape(len(dense), -1), slim.reshape(len(slim), -1), probabilities)
+        if original.ndim <= 2:
+            return each(
+                original.reshape(len(original), -1),
+                compressed.reshape(len(compressed), -1),
+                probabilities,
+            )
         # Sample by sample: copies of all logits of a language model are more than the network.
-        rows = [each(p, q, probabilities) for p, q in zip(dense, slim, strict=True)]
-        values = torch.stack(rows).reshape(len(dense), -1)
+        rows = [each(p, q, probabilities) for p, q in zip(original, compressed, strict=True)]
+        values = torch.stack(rows).reshape(len(original), -1)
         weight = torch.ones_like(values) if counted is None else counted.to(values)
         weight = weight.reshape(values.shape)
         return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
-    dense, slim = dense.double(), slim.double()
-    numbers = torch.full((len(dense),), dense[:1].numel(), dtype=torch.float64, device=dense.device)
+    original, compressed = original.double(), compressed.double()
+    numbers = torch.full(
+        (len(original),), original[:1].numel(), dtype=torch.float64, device=original.device
+    )
     if counted is not None:
-        kept = counted.reshape(*counted.shape, *[1] * (dense.ndim - 2))
-        dense, slim = dense * kept, slim * kept
+        kept = counted.reshape(*counted.shape, *[1] * (original.ndim - 2))
+        original, compressed = original * kept, compressed * kept
         numbers = counted.double().mean(1) * numbers
-    dense, slim = dense.reshape(len(dense), -1), slim.reshape(len(slim), -1)
-    tiny = torch.finfo(dense.dtype).tiny
+    original, compressed = original.reshape(len(original), -1), compressed.reshape(len(compressed), -1)
+    tiny = torch.finfo(original.dtype).tiny
     if kind == "cosine":
-        return 1 - torch.cosine_similarity(dense, slim, eps=tiny)
-    power = dense.square().sum(1) if scale is None else scale * numbers
-    return (dense - slim).square().sum(1) / power.clamp_min(tiny)
+        return 1 - torch.cosine_similarity(original, compressed, eps=tiny)
+    power = original.square().sum(1) if scale is None else scale * numbers
+    return (original - compressed).square().sum(1) / power.clamp_min(tiny)
 
 
-def _token_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
-    """KL(dense || slim) over the last dimension, in float64.
+def _token_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tensor:
+    """KL(original || compressed) over the last dimension, in float64.
 
     Over a vocabulary in float32, good to 1e-6: there float64 takes as long as the network.
     """
-    wide = torch.float32 if dense.shape[-1] > 4096 else torch.float64
-    dense, slim = dense.to(wide), slim.to(wide)
+    wide = torch.float32 if original.shape[-1] > 4096 else torch.float64
+    original, compressed = original.to(wide), compressed.to(wide)
     if probabilities:
-        dense, slim = (t.clamp_min(torch.finfo(wide).tiny).log() for t in (dense, slim))
-    log_p, log_q = dense.log_softmax(-1), slim.log_softmax(-1)
+        original, compressed = (
+            t.clamp_min(torch.finfo(wide).tiny).log() for t in (original, compressed)
+        )
+    log_p, log_q = original.log_softmax(-1), compressed.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
 
 
-def _label_kl(dense: Tensor, slim: Tensor, probabilities: bool) -> Tensor:
-    """KL(dense || slim) of independent Bernoulli variables, summed over the last dimension, float64."""
+def _label_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tensor:
+    """KL(original || compressed) of independent Bernoulli variables, summed over the last dimension."""
     if probabilities:
-        low = torch.finfo(dense.dtype).eps  # a sigmoid in float32 is 1 from 17 on
-        dense, slim = (t.double().clamp(low, 1 - low).logit() for t in (dense, slim))
-    p, q = dense.double(), slim.double()
+        low = torch.finfo(original.dtype).eps  # a sigmoid in float32 is 1 from 17 on
+        original, compressed = (t.double().clamp(low, 1 - low).logit() for t in (original, compressed))
+    p, q = original.double(), compressed.double()
     each = p.sigmoid() * (p - q) - nn.functional.softplus(p) + nn.functional.softplus(q)
     return each.clamp_min(0).sum(-1)
 
@@ -186,11 +199,11 @@ class Criterion:
         rows = {name: t for name, t in tensors.items() if t.ndim and t.shape[:1] == samples}
         return rows or tensors
 
-    def each(self, dense: Any, slim: Any, batch: Batch) -> dict[str, Tensor]:
+    def each(self, original: Any, compressed: Any, batch: Batch) -> dict[str, Tensor]:
         """The divergence of each sample in each output, (N,) float64.
 
         Args:
-            dense, slim: what `kept` gave.
+            original, compressed: what `kept` gave.
             batch: what they were computed from; padding in its mask does not count.
 
         Raises:
@@ -198,20 +211,20 @@ class Criterion:
         """
         if self.function is None:
             judged = {output.name: output for output in self.outputs}
-            samples = len(next(iter(dense.values())))  # the main output has one row for each
+            samples = len(next(iter(original.values())))  # the main output has one row for each
             found = {}
-            for name, a in dense.items():
+            for name, a in original.items():
                 how = judged.get(name) or JudgedOutput(name=name, divergence=self.kind)
                 found[name] = divergence(
                     how.divergence,
                     per_sample(a, samples),
-                    per_sample(slim[name], samples),
+                    per_sample(compressed[name], samples),
                     real_tokens(batch, a),
                     probabilities=how.probabilities,
                     scale=how.scale,
                 )
             return found
-        given = self.function(dense, slim, batch)
+        given = self.function(original, compressed, batch)
         if not isinstance(given, Tensor) or given.shape != (len(batch),):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ActivationError(
@@ -219,18 +232,18 @@ class Criterion:
             )
         return {"": given.double()}
 
-    def __call__(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+    def __call__(self, original: Any, compressed: Any, batch: Batch) -> Tensor:
         """The divergence of each sample, (N,) float64; of several outputs, their sum. As `each`."""
-        return torch.stack([*self.each(dense, slim, batch).values()]).sum(0)
+        return torch.stack([*self.each(original, compressed, batch).values()]).sum(0)
 
     @property
     def scores(self) -> bool:
         """Whether the main output is of classes or labels."""
         return self.kind in ("kl", "bernoulli")
 
-    def scored(self, dense: Any, slim: Any, batch: Batch) -> Tensor:
+    def scored(self, original: Any, compressed: Any, batch: Batch) -> Tensor:
         """What the main outputs are worth, (N, 3) float64 as `scored`; NaN where they are no scores."""
-        (a, *_), (b, *_) = dense.values(), slim.values()
+        (a, *_), (b, *_) = original.values(), compressed.values()
         if not self.scores:
             return torch.full((len(a), 3), torch.nan, dtype=torch.float64)
         flags = [each.probabilities for each in self.outputs[:1]]
@@ -330,8 +343,8 @@ def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
 
 def scored(
     kind: Divergence,
-    dense: Tensor,
-    slim: Tensor,
+    original: Tensor,
+    compressed: Tensor,
     labels: Tensor | None,
     counted: Tensor | None = None,
     *,
@@ -354,11 +367,11 @@ def scored(
         LoaderError: as `require_labels`.
     """
     if kind == "kl":
-        first, second = dense.argmax(-1), slim.argmax(-1)
-        if labels is not None and labels.ndim > 1 and labels.shape == dense.shape:
+        first, second = original.argmax(-1), compressed.argmax(-1)
+        if labels is not None and labels.ndim > 1 and labels.shape == original.shape:
             labels = labels.argmax(-1)  # one-hot
     else:
-        first, second = (t > (0.5 if probabilities else 0) for t in (dense, slim))
+        first, second = (t > (0.5 if probabilities else 0) for t in (original, compressed))
     equal = (first == second).double().reshape(len(first), -1)
     weight = torch.ones_like(equal)
     if counted is not None:
@@ -368,7 +381,7 @@ def scored(
     right = [torch.full_like(agreed, torch.nan)] * 2
     if labels is not None and labels.numel() == first.numel() and len(labels) == len(first):
         if kind == "kl":
-            require_labels(labels, dense.shape[-1])
+            require_labels(labels, original.shape[-1])
         known = labels.to(first.device).reshape(first.shape)
         right = [
             (each == known.to(each.dtype)).double().reshape(len(first), -1).mean(1)
@@ -384,8 +397,8 @@ class Tally:
     samples: int = 0
     agreed: float = 0.0
     labelled: int = 0
-    right_dense: float = 0.0
-    right_slim: float = 0.0
+    right_original: float = 0.0
+    right_compressed: float = 0.0
 
     def add(self, rows: Tensor) -> None:
         """Count one batch of what `scored` gives, (N, 3)."""
@@ -394,8 +407,8 @@ class Tally:
         self.agreed += float(agreed.sum())
         if not bool(first.isnan().any()):
             self.labelled += len(first)
-            self.right_dense += float(first.sum())
-            self.right_slim += float(second.sum())
+            self.right_original += float(first.sum())
+            self.right_compressed += float(second.sum())
 
     def merged(self, total: Total) -> Tally:
         """The counts of all processes."""
@@ -414,16 +427,16 @@ class Tally:
 
     @property
     def accuracy_drop(self) -> float | None:
-        """What the slim network gets right less, as a share."""
-        return self.accuracy(self.right_dense - self.right_slim)
+        """What the compressed network gets right less, as a share."""
+        return self.accuracy(self.right_original - self.right_compressed)
 
 
 @dataclass(frozen=True)
 class Compared:
     """One batch of outputs against another, sample by sample."""
 
-    dense: Any
-    slim: Any
+    original: Any
+    compressed: Any
     batch: Batch
     rows: Tensor
     """(N, 5) float64 on the CPU: divergence, cosine, and what `scored` gives; NaN where not known."""
@@ -434,7 +447,7 @@ def compare_outputs(
     outputs: Iterable[tuple[Any, Any, Batch]],
     watch: Callable[[Compared], None] | None = None,
 ) -> Fidelity:
-    """Compare batches of (dense output, slim output, batch), those of all ranks together.
+    """Compare batches of (original output, compressed output, batch), those of all ranks together.
 
     Accuracy is reported where every batch has labels and the outputs are class scores.
 
@@ -444,10 +457,10 @@ def compare_outputs(
     how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
     found: list[Tensor] = []
     means: dict[str, Tensor] = {}
-    for dense, slim, batch in outputs:
+    for original, compressed, batch in outputs:
         judged = how if how.function is None else Criterion("nse")
-        a, b = (_on_cpu(judged.kept(output)) for output in (dense, slim))
-        each = how.each(a, b, batch) if how.function is None else how.each(dense, slim, batch)
+        a, b = (_on_cpu(judged.kept(output)) for output in (original, compressed))
+        each = how.each(a, b, batch) if how.function is None else how.each(original, compressed, batch)
         each = {name: values.cpu() for name, values in each.items()}
         for name, values in each.items():
             means[name] = torch.cat([means.get(name, values[:0]), values])
@@ -456,7 +469,7 @@ def compare_outputs(
         columns.append(how.scored(a, b, batch))
         found.append(torch.cat(columns, 1))
         if watch is not None:
-            watch(Compared(dense, slim, batch, found[-1]))
+            watch(Compared(original, compressed, batch, found[-1]))
     rows = torch.cat(current().gathered(torch.cat([torch.zeros(0, 5, dtype=torch.float64), *found])))
     diverged, cosine, agreed, *right = rows.unbind(1)
     low, high = interval(diverged)
@@ -475,8 +488,8 @@ def compare_outputs(
         agreement_low=agreed_low,
         agreement_high=agreed_high,
         cosine=float(cosine.mean()),
-        accuracy_dense=_known_mean(right[0]),
-        accuracy_slim=_known_mean(right[1]),
+        accuracy_original=_known_mean(right[0]),
+        accuracy_compressed=_known_mean(right[1]),
         drop_low=drop_low,
         drop_high=drop_high,
     )
@@ -506,8 +519,8 @@ def interval(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def fidelity(
-    dense: nn.Module,
-    slim: nn.Module,
+    original: nn.Module,
+    compressed: nn.Module,
     batches: Iterable[Batch],
     criterion: Criterion | Divergence,
     watch: Callable[[Compared], None] | None = None,
@@ -519,16 +532,16 @@ def fidelity(
 
     Raises:
         ModelError: a forward pass fails.
-        ActivationError: the output of the dense network holds NaN or infinity.
+        ActivationError: the output of the original network holds NaN or infinity.
     """
 
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:
         for batch in batches:
-            moved = batch.to(dense)
-            wanted = ran(dense, moved)
+            moved = batch.to(original)
+            wanted = ran(original, moved)
             if not all(bool(t.isfinite().all()) for t in float_outputs(wanted).values()):
                 raise ActivationError("the model's output holds NaN or infinity on held-out samples")
-            yield wanted, ran(slim, batch.to(slim)), moved
+            yield wanted, ran(compressed, batch.to(compressed)), moved
 
-    with evaluating(dense), evaluating(slim):
+    with evaluating(original), evaluating(compressed):
         return compare_outputs(criterion, outputs(), watch)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,13 +20,15 @@ from rba_compress.graph.activations import observe
 
 
 class Latency(Frozen):
-    """A paired comparison: dense, slim, dense, slim, ... in one run."""
+    """A paired comparison: original, compressed, original, compressed, ... in one run."""
 
-    dense_ms: float
-    """Median of the dense runs."""
-    slim_ms: float
+    former: ClassVar[Mapping[str, str]] = {"dense_ms": "original_ms", "slim_ms": "compressed_ms"}
+
+    original_ms: float
+    """Median of the original runs."""
+    compressed_ms: float
     ratio: float
-    """Median of slim/dense, pair by pair."""
+    """Median of compressed/dense, pair by pair."""
     ratio_low: float
     """Its quartiles."""
     ratio_high: float
@@ -37,20 +39,20 @@ class Latency(Frozen):
 
 
 def benchmark(
-    dense: nn.Module, slim: nn.Module, example: Any, *, seconds: float = 1.0, pairs: int = 7
+    original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float = 1.0, pairs: int = 7
 ) -> Latency:
     """Time two networks in pairs on one batch, after a warm-up of two.
 
     Args:
-        dense, slim: on one device, in any mode; they run in eval mode.
+        original, compressed: on one device, in any mode; they run in eval mode.
         example: one batch in any form that a loader may yield.
         seconds: go on for about as long.
         pairs: but take at least so many, and no fewer than 2.
     """
-    batch = batch_of(dense, example)
-    inputs = {id(dense): batch.to(dense), id(slim): batch.to(slim)}
-    device = device_of(dense)
-    clock = _clock(dense)
+    batch = batch_of(original, example)
+    inputs = {id(original): batch.to(original), id(compressed): batch.to(compressed)}
+    device = device_of(original)
+    clock = _clock(original)
 
     def once(model: nn.Module) -> float:
         start = clock()
@@ -59,18 +61,18 @@ def benchmark(
 
     times: list[tuple[float, float]] = []
     fast = torch.backends.mha.get_fastpath_enabled()
-    with evaluating(dense), evaluating(slim):
+    with evaluating(original), evaluating(compressed):
         torch.backends.mha.set_fastpath_enabled(fast)  # timed as they will be run
         for _ in range(2):
-            once(dense), once(slim)
+            once(original), once(compressed)
         end = time.perf_counter() + seconds
         while len(times) < max(pairs, 2) or time.perf_counter() < end:
-            times.append((once(dense), once(slim)))
-    ratios = [slim_time / dense_time for dense_time, slim_time in times]
+            times.append((once(original), once(compressed)))
+    ratios = [compressed_time / original_time for original_time, compressed_time in times]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Latency(
-        dense_ms=1e3 * statistics.median(t for t, _ in times),
-        slim_ms=1e3 * statistics.median(t for _, t in times),
+        original_ms=1e3 * statistics.median(t for t, _ in times),
+        compressed_ms=1e3 * statistics.median(t for _, t in times),
         ratio=middle,
         ratio_low=low,
         ratio_high=high,

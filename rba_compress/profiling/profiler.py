@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import JsonValue
@@ -45,13 +45,15 @@ EVERY = 30.0
 class SavedProfile(Frozen):
     """The JSON header of a saved profile."""
 
+    former: ClassVar[Mapping[str, str]] = {"dense": "original"}
+
     schema_version: Literal[3] = 3
     model: str
     weights: str
     chains: tuple[Chain, ...]
     window: int | None
     refusals: tuple[Refusal, ...]
-    dense: Cost
+    original: Cost
     divergence: Divergence
     outputs: tuple[JudgedOutput, ...]
     form: Form
@@ -87,7 +89,7 @@ class Profile:
     """SHA-256 of its weights."""
     chains: tuple[ChainProfile, ...]
     refusals: tuple[Refusal, ...]
-    dense: Cost
+    original: Cost
     criterion: Criterion
     """What the search minimises."""
     samples: int
@@ -119,7 +121,7 @@ class Profile:
         Raises:
             PlanError: they are of other weights, chains, settings or batch sizes.
         """
-        for what in ("model", "weights", "window", "config", "dense", "form"):
+        for what in ("model", "weights", "window", "config", "original", "form"):
             if getattr(self, what) != getattr(other, what):
                 raise PlanError(f"the two profiles differ in their {what}: profile both alike")
         kinds = [[(o.name, o.divergence) for o in p.criterion.outputs] for p in (self, other)]
@@ -185,7 +187,7 @@ class Profile:
         chains = ", ".join(f"{p.chain.name} ({len(p.chain)} blocks)" for p in self.chains)
         return (
             f"Profile({self.model}: {chains}; {self.samples} samples, "
-            f"{self.dense.macs / 1e6:.1f} MMACs, {self.dense.params / 1e6:.2f} M parameters)"
+            f"{self.original.macs / 1e6:.1f} MMACs, {self.original.params / 1e6:.2f} M parameters)"
         )
 
     def _repr_html_(self) -> str:
@@ -300,7 +302,7 @@ def profile(
         weights=weights,
         chains=states,
         refusals=support.refusals,
-        dense=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
+        original=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
         criterion=scales.merged(),
         samples=samples,
         config=config,

@@ -1,11 +1,12 @@
-"""The samples on which a slim network's output is farthest from the dense one's, to look at."""
+"""The samples on which a compressed network's output is farthest from the original's, to look at."""
 
 from __future__ import annotations
 
 import base64
 import heapq
 import io
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ _PIXELS = 112
 
 
 class Changed(Frozen):
-    """A sample whose output the slim network changed."""
+    """A sample whose output the compressed network changed."""
+
+    former: ClassVar[Mapping[str, str]] = {"dense": "original", "slim": "compressed"}
 
     divergence: float
-    dense: int | None = None
-    """The class that the dense network gives; None where the output is no class scores."""
-    slim: int | None = None
+    original: int | None = None
+    """The class that the original network gives; None where the output is no class scores."""
+    compressed: int | None = None
     label: int | None = None
     picture: str = ""
     """A PNG as a data URI, where the input is an image."""
@@ -67,16 +70,16 @@ class MostChanged:
 
     def _changed(self, compared: Compared, row: int, divergence: float) -> Changed:
         scored = not bool(compared.rows[row, 2].isnan())
-        dense, slim = (
+        original, compressed = (
             self._top(main_output(output)[row]) if scored else None
-            for output in (compared.dense, compared.slim)
+            for output in (compared.original, compared.compressed)
         )
         labels = compared.batch.labels
         label = int(labels[row]) if labels is not None and labels[row].ndim == 0 else None
         return Changed(
             divergence=divergence,
-            dense=dense,
-            slim=slim,
+            original=original,
+            compressed=compressed,
             label=label,
             picture=self._picture(compared.batch, row),
         )

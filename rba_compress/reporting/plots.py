@@ -119,7 +119,7 @@ def plot_pareto(front: Sequence[Summary], kind: str = "kl") -> Figure:
         ]
         axes[0].errorbar(x, y, bars, fmt="none", ecolor="C0", capsize=3, label="95 % interval")
     for name in scores:
-        first = 1.0 if name == "agreement" else ours[0].accuracy_dense
+        first = 1.0 if name == "agreement" else ours[0].accuracy_original
         style = "o-" if name == "agreement" else "s:"
         axes[1].plot(macs, [first, *(getattr(row, name) for row in ours)], style, label=name)
         axes[1].set_ylabel("share of samples")
@@ -134,7 +134,7 @@ def plot_pareto(front: Sequence[Summary], kind: str = "kl") -> Figure:
     axes[0].set_ylabel(DIVERGENCES[kind])
     for axis in axes:
         axis.legend(frameon=False)
-        axis.set_xlabel("kept of the dense network")
+        axis.set_xlabel("kept of the original network")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     return figure

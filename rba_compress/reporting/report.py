@@ -7,8 +7,9 @@ of models and files is escaped, in the page and in its data.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -31,12 +32,14 @@ METHODS = {"ours": "this search", "paper": "the paper's map over one span", "hea
 class Report(Frozen):
     """Cost and fidelity, before and after, on samples that nothing was chosen on."""
 
+    former: ClassVar[Mapping[str, str]] = {"dense": "original", "slim": "compressed"}
+
     model: str
     plan: str
     samples: str
     """Which samples: the held-out part of the loader, or a test set."""
-    dense: Cost
-    slim: Cost
+    original: Cost
+    compressed: Cost
     fidelity: Fidelity
     latency: Latency
     forward_passes: float | None = None
@@ -55,10 +58,10 @@ class Report(Frozen):
         """Its measures, to draw them beside others'."""
         f, t = self.fidelity, self.latency
         return Summary(
-            macs=self.slim.macs,
-            macs_kept=round(kept(self.slim.macs, self.dense.macs), 5),
-            params=self.slim.params,
-            params_kept=round(kept(self.slim.params, self.dense.params), 5),
+            macs=self.compressed.macs,
+            macs_kept=round(kept(self.compressed.macs, self.original.macs), 5),
+            params=self.compressed.params,
+            params_kept=round(kept(self.compressed.params, self.original.params), 5),
             latency_ratio=round(t.ratio, 4),
             latency_low=round(t.ratio_low, 4),
             latency_high=round(t.ratio_high, 4),
@@ -66,8 +69,8 @@ class Report(Frozen):
             divergence_low=f.divergence_low,
             divergence_high=f.divergence_high,
             agreement=f.agreement,
-            accuracy=f.accuracy_slim,
-            accuracy_dense=f.accuracy_dense,
+            accuracy=f.accuracy_compressed,
+            accuracy_original=f.accuracy_original,
             samples=f.samples,
             plan=self.plan,
         )
@@ -86,9 +89,11 @@ class Report(Frozen):
         """Each measure: its name, before, after, and what is left of it."""
         f, t = self.fidelity, self.latency
         rows = []
-        if f.accuracy_dense is not None and f.accuracy_slim is not None:
-            share = f.accuracy_slim / f.accuracy_dense if f.accuracy_dense else None
-            rows.append(_row("accuracy", f"{f.accuracy_dense:.4f}", f"{f.accuracy_slim:.4f}", share))
+        if f.accuracy_original is not None and f.accuracy_compressed is not None:
+            share = f.accuracy_compressed / f.accuracy_original if f.accuracy_original else None
+            rows.append(
+                _row("accuracy", f"{f.accuracy_original:.4f}", f"{f.accuracy_compressed:.4f}", share)
+            )
         if f.agreement is not None:
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
         rows += [
@@ -99,11 +104,12 @@ class Report(Frozen):
                 if len(f.outputs) > 1
             ),
             _row("output cosine", "1", f"{f.cosine:.4f}"),
-            _row("parameters", f"{self.dense.params:,}", f"{self.slim.params:,}",
-                 kept(self.slim.params, self.dense.params)),
-            _row("MACs", f"{self.dense.macs:,}", f"{self.slim.macs:,}",
-                 kept(self.slim.macs, self.dense.macs)),
-            _row(f"latency, batch {t.batch}", f"{t.dense_ms:.2f} ms", f"{t.slim_ms:.2f} ms", t.ratio),
+            _row("parameters", f"{self.original.params:,}", f"{self.compressed.params:,}",
+                 kept(self.compressed.params, self.original.params)),
+            _row("MACs", f"{self.original.macs:,}", f"{self.compressed.macs:,}",
+                 kept(self.compressed.macs, self.original.macs)),
+            _row(f"latency, batch {t.batch}", f"{t.original_ms:.2f} ms", f"{t.compressed_ms:.2f} ms",
+                 t.ratio),
         ]  # fmt: skip
         return rows
 
@@ -226,8 +232,8 @@ def _headline(report: Report) -> str:
         f"{100 * s.macs_kept:.1f} % of its multiply-accumulates, {100 * s.params_kept:.1f} % of its "
         f"parameters, {s.latency_ratio:.2f} times its latency"
     )
-    if f.accuracy_dense is not None and f.accuracy_slim is not None:
-        text += f"; accuracy {f.accuracy_slim:.4f} where it was {f.accuracy_dense:.4f}"
+    if f.accuracy_original is not None and f.accuracy_compressed is not None:
+        text += f"; accuracy {f.accuracy_compressed:.4f} where it was {f.accuracy_original:.4f}"
     if f.agreement is not None:
         text += f"; {100 * f.agreement:.1f} % of predictions are the same"
     return f"{text}."
@@ -243,11 +249,11 @@ def _commands(row: Summary, report: Report) -> list[str]:
         case "ours":
             return [
                 f"result = compress(model, loader, budget=Budget(macs={share:g}))",
-                f"rba-compress compress {options} {files} --macs {share:g} --out slim/",
+                f"rba-compress compress {options} {files} --macs {share:g} --out compressed/",
             ]
         case "healed":
             return [
                 "healed = heal(result, loader, original=model)",
-                f"rba-compress heal slim/ {files} --out healed/",
+                f"rba-compress heal compressed/ {files} --out healed/",
             ]
     return ["# the paper's choice at this cost, beside which the others are drawn"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,9 +24,11 @@ Matrix = tuple[tuple[float | None, ...], ...]
 class Summary(Frozen):
     """One network's measures, under one name each; what was not measured is None."""
 
+    former: ClassVar[Mapping[str, str]] = {"accuracy_dense": "accuracy_original"}
+
     macs: int
     macs_kept: float
-    """Of the dense network's, as are `params_kept` and `latency_ratio`."""
+    """Of the original network's, as are `params_kept` and `latency_ratio`."""
     params: int
     params_kept: float
     latency_ratio: float
@@ -39,7 +41,7 @@ class Summary(Frozen):
     divergence_high: float | None
     agreement: float | None
     accuracy: float | None
-    accuracy_dense: float | None
+    accuracy_original: float | None
     samples: int
     plan: str
     method: Method = "ours"

@@ -106,19 +106,19 @@ def _flaw(
     A read-out is tried in its exact form, which leaves the output as it is, too.
     """
     exact, block = unit is READ_OUT, chain.blocks[b]
-    slim = copy_model(model, share=True)
+    compressed = copy_model(model, share=True)
     try:
-        cut = thin(slim, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
-        replace_blocks(slim, [block], cut)
-        with evaluating(model), evaluating(slim):
-            dense, found = main_output(batch.run(model)), main_output(batch.run(slim))
+        cut = thin(compressed, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        replace_blocks(compressed, [block], cut)
+        with evaluating(model), evaluating(compressed):
+            original, found = main_output(batch.run(model)), main_output(batch.run(compressed))
     except ModelError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
         return f"the thinned model fails: {type(error).__name__}: {error}"
-    if dense.shape != found.shape:
+    if original.shape != found.shape:
         return "the model's output has another shape without them"
-    allowed = min(1000 * torch.finfo(dense.dtype).eps, 0.05) * dense.abs().max()
-    if not bool((dense - found).abs().max() <= allowed) and bool(torch.isfinite(dense).all()):
+    allowed = min(1000 * torch.finfo(original.dtype).eps, 0.05) * original.abs().max()
+    if not bool((original - found).abs().max() <= allowed) and bool(torch.isfinite(original).all()):
         return "the model's output is another one without them"
     return None

@@ -44,7 +44,7 @@ def splice(
     Args:
         model: the network that the plan was made for, a plain module or a GraphModule.
         plan: what is replaced by what.
-        tensors: the fitted tensors of its maps, by their key in the slim model's state dict. They
+        tensors: the fitted tensors of its maps, by their key in the compressed model's state dict. They
             take the dtype and device of the block that they replace.
         inplace: rewrite `model` itself; otherwise it is left untouched and a deep copy is returned.
         traces: of the model's blocks, where some were traced before.

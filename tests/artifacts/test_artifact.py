@@ -37,26 +37,30 @@ DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
 
 
 @pytest.fixture
-def slim(result: Result, tmp_path: Path) -> Path:
-    save(result, tmp_path / "slim", architecture=DIGITS)
-    return tmp_path / "slim"
+def compressed(result: Result, tmp_path: Path) -> Path:
+    save(result, tmp_path / "compressed", architecture=DIGITS)
+    return tmp_path / "compressed"
 
 
 def test_what_is_saved_is_loaded_bit_equal(
-    slim: Path, result: Result, held_out: tuple[Tensor, Tensor], digits: nn.Module
+    compressed: Path, result: Result, held_out: tuple[Tensor, Tensor], digits: nn.Module
 ) -> None:
-    assert sorted(p.name for p in slim.iterdir()) == ["model.safetensors", "plan.json", "report.json"]
-    assert len({p.stat().st_mode for p in slim.iterdir()}) == 1
-    manifest = read_manifest(slim)
+    assert sorted(p.name for p in compressed.iterdir()) == [
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+    ]
+    assert len({p.stat().st_mode for p in compressed.iterdir()}) == 1
+    manifest = read_manifest(compressed)
     assert manifest.plan == result.plan
-    assert manifest.dense_weights == fingerprint(digits)
+    assert manifest.original_weights == fingerprint(digits)
     assert manifest.architecture == DIGITS
     told = result.report.model_copy(update={"changed": ()})  # no sample of a user's is written
     assert result.report.changed
-    assert read_report(slim) == told
-    assert Report.model_validate_json((slim / "report.json").read_text()).seal is not None
+    assert read_report(compressed) == told
+    assert Report.model_validate_json((compressed / "report.json").read_text()).seal is not None
     x = held_out[0]
-    for loaded in (load(slim), load(slim, model=digits_model(pretrained=False))):
+    for loaded in (load(compressed), load(compressed, original=digits_model(pretrained=False))):
         assert type(loaded) is type(result.model)
         assert torch.equal(loaded(x), result.model(x))
         assert not loaded.training
@@ -68,9 +72,9 @@ def test_other_dtypes_come_back_bit_equal(
 ) -> None:
     model = digits_model().to(dtype)
     found = compress(model, digits_loader[:1], budget=Budget(macs=0.8), config=LIGHT)
-    found.save(tmp_path / "slim", architecture=DIGITS)
+    found.save(tmp_path / "compressed", architecture=DIGITS)
     x = digits_loader[1][0].to(dtype)
-    loaded = load(tmp_path / "slim")
+    loaded = load(tmp_path / "compressed")
     assert loaded(x).dtype == dtype
     assert torch.equal(loaded(x), found.model(x))
 
@@ -78,13 +82,13 @@ def test_other_dtypes_come_back_bit_equal(
 def test_a_timm_model_tells_its_own_architecture(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "vit_tiny_patch16_224", num_classes=7, img_size=32, in_chans=1)
     data = [x.mean(1, keepdim=True) for x in images(30).split(10)]
-    compress(model, data, budget=Budget(macs=0.95), config=LIGHT).save(tmp_path / "slim")
-    known = read_manifest(tmp_path / "slim").architecture
+    compress(model, data, budget=Budget(macs=0.95), config=LIGHT).save(tmp_path / "compressed")
+    known = read_manifest(tmp_path / "compressed").architecture
     assert known == Architecture(
         name="vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         arguments={"num_classes": 7, "img_size": [32, 32], "in_chans": 1},
     )
-    assert load(tmp_path / "slim")(data[0]).shape == (10, 7)
+    assert load(tmp_path / "compressed")(data[0]).shape == (10, 7)
 
 
 def test_an_architecture_that_cannot_be_rebuilt_is_asked_for(tmp_path: Path) -> None:
@@ -93,11 +97,13 @@ def test_an_architecture_that_cannot_be_rebuilt_is_asked_for(tmp_path: Path) -> 
     data = list(images(30).split(10))
     found = compress(model, data, budget=Budget(macs=0.8), config=LIGHT)
     with pytest.warns(UserWarning, match=r"is not this network .* pass save\(architecture=...\), or"):
-        found.save(tmp_path / "slim")
-    assert read_manifest(tmp_path / "slim").architecture is None
-    with pytest.raises(ArtifactError, match=r"how to build a VisionTransformer: pass the dense arch"):
-        load(tmp_path / "slim")
-    loaded = load(tmp_path / "slim", model=model)
+        found.save(tmp_path / "compressed")
+    assert read_manifest(tmp_path / "compressed").architecture is None
+    with pytest.raises(
+        ArtifactError, match=r"how to build a VisionTransformer: pass the original arch"
+    ):
+        load(tmp_path / "compressed")
+    loaded = load(tmp_path / "compressed", original=model)
     assert torch.equal(loaded(data[0]), found.model(data[0]))
 
 
@@ -107,7 +113,7 @@ def test_the_users_own_class_and_a_graph_module(tmp_path: Path) -> None:
         found = compress(form, loader(), budget=Budget(macs=0.8))
         found.save(tmp_path / name)
         before = {k: v.clone() for k, v in form.state_dict().items()}
-        loaded = load(tmp_path / name, model=form)
+        loaded = load(tmp_path / name, original=form)
         assert torch.equal(loaded(rows(5)), found.model(rows(5)))
         assert all(torch.equal(v, before[k]) for k, v in form.state_dict().items())
 
@@ -121,10 +127,10 @@ class Tied(Chain):
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     found = compress(seeded(Tied), loader(), budget=Budget(macs=0.8))
-    found.save(tmp_path / "slim")
-    stored = load_file(tmp_path / "slim" / "model.safetensors")
+    found.save(tmp_path / "compressed")
+    stored = load_file(tmp_path / "compressed" / "model.safetensors")
     assert "head.weight" not in stored
-    loaded = load(tmp_path / "slim", model=seeded(Tied))
+    loaded = load(tmp_path / "compressed", original=seeded(Tied))
     assert loaded.head.weight is loaded.stem.weight
     assert torch.equal(loaded(rows(5)), found.model(rows(5)))
 
@@ -134,10 +140,10 @@ def test_a_wrong_architecture_is_refused_before_anything_is_written(
 ) -> None:
     wrong = Architecture(name=ARCHITECTURE, arguments={**ARGUMENTS, "num_heads": 2})
     with pytest.raises(WeightsError, match="is not this network: its outputs differ"):
-        result.save(tmp_path / "slim", architecture=wrong)
+        result.save(tmp_path / "compressed", architecture=wrong)
     other = Architecture(name="resnet18")
     with pytest.raises(WeightsError, match="is not this network: PlanError: .* has no block"):
-        result.save(tmp_path / "slim", architecture=other)
+        result.save(tmp_path / "compressed", architecture=other)
     with pytest.raises(WeightsError, match="timm cannot build 'no_such_net'"):
         Architecture(name="no_such_net").build()
     assert not list(tmp_path.iterdir())
@@ -162,53 +168,53 @@ def test_a_save_that_is_cut_off_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rba_compress.core.io.flush", full)
-    with pytest.raises(ArtifactError, match=r"cannot write .*slim: .*No space left on device"):
-        result.save(tmp_path / "slim", architecture=DIGITS)
+    with pytest.raises(ArtifactError, match=r"cannot write .*compressed: .*No space left on device"):
+        result.save(tmp_path / "compressed", architecture=DIGITS)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_artefact_is_named(slim: Path) -> None:
-    weights = slim / "model.safetensors"
+def test_a_damaged_artefact_is_named(compressed: Path) -> None:
+    weights = compressed / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"model.safetensors is not what was saved \(its SHA-256"):
-        load(slim)
+        load(compressed)
     weights.unlink()
     with pytest.raises(ArtifactError, match="model.safetensors is missing: the artefact is incomplete"):
-        load(slim)
+        load(compressed)
 
 
-def test_a_newer_a_foreign_and_no_manifest_are_named(slim: Path, tmp_path: Path) -> None:
-    manifest = slim / "plan.json"
+def test_a_newer_a_foreign_and_no_manifest_are_named(compressed: Path, tmp_path: Path) -> None:
+    manifest = compressed / "plan.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"schema_version": 7}))
     with pytest.raises(ArtifactError, match="has schema 7, this version reads up to 6: upgrade"):
-        load(slim)
+        load(compressed)
     old = {k: v for k, v in content.items() if k not in ("seal", "folded", "probe")}
     old["architecture"] = {k: v for k, v in old["architecture"].items() if k != "library"}
     manifest.write_text(json.dumps(old | {"schema_version": 2}))
-    assert load(slim)
+    assert load(compressed)
     manifest.write_text(json.dumps(old))
     with pytest.raises(ArtifactError, match=r"plan.json is not what was saved \(its seal does not fit"):
-        load(slim)
+        load(compressed)
     manifest.write_text('{"spans": []}')
     with pytest.raises(ArtifactError, match=r"plan.json is not a manifest"):
-        load(slim)
+        load(compressed)
     manifest.write_text("[")
     with pytest.raises(ArtifactError, match=r"plan.json is not a manifest that this version reads"):
-        load(slim)
+        load(compressed)
     with pytest.raises(ArtifactError, match=r"plan.json is unreadable: .*No such file"):
         load(tmp_path / "nothing")
 
 
-def test_another_model_is_refused(slim: Path) -> None:
+def test_another_model_is_refused(compressed: Path) -> None:
     with pytest.raises(PlanError, match="Chain has no block 'blocks"):
-        load(slim, model=seeded(Chain, depth=2))
+        load(compressed, original=seeded(Chain, depth=2))
     with pytest.raises((PlanError, WeightsError), match=r"has no layer 'blocks|does not fit a Chain"):
-        load(slim, model=seeded(Chain, depth=12))
+        load(compressed, original=seeded(Chain, depth=12))
     wider = timm.create_model(ARCHITECTURE, **{**ARGUMENTS, "num_classes": 11})
     with pytest.raises(WeightsError, match=r"does not fit a VisionTransformer: 2 of another shape"):
-        load(slim, model=wider)
+        load(compressed, original=wider)
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
@@ -247,18 +253,18 @@ def test_a_pickle_is_never_unpickled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [pickle.dumps({"head.bias": 1}), b"", b"\x10" + b"\0" * 7 + b"{}"])
 def test_weights_that_are_no_safetensors_are_named_whatever_their_hash(
-    content: bytes, slim: Path
+    content: bytes, compressed: Path
 ) -> None:
     """A pickle, an empty and a truncated file, in a manifest that a forger has sealed anew."""
-    (slim / "model.safetensors").write_bytes(content)
-    manifest = read_manifest(slim)
-    hashes = manifest.sha256 | {"model.safetensors": sha256(slim / "model.safetensors")}
+    (compressed / "model.safetensors").write_bytes(content)
+    manifest = read_manifest(compressed)
+    hashes = manifest.sha256 | {"model.safetensors": sha256(compressed / "model.safetensors")}
     forged = manifest.model_copy(update={"sha256": hashes, "seal": BLANK})
-    (slim / "plan.json").write_bytes(sealed(forged.model_dump_json(indent=2)))
+    (compressed / "plan.json").write_bytes(sealed(forged.model_dump_json(indent=2)))
     with pytest.raises(WeightsError, match="model.safetensors is not a readable safetensors file"):
-        load(slim)
+        load(compressed)
     with pytest.raises(ArtifactError, match="does not load: .* is not a readable safetensors file"):
-        verify(slim)
+        verify(compressed)
 
 
 def test_a_result_is_a_value(result: Result) -> None:
@@ -282,10 +288,10 @@ def test_buffers_that_no_state_dict_holds_keep_their_dtype(tmp_path: Path) -> No
     model = seeded(Buffered).to(torch.bfloat16)
     model.shift = torch.linspace(0, 1, 4)
     found = compress(model, loader(), budget=Budget(macs=0.8))
-    found.save(tmp_path / "slim")
+    found.save(tmp_path / "compressed")
     x = rows(5).to(torch.bfloat16)
     for skeleton in (model, seeded(Buffered)):
-        loaded = load(tmp_path / "slim", model=skeleton)
+        loaded = load(tmp_path / "compressed", original=skeleton)
         assert loaded.shift.dtype == torch.float32
         assert torch.equal(loaded(x), found.model(x))
 
@@ -295,18 +301,21 @@ def test_a_fit_without_a_finite_condition_is_saved_and_read(tmp_path: Path) -> N
     found = compress(model, loader(20), budget=Budget(macs=0.8), config=Config(maps=("linear",)))
     conditions = [r.diagnostics.condition for r in found.plan.replacements if r.diagnostics]
     assert float("inf") in conditions
-    found.save(tmp_path / "slim")
-    assert read_manifest(tmp_path / "slim").plan == found.plan
-    assert load(tmp_path / "slim", model=model)
+    found.save(tmp_path / "compressed")
+    assert read_manifest(tmp_path / "compressed").plan == found.plan
+    assert load(tmp_path / "compressed", original=model)
 
 
-def test_base_must_be_the_network_that_was_compressed(tmp_path: Path) -> None:
+def test_a_whole_artefact_takes_any_weights_and_a_delta_those_of_its_original(tmp_path: Path) -> None:
     model = seeded(Chain)
     found = compress(model, loader(), budget=Budget(macs=0.8))
-    found.save(tmp_path / "slim")
-    assert torch.equal(load(tmp_path / "slim", base=model)(rows(3)), found.model(rows(3)))
-    assert load(tmp_path / "slim", model=nn.DataParallel(model))
+    found.save(tmp_path / "whole")
+    found.save(tmp_path / "delta", delta=True)
+    for name in ("whole", "delta"):
+        loaded = load(tmp_path / name, original=nn.DataParallel(model))
+        assert torch.equal(loaded(rows(3)), found.model(rows(3)))
     with torch.no_grad():
         model.head.bias += 1
-    with pytest.raises(WeightsError, match="base is not the Chain that .*slim was made from"):
-        load(tmp_path / "slim", base=model)
+    assert torch.equal(load(tmp_path / "whole", original=model)(rows(3)), found.model(rows(3)))
+    with pytest.raises(WeightsError, match="original is not the Chain that .*delta was made from"):
+        load(tmp_path / "delta", original=model)

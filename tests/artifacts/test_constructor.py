@@ -66,7 +66,9 @@ def text_and_images() -> nn.Module:
 
 def write(model: nn.Module, folder: Path, batch: Any, **options: Any) -> Manifest:
     """An artefact of a network in which nothing is replaced."""
-    return write_artifact(model, Plan(), folder, example=as_batch(batch), dense_weights="", **options)
+    return write_artifact(
+        model, Plan(), folder, example=as_batch(batch), original_weights="", **options
+    )
 
 
 TIMM: dict[str, Callable[[], nn.Module]] = {
@@ -95,8 +97,8 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", TIMM)
 def test_what_a_timm_network_was_built_with_is_kept(name: str, tmp_path: Path) -> None:
     model = TIMM[name]()
-    write(model, tmp_path / "slim", IMAGES)
-    assert not differing(settings(model), settings(load(tmp_path / "slim")))
+    write(model, tmp_path / "compressed", IMAGES)
+    assert not differing(settings(model), settings(load(tmp_path / "compressed")))
 
 
 READ_OFF = ("input sizes", "widths", "drop rates", "resnet")
@@ -107,8 +109,8 @@ def test_arguments_are_read_off_where_timm_keeps_none(name: str, tmp_path: Path)
     model = TIMM[name]()
     for note in ("_model_args", "_traits", "pretrained_model_args"):  # from timm 1.0.31 on
         vars(model).pop(note, None)
-    write(model, tmp_path / "slim", IMAGES)
-    assert not differing(settings(model), settings(load(tmp_path / "slim")))
+    write(model, tmp_path / "compressed", IMAGES)
+    assert not differing(settings(model), settings(load(tmp_path / "compressed")))
 
 
 TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
@@ -150,8 +152,8 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 def test_what_a_network_of_transformers_was_built_with_is_kept(name: str, tmp_path: Path) -> None:
     build, batch = TRANSFORMERS[name]
     model = build()
-    write(model, tmp_path / "slim", batch)
-    assert not differing(settings(model), settings(load(tmp_path / "slim")))
+    write(model, tmp_path / "compressed", batch)
+    assert not differing(settings(model), settings(load(tmp_path / "compressed")))
 
 
 def test_a_compressed_network_takes_other_sizes_after_loading(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_a_compressed_network_takes_other_sizes_after_loading(tmp_path: Path) ->
 def test_a_setting_that_a_folded_network_loses_is_named(tmp_path: Path) -> None:
     model = changed(vit, lambda m: setattr(m.blocks[0].attn.attn_drop, "p", 0.3))()
     with pytest.warns(UserWarning, match=r"folded network is .*attn_drop\.p: 0\.3, 0\.0 when rebuilt"):
-        write(model, tmp_path / "slim", IMAGES, fold=True)
+        write(model, tmp_path / "compressed", IMAGES, fold=True)
 
 
 class OwnNorm(nn.LayerNorm):
@@ -213,7 +215,7 @@ LOST: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 def test_what_no_argument_builds_is_named(name: str, tmp_path: Path) -> None:
     build, batch, message = LOST[name]
     with pytest.warns(UserWarning, match=message):
-        manifest = write(build(), tmp_path / "slim", batch)
+        manifest = write(build(), tmp_path / "compressed", batch)
     assert manifest.architecture is None
 
 
@@ -222,10 +224,10 @@ def test_an_architecture_that_is_passed_in_is_compared_as_well(tmp_path: Path) -
     plain = {"img_size": 32, "num_classes": 7, "depth": 2}
     given = Architecture(name="vit_tiny_patch16_224", arguments=plain)
     with pytest.raises(WeightsError, match=r"dynamic_img_size: True, False when rebuilt"):
-        write(model, tmp_path / "slim", IMAGES, architecture=given)
+        write(model, tmp_path / "compressed", IMAGES, architecture=given)
     arguments = {**plain, "dynamic_img_size": True}
     given = Architecture(name="vit_tiny_patch16_224", arguments=arguments)
-    assert write(model, tmp_path / "slim", IMAGES, architecture=given).architecture == given
+    assert write(model, tmp_path / "compressed", IMAGES, architecture=given).architecture == given
 
 
 def test_what_does_not_change_what_is_computed_is_not_compared(tmp_path: Path) -> None:

@@ -69,13 +69,13 @@ def test_a_foldable_search_folds_into_a_stock_timm_network(
     kinds = {r.map.kind for r in folding.plan.replacements}
     assert kinds <= {"identity", "folded"}
     assert folding.plan.config.keep_features
-    folding.save(tmp_path / "slim", architecture=DIGITS, fold=True, hub=True)
-    manifest = read_manifest(tmp_path / "slim")
+    folding.save(tmp_path / "compressed", architecture=DIGITS, fold=True, hub=True)
+    manifest = read_manifest(tmp_path / "compressed")
     assert manifest.folded is not None
     depth = 12 - sum(r.stop - r.start for r in folding.plan.replacements)
     assert manifest.folded.arguments["depth"] == depth < 12
     x = held_out[0][:50]
-    loaded = load(tmp_path / "slim")
+    loaded = load(tmp_path / "compressed")
     assert len(loaded.blocks) == depth
     assert not any(type(m).__module__.startswith("rba_compress") for m in loaded.modules())
     with torch.no_grad():
@@ -96,15 +96,15 @@ with torch.no_grad():
     torch.save(model(x), directory + "/../y.pt")
 print(sum(p.numel() for p in local.parameters()))
 """,
-        tmp_path / "slim",
+        tmp_path / "compressed",
         manifest.folded.name,
         json.dumps(manifest.folded.arguments),
         tmp_path / "x.pt",
     )
-    assert int(printed) == folding.report.slim.params
+    assert int(printed) == folding.report.compressed.params
     stock = torch.load(tmp_path / "y.pt", weights_only=True)
     assert (stock - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    verify(tmp_path / "slim")
+    verify(tmp_path / "compressed")
 
 
 def test_a_model_card_holds_the_measured_table(folding: Result, tmp_path: Path) -> None:
@@ -113,7 +113,9 @@ def test_a_model_card_holds_the_measured_table(folding: Result, tmp_path: Path) 
     for name, library in (("stock", "timm"), ("ours", "rba_compress")):
         card = (tmp_path / name / "README.md").read_text()
         assert f"library_name: {library}\n" in card
-        assert f"| MACs | {folding.report.dense.macs:,} | {folding.report.slim.macs:,} |" in card
+        assert (
+            f"| MACs | {folding.report.original.macs:,} | {folding.report.compressed.macs:,} |" in card
+        )
         assert ("from rba_compress import load" in card) == (name == "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert "model_type" not in config  # transformers must not take it for a network of its own
@@ -144,19 +146,19 @@ def pixels(n: int = 30) -> list[dict[str, Tensor]]:
 def test_a_hugging_face_network_needs_the_directory_alone(tmp_path: Path) -> None:
     model = vit()
     found = compress(model, pixels(), budget=Budget(macs=0.8), config=LIGHT)
-    found.save(tmp_path / "slim")
-    known = read_manifest(tmp_path / "slim").architecture
+    found.save(tmp_path / "compressed")
+    known = read_manifest(tmp_path / "compressed").architecture
     assert known is not None
     assert (known.library, known.name) == ("transformers", "ViTForImageClassification")
-    loaded = load(tmp_path / "slim")
+    loaded = load(tmp_path / "compressed")
     with torch.no_grad():
         assert torch.equal(loaded(**pixels()[0]).logits, found.model(**pixels()[0]).logits)
-    verify(tmp_path / "slim")
+    verify(tmp_path / "compressed")
 
 
 def test_a_hugging_face_network_folds(tmp_path: Path) -> None:
     found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(foldable=True, swaps=0))
-    found.save(tmp_path / "slim", fold=True, hub=True)
+    found.save(tmp_path / "compressed", fold=True, hub=True)
     torch.save(pixels()[0]["pixel_values"], tmp_path / "x.pt")
     alone(
         """
@@ -172,7 +174,7 @@ with torch.no_grad():
     assert torch.equal(model(x).logits, bare(x).logits)
     torch.save(model(x).logits, directory + "/../y.pt")
 """,
-        tmp_path / "slim",
+        tmp_path / "compressed",
     )
     with torch.no_grad():
         wanted = found.model(**pixels()[0]).logits
@@ -184,13 +186,13 @@ def test_stages_of_blocks_fold(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "resnet26d", num_classes=5)
     data = list(torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
     found = compress(model, data, budget=Budget(macs=0.97), config=Config(foldable=True, swaps=0))
-    found.save(tmp_path / "slim", fold=True)
-    stock = read_manifest(tmp_path / "slim").folded
+    found.save(tmp_path / "compressed", fold=True)
+    stock = read_manifest(tmp_path / "compressed").folded
     assert stock is not None
     assert sum(stock.arguments["layers"]) < 8  # type: ignore[arg-type]
     with torch.no_grad():
         wanted = found.model(data[0])
-        apart = (load(tmp_path / "slim")(data[0]) - wanted).abs().max()
+        apart = (load(tmp_path / "compressed")(data[0]) - wanted).abs().max()
     assert apart <= 1e-5 * wanted.abs().max()
 
 
@@ -198,33 +200,33 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(
     result: Result, folding: Result, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=r"thinned block is not a block .* Config\(foldable=True\)"):
-        result.save(tmp_path / "slim", architecture=DIGITS, fold=True)
+        result.save(tmp_path / "compressed", architecture=DIGITS, fold=True)
     mapped = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=Config(maps=("linear",)))
     if any(r.map.kind == "linear" for r in mapped.plan.replacements):
         with pytest.raises(PlanError, match="a linear map on a residual stream has no place"):
-            mapped.save(tmp_path / "slim", fold=True)
+            mapped.save(tmp_path / "compressed", fold=True)
     own = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=Config(foldable=True))
     with pytest.raises(PlanError, match="a Chain is neither timm's nor transformers'"):
-        own.save(tmp_path / "slim", fold=True)
+        own.save(tmp_path / "compressed", fold=True)
     wrong = Architecture(name=ARCHITECTURE, arguments={**ARGUMENTS, "num_heads": 2})
     with pytest.raises(PlanError, match=r"timm builds no .* that is this network .*outputs are"):
-        folding.save(tmp_path / "slim", architecture=wrong, fold=True)
+        folding.save(tmp_path / "compressed", architecture=wrong, fold=True)
     with pytest.raises(ArtifactError, match="a delta needs the original beside it"):
-        folding.save(tmp_path / "slim", delta=True, fold=True)
-    assert not (tmp_path / "slim").exists()
+        folding.save(tmp_path / "compressed", delta=True, fold=True)
+    assert not (tmp_path / "compressed").exists()
 
 
 def test_verify_says_what_held_and_what_was_not_checked(
     result: Result, digits: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result.save(tmp_path / "slim", architecture=DIGITS)
-    assert main(["verify", str(tmp_path / "slim")]) == 0
+    result.save(tmp_path / "compressed", architecture=DIGITS)
+    assert main(["verify", str(tmp_path / "compressed")]) == 0
     printed = capsys.readouterr().out
     assert "model.safetensors: SHA-256 is as written" in printed
     assert "reload: the network is built anew, its outputs are as recorded" in printed
     result.save(tmp_path / "delta", delta=True)
     assert any("not checked, it needs the VisionTransformer" in s for s in verify(tmp_path / "delta"))
-    assert "reload: the network is built anew" in verify(tmp_path / "delta", base=digits)[-1]
+    assert "reload: the network is built anew" in verify(tmp_path / "delta", original=digits)[-1]
     assert main(["verify", str(tmp_path / "nothing")]) == 4
     assert "plan.json is unreadable" in capsys.readouterr().err
 
@@ -239,17 +241,17 @@ class Roots(Chain):
 def test_outputs_that_are_no_numbers_are_not_recorded(tmp_path: Path) -> None:
     samples = [x.sort(descending=True).values for x in loader()]
     found = compress(seeded(Roots), samples, budget=Budget(macs=0.8), config=LIGHT)
-    found.save(tmp_path / "slim")
-    probe = read_manifest(tmp_path / "slim").probe
+    found.save(tmp_path / "compressed")
+    probe = read_manifest(tmp_path / "compressed").probe
     assert probe is not None
     assert probe.outputs == ()
-    assert verify(tmp_path / "slim", model=seeded(Roots))
+    assert verify(tmp_path / "compressed", original=seeded(Roots))
 
 
 def test_verify_notices_another_network_behind_right_hashes(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result.save(tmp_path / "slim", architecture=DIGITS)
+    result.save(tmp_path / "compressed", architecture=DIGITS)
 
     def build(self: Architecture) -> nn.Module:
         # As a library would whose defaults changed.
@@ -257,26 +259,26 @@ def test_verify_notices_another_network_behind_right_hashes(
 
     monkeypatch.setattr(Architecture, "build", build)
     with pytest.raises(ArtifactError, match="not the network that was saved: its outputs are"):
-        verify(tmp_path / "slim")
+        verify(tmp_path / "compressed")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "report.json"])
 def test_any_flipped_byte_of_an_artefact_is_caught(name: str, result: Result, tmp_path: Path) -> None:
-    result.save(tmp_path / "slim", architecture=DIGITS)
-    path = tmp_path / "slim" / name
+    result.save(tmp_path / "compressed", architecture=DIGITS)
+    path = tmp_path / "compressed" / name
     good = path.read_bytes()
     for place, mask in flips(len(good)):
         changed = bytearray(good)
         changed[place] ^= mask
         path.write_bytes(changed)
         with pytest.raises(ArtifactError):
-            verify(tmp_path / "slim")
+            verify(tmp_path / "compressed")
         with pytest.raises(ArtifactError):
-            load(tmp_path / "slim")
+            load(tmp_path / "compressed")
     for cut in (0, 7, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:cut])
         with pytest.raises(ArtifactError):
-            verify(tmp_path / "slim")
+            verify(tmp_path / "compressed")
 
 
 KILLED = """
@@ -330,7 +332,7 @@ for way, limits in ((child, range(0, 2000)), (large, (0, 1, 100, 1000, 2000, 400
         died = os.WIFSIGNALED(status)
         assert died or os.WEXITSTATUS(status) == 0, status
         if target.exists() and any(target.iterdir()):
-            assert torch.equal(load(target, model=model)(rows(3)), found.model(rows(3)))
+            assert torch.equal(load(target, original=model)(rows(3)), found.model(rows(3)))
             whole += 1
         else:
             assert died
@@ -350,12 +352,15 @@ def test_a_save_that_is_killed_at_any_line_leaves_what_was_there(tmp_path: Path)
 
 
 def test_of_two_saves_into_one_directory_one_wins(result: Result, tmp_path: Path) -> None:
-    target = tmp_path / "slim"
-    with pytest.raises(ArtifactError, match=r"cannot write .*slim"), written_whole(target) as temporary:
+    target = tmp_path / "compressed"
+    with (
+        pytest.raises(ArtifactError, match=r"cannot write .*compressed"),
+        written_whole(target) as temporary,
+    ):
         (temporary / "mine").write_text("late")
         result.save(target, architecture=DIGITS)  # another process, meanwhile
     verify(target)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["slim"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compressed"]
 
 
 RACED = """
@@ -390,9 +395,9 @@ def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
 def test_a_read_only_place_is_named(result: Result, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="cannot write"):
-        result.save(tmp_path / "file" / "slim", architecture=DIGITS)
+        result.save(tmp_path / "file" / "compressed", architecture=DIGITS)
     with pytest.raises(ArtifactError, match="cannot write"):
-        result.save("/proc/slim", architecture=DIGITS)  # nobody writes there, not even root
+        result.save("/proc/compressed", architecture=DIGITS)  # nobody writes there, not even root
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -404,7 +409,7 @@ from tests.networks import Chain, LIGHT, loader, seeded
 found = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a write beyond fails, as on a full disk
 try:
-    save(found, sys.argv[1] + "/slim")
+    save(found, sys.argv[1] + "/compressed")
 except ArtifactError as error:
     print(error)
 """

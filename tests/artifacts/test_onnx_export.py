@@ -40,7 +40,7 @@ def delivered(
     result: Result, held_out: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An artefact with a certified model.onnx; tests that change it copy it."""
-    directory = tmp_path_factory.mktemp("delivered") / "slim"
+    directory = tmp_path_factory.mktemp("delivered") / "compressed"
     result.save(directory, architecture=DIGITS)
     export_onnx(directory, directory / "model.onnx", held_out[0][:16])
     return directory
@@ -53,9 +53,9 @@ def test_the_certificate_of_an_artefact(
     assert [parity.batch for parity in certificate.parity] == [1, 3, 16]
     assert all(0 <= parity.max_rel <= 1e-4 == certificate.tolerance for parity in certificate.parity)
     assert all(parity.argmax_agreement == 1 for parity in certificate.parity)
-    assert certificate.slim.bytes == (delivered / "model.onnx").stat().st_size
-    assert certificate.slim.nodes == len(onnx.load(delivered / "model.onnx").graph.node)
-    assert certificate.dense is not None
+    assert certificate.compressed.bytes == (delivered / "model.onnx").stat().st_size
+    assert certificate.compressed.nodes == len(onnx.load(delivered / "model.onnx").graph.node)
+    assert certificate.original is not None
     assert certificate.latency is not None
     assert certificate.latency.pairs >= 7
     assert certificate.preprocessing is not None
@@ -107,9 +107,9 @@ def test_verify_measures_the_file_and_not_its_certificate(
 
 def test_a_module_and_a_static_shape(tmp_path: Path) -> None:
     model = seeded(Chain).train()
-    certificate = export_onnx(model, tmp_path / "chain.onnx", rows(4), dense=model)
+    certificate = export_onnx(model, tmp_path / "chain.onnx", rows(4), original=model)
     assert model.training
-    assert certificate.dense == certificate.slim
+    assert certificate.original == certificate.compressed
     found = OnnxModel(tmp_path / "chain.onnx")(rows(7))[0]
     with torch.no_grad():
         torch.testing.assert_close(found, model.eval()(rows(7)))
@@ -185,9 +185,9 @@ def test_half_precision_is_measured_or_refused_by_name(
 def test_a_torch_export_program(
     result: Result, held_out: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    certificate = export_pt2(result.model, tmp_path / "slim.pt2", held_out[0][:8])
+    certificate = export_pt2(result.model, tmp_path / "compressed.pt2", held_out[0][:8])
     assert [parity.batch for parity in certificate.parity] == [1, 3, 8]
-    program = torch.export.load(tmp_path / "slim.pt2").module()
+    program = torch.export.load(tmp_path / "compressed.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(program(held_out[0][:5])[0], result.model(held_out[0][:5]))
     assert "SHA-256 is as written" in verify(tmp_path)[0]
@@ -197,7 +197,7 @@ def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(exporting, "EXTERNAL", 100)
     certificate = export_onnx(seeded(Chain, width=64), tmp_path / "chain.onnx", rows(4))
     assert sorted(certificate.sha256) == ["chain.onnx", "chain.onnx.data"]
-    assert certificate.slim.bytes == sum(
+    assert certificate.compressed.bytes == sum(
         (tmp_path / name).stat().st_size for name in certificate.sha256
     )
     verify(tmp_path)

@@ -21,9 +21,9 @@ def test_every_step_is_a_point_that_is_spliced_without_searching_again(
 ) -> None:
     points = result.front
     assert [s.action for s in result.plan.steps].count("take") == len(points) >= 2
-    kept = [point.report.slim.macs for point in points]
+    kept = [point.report.compressed.macs for point in points]
     assert kept == sorted(kept, reverse=True)
-    assert points[-1].report.slim == result.report.slim
+    assert points[-1].report.compressed == result.report.compressed
     x = digits_loader[0][0]
     assert torch.equal(points[-1].splice(digits)(x), result.model(x))
     for point in points:
@@ -32,7 +32,7 @@ def test_every_step_is_a_point_that_is_spliced_without_searching_again(
         assert f.divergence_high is not None
         assert f.divergence_low <= f.divergence <= f.divergence_high
         assert point.report.latency.pairs >= 7
-        assert point.plan.steps[-1].macs == point.report.slim.macs
+        assert point.plan.steps[-1].macs == point.report.compressed.macs
 
 
 def test_a_front_is_written_and_each_point_loads(
@@ -48,9 +48,9 @@ def test_a_front_is_written_and_each_point_loads(
     assert (out / "front.png").stat().st_size > 10_000
     x = digits_loader[0][0]
     for row, point in zip(rows, result.front, strict=True):
-        assert row["macs"] == point.report.slim.macs
+        assert row["macs"] == point.report.compressed.macs
         assert row["plan"] == str(point.plan)
-        again = load(out / row["point"], base=digits)
+        again = load(out / row["point"], original=digits)
         assert torch.equal(again(x), point.splice(digits)(x))
     size = (out / "point-01" / "model.safetensors").stat().st_size
     assert size < 0.5 * sum(p.numel() * 4 for p in digits.parameters())
@@ -59,7 +59,7 @@ def test_a_front_is_written_and_each_point_loads(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_delta_asks_for_its_base(result: Result, tmp_path: Path) -> None:
+def test_a_delta_asks_for_its_original(result: Result, tmp_path: Path) -> None:
     save(result, tmp_path / "delta", delta=True)
     with pytest.raises(
         ArtifactError, match=r"is a delta: pass the VisionTransformer that it was made of"
@@ -68,8 +68,8 @@ def test_a_delta_asks_for_its_base(result: Result, tmp_path: Path) -> None:
     other = digits_model()
     with torch.no_grad():
         other.head.bias += 1
-    with pytest.raises(WeightsError, match="base is not the VisionTransformer"):
-        load(tmp_path / "delta", base=other)
+    with pytest.raises(WeightsError, match="original is not the VisionTransformer"):
+        load(tmp_path / "delta", original=other)
 
 
 def test_the_interval_is_of_the_mean() -> None:

@@ -32,7 +32,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "loaded in a fresh process   outputs equal, bit for bit" in printed
     assert "accuracy" in printed
-    replaced = read_manifest(tmp_path / "demo-2" / "slim").plan.replacements
+    replaced = read_manifest(tmp_path / "demo-2" / "compressed").plan.replacements
     assert sum(r.stop - r.start for r in replaced) >= 3  # nine of twelve blocks or fewer are left
     assert imread(tmp_path / "demo-2" / "similarity.png").std() > 0.1
     assert free_directory(tmp_path / "demo") == tmp_path / "demo-3"
@@ -86,7 +86,7 @@ def arguments(folder: Path, command: str = "compress", **changed: str) -> list[s
         "split": str(folder / "split.txt"),
         "num-classes": "2",
         "macs": "0.95",
-        "out": str(folder / "slim"),
+        "out": str(folder / "compressed"),
     }
     return [command] + [part for k, v in (options | changed).items() for part in (f"--{k}", v)]
 
@@ -97,8 +97,8 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "on 8 samples (test split test.txt)" in printed
     assert "accuracy" in printed
-    assert (folder / "slim" / "similarity_blocks.png").is_file()
-    assert load(folder / "slim")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+    assert (folder / "compressed" / "similarity_blocks.png").is_file()
+    assert load(folder / "compressed")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +149,7 @@ def test_two_processes_profile_and_compress_from_files(
         json.loads((folder / f"{n}-compress" / "report.json").read_text()) for n in ("one", "two")
     ]
     assert reports[0]["fidelity"]["samples"] == reports[1]["fidelity"]["samples"] == 8
-    for name in ("divergence", "agreement", "accuracy_slim"):
+    for name in ("divergence", "agreement", "accuracy_compressed"):
         assert reports[0]["fidelity"][name] == pytest.approx(reports[1]["fidelity"][name], rel=1e-3)
 
 
@@ -162,21 +162,28 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     given = dict(zip(asked[1::2], asked[2::2], strict=True))
     asked = [part for name in names for part in (f"--{name}", given[f"--{name}"])]
     brief = ["--epochs", "2", "--rate", "1e-4", "--device", "cpu"]
-    assert main(["heal", str(folder / "slim"), *asked, *brief, "--out", str(folder / "healed")]) == 0
+    assert (
+        main(["heal", str(folder / "compressed"), *asked, *brief, "--out", str(folder / "healed")]) == 0
+    )
     printed = capsys.readouterr().out
     assert "on 8 samples (test split test.txt)" in printed
     healed = read_manifest(folder / "healed").plan.healed
     assert (healed is None) == ("healing did not help" in printed)
     assert load(folder / "healed")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
     assert main(["verify", str(folder / "healed")]) == 0
-    ended = launch("heal", str(folder / "slim"), *asked, *brief, "--out", str(folder / "together"))
+    ended = launch(
+        "heal", str(folder / "compressed"), *asked, *brief, "--out", str(folder / "together")
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(f"saved to {folder / 'together'}") == 1  # one of two prints
     assert load(folder / "together")(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
     other = seeded(timm.create_model, "test_vit", num_classes=2).state_dict()
     save_file({name: t + 1 for name, t in other.items()}, folder / "weights.safetensors")
     assert (
-        main(["heal", str(folder / "slim"), *asked, "--device", "cpu", "--out", str(folder / "x")]) == 2
+        main(
+            ["heal", str(folder / "compressed"), *asked, "--device", "cpu", "--out", str(folder / "x")]
+        )
+        == 2
     )
     assert "was made from another VisionTransformer" in capsys.readouterr().err
 
@@ -184,11 +191,11 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 @reads_folders
 def test_a_stock_network_from_files(folder: Path) -> None:
     assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
-    found = timm.create_model(f"local-dir:{folder / 'slim'}", pretrained=True)
+    found = timm.create_model(f"local-dir:{folder / 'compressed'}", pretrained=True)
     assert len(found.blocks) < 6
     x = torch.zeros(1, 3, 160, 160)
-    assert torch.equal(found.eval()(x), load(folder / "slim")(x))
-    assert main(["verify", str(folder / "slim")]) == 0
+    assert torch.equal(found.eval()(x), load(folder / "compressed")(x))
+    assert main(["verify", str(folder / "compressed")]) == 0
 
 
 def test_what_is_reported_on_is_not_calibrated_on(
@@ -227,10 +234,10 @@ def test_search_writes_the_front(folder: Path, capsys: pytest.CaptureFixture[str
     assert f"saved to {out}" in capsys.readouterr().out
     assert len((out / "front.csv").read_text().splitlines()) == len(rows) + 1
     assert imread(out / "front.png").std() > 0.05
-    dense = timm.create_model("test_vit", num_classes=2)
-    dense.load_state_dict(load_file(folder / "weights.safetensors"))
+    original = timm.create_model("test_vit", num_classes=2)
+    original.load_state_dict(load_file(folder / "weights.safetensors"))
     for row in rows:
-        assert load(out / row["point"], base=dense)(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
+        assert load(out / row["point"], original=original)(torch.zeros(1, 3, 160, 160)).shape == (1, 2)
     assert rows[-1]["macs_kept"] <= 0.8
 
     last = folder / "last"
@@ -269,7 +276,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("rba-compress: ")
     assert message in error
-    assert not (folder / "slim").exists()
+    assert not (folder / "compressed").exists()
 
 
 SAID = "class0/0.png\nclass1/1.png\nclass0/2.png\n"
@@ -348,7 +355,7 @@ def test_an_interrupt_is_clean_and_says_how_to_go_on(
     ):
         assert main([*arguments(folder, command, device="cpu"), *more]) == 130
         assert said in capsys.readouterr().err
-        assert not (folder / "slim").exists()
+        assert not (folder / "compressed").exists()
 
 
 def test_a_fault_is_one_line_and_a_traceback_where_asked_for(
@@ -358,12 +365,12 @@ def test_a_fault_is_one_line_and_a_traceback_where_asked_for(
         raise ZeroDivisionError("of something")
 
     monkeypatch.setattr("rba_compress.cli.commands.checks", broken)
-    assert main(["verify", "slim"]) == 1
+    assert main(["verify", "compressed"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
         "a fault of this program: ZeroDivisionError: of something; --debug shows where"
     )
-    assert main(["verify", "slim", "--debug"]) == 1
+    assert main(["verify", "compressed", "--debug"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["verify", "absent", "--debug"]) == 4
@@ -397,23 +404,23 @@ def test_what_is_written_is_timed_exported_and_told_as_json(
 
     made = told(*arguments(folder, device="cpu"), "--html")
     assert made["macs_kept"] <= 0.95
-    assert (folder / "slim" / "report.html").is_file()
-    slim = str(folder / "slim")
-    timed = told("bench", slim, "--batch-sizes", "1", "2", "--seconds", "0.1", "--device", "cpu")
+    assert (folder / "compressed" / "report.html").is_file()
+    compressed = str(folder / "compressed")
+    timed = told("bench", compressed, "--batch-sizes", "1", "2", "--seconds", "0.1", "--device", "cpu")
     assert [timed[size]["batch"] for size in ("1", "2")] == [1, 2]
     assert timed["2"]["pairs"] >= 7
-    exported = told("export", slim, "--inputs", str(folder / "images"), "--samples", "4")
-    assert exported["file"] == str(folder / "slim" / "model.onnx")
+    exported = told("export", compressed, "--inputs", str(folder / "images"), "--samples", "4")
+    assert exported["file"] == str(folder / "compressed" / "model.onnx")
     assert 0 <= exported["max_rel"] <= 1e-4
-    assert any("model.onnx" in line for line in told("verify", slim)["held"])
-    assert told("report", slim)["macs"] == made["macs"]
+    assert any("model.onnx" in line for line in told("verify", compressed)["held"])
+    assert told("report", compressed)["macs"] == made["macs"]
     seen = told(*arguments(folder, "profile", device="cpu", out=str(folder / "seen")))
     assert len(seen["chains"][0]["block_redundancy"]) == seen["chains"][0]["blocks"] == 6
     assert told("supports", "nn/mlp", "--no-onnx")["found"] == [{"name": "1", "blocks": 4}]
     (folder / "x.npy").write_text("no array")
-    assert main(["export", slim, "--inputs", str(folder / "x.npy")]) == 2
+    assert main(["export", compressed, "--inputs", str(folder / "x.npy")]) == 2
     assert "x.npy is not a readable .npy file" in capsys.readouterr().err
-    assert main(["bench", slim, "--batch-sizes", "0"]) == 2
+    assert main(["bench", compressed, "--batch-sizes", "0"]) == 2
     assert "a batch of 0 samples" in capsys.readouterr().err
 
 

@@ -93,7 +93,7 @@ def test_the_committed_table_is_of_all_networks_and_without_a_wrong_one() -> Non
     assert summed["wrong"] == 0
     assert summed["reloaded_bit_equal"] == summed["with_chains"]
     assert summed["onnx_worst"] < 1e-4
-    # What ONNX refuses of a slim network, it refuses of the dense one.
+    # What ONNX refuses of a compressed network, it refuses of the original.
     assert summed["onnx_refused"] == summed["onnx_refused_dense_too"]
     assert table(rows) == (RESULTS / "coverage.md").read_text()
     assert json.dumps(summed)

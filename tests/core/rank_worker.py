@@ -42,8 +42,8 @@ def heal_together(*, deadly: bool) -> tuple[str, dict[str, Tensor]]:
 
     if deadly:
         healing._Run.step = killed  # type: ignore[method-assign]
-    dense, data, slim = to_heal()
-    return "", heal(slim, data, original=dense, healing=BRIEF).state_dict()
+    original, data, compressed = to_heal()
+    return "", heal(compressed, data, original=original, healing=BRIEF).state_dict()
 
 
 def run(job: str) -> tuple[str, dict[str, Tensor]]:

@@ -119,13 +119,15 @@ def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
 def test_two_processes_heal_together(tmp_path: Path) -> None:
     first, second = results("heal", tmp_path)
     assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
-    dense, _, slim = to_heal()
-    before = {name: p.clone() for name, p in slim.state_dict().items()}
-    healed = copy.deepcopy(slim)
+    original, _, compressed = to_heal()
+    before = {name: p.clone() for name, p in compressed.state_dict().items()}
+    healed = copy.deepcopy(compressed)
     healed.load_state_dict(first[1])
     assert any(not torch.equal(p, before[name]) for name, p in healed.state_dict().items())
     x = rows(500, seed=7)
-    errors = [float((dense(x) - model(x)).square().mean().detach()) for model in (slim, healed)]
+    errors = [
+        float((original(x) - model(x)).square().mean().detach()) for model in (compressed, healed)
+    ]
     assert errors[1] < errors[0]
 
 

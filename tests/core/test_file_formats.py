@@ -104,7 +104,7 @@ def test_the_lines_that_are_named_join_shards(tmp_path: Path) -> None:
 def test_the_command_names_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     torch.save({}, tmp_path / "w.pth")
-    paths = {"weights": "w.pth", "images": "images", "out": "slim"}
+    paths = {"weights": "w.pth", "images": "images", "out": "compressed"}
     options = [part for key, name in paths.items() for part in (f"--{key}", str(tmp_path / name))]
     assert main(["compress", "--model", "test_vit", "--device", "cpu", *options]) == 2
     assert PICKLE in capsys.readouterr().err

@@ -90,7 +90,10 @@ def assert_same(found: Result, wanted: Result) -> None:
     assert found.tensors.keys() == wanted.tensors.keys()
     assert all(torch.equal(found.tensors[key], wanted.tensors[key]) for key in wanted.tensors)
     assert found.profile.weights == wanted.profile.weights
-    assert (found.report.dense, found.report.slim) == (wanted.report.dense, wanted.report.slim)
+    assert (found.report.original, found.report.compressed) == (
+        wanted.report.original,
+        wanted.report.compressed,
+    )
     assert found.report.fidelity == wanted.report.fidelity
 
 
@@ -110,11 +113,11 @@ def test_a_network_half_on_disk_gets_the_plan_of_the_one_in_memory(
     assert wanted.plan.refits
     assert torch.equal(found.model(x), wanted.model(x))
 
-    # The slim one is dispatched as well, with what was fitted in memory.
-    slim = places(found.model)
+    # The compressed one is dispatched as well, with what was fitted in memory.
+    compressed = places(found.model)
     assert dispatched(found.model)
-    assert all(slim[key] == "Parameter cpu" for key in found.tensors)
-    assert any(place == "Parameter meta" for place in slim.values())
+    assert all(compressed[key] == "Parameter cpu" for key in found.tensors)
+    assert any(place == "Parameter meta" for place in compressed.values())
     again = copy.deepcopy(found.model)
     assert torch.equal(again(x), wanted.model(x))
 
@@ -123,9 +126,9 @@ def test_a_network_half_on_disk_gets_the_plan_of_the_one_in_memory(
     assert torch.equal(model(x), digits(x))
 
     found.save(
-        tmp_path / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
+        tmp_path / "compressed", architecture=Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
     )
-    for loaded in (load(tmp_path / "slim"), load(tmp_path / "slim", model=model)):
+    for loaded in (load(tmp_path / "compressed"), load(tmp_path / "compressed", original=model)):
         assert set(places(loaded).values()) == {"Parameter cpu"}
         assert torch.equal(loaded(x), wanted.model(x))
     assert places(model) == before
@@ -159,13 +162,13 @@ def test_each_way_to_dispatch(dispatch: Dispatch, tmp_path: Path, in_memory_resu
     assert torch.equal(model(x), plain(x))
     for a, b in zip(found.front, wanted.front, strict=True):
         assert torch.equal(a.splice(model)(x), b.splice(plain)(x))
-    found.save(tmp_path / "slim")
+    found.save(tmp_path / "compressed")
     found.save(tmp_path / "delta", delta=True)
     for loaded in (
-        load(tmp_path / "slim", model=model),
-        load(tmp_path / "slim", base=model),
-        load(tmp_path / "delta", base=model),
-        load(tmp_path / "delta", base=plain),
+        load(tmp_path / "compressed", original=model),
+        load(tmp_path / "compressed", original=model),
+        load(tmp_path / "delta", original=model),
+        load(tmp_path / "delta", original=plain),
     ):
         assert not dispatched(loaded)
         assert torch.equal(loaded(x), wanted.model(x))
@@ -183,11 +186,11 @@ def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
     refit = Refit(path="head", step=1.0)
     tensors = {**wanted.tensors, "head.weight": torch.ones(3, 8), "head.bias": torch.zeros(3)}
     plan = wanted.plan.model_copy(update={"refits": (*wanted.plan.refits, refit)})
-    slim = splice(model, plan, tensors)
-    assert torch.equal(slim(rows(5)), splice(plain, plan, tensors)(rows(5)))
-    assert all(places(slim)[key] == "Parameter cpu" for key in tensors)
+    compressed = splice(model, plan, tensors)
+    assert torch.equal(compressed(rows(5)), splice(plain, plan, tensors)(rows(5)))
+    assert all(places(compressed)[key] == "Parameter cpu" for key in tensors)
     splice(model, plan, tensors, inplace=True)
-    assert torch.equal(model(rows(5)), slim(rows(5)))
+    assert torch.equal(model(rows(5)), compressed(rows(5)))
 
 
 @pytest.mark.parametrize("whole", ["Block", "Attention"])
@@ -232,8 +235,8 @@ def test_offloaded_buffers(tmp_path: Path) -> None:
     assert_same(found, wanted)
     plan = Plan(refits=(Refit(path="blocks.2.norm", step=1.0, statistics=True),))
     tensors = {f"blocks.2.norm.running_{name}": torch.rand(8) + 1 for name in ("mean", "var")}
-    wanted_model, slim = (splice(m, plan, tensors) for m in (plain, model))
-    assert torch.equal(slim(rows(5)), wanted_model(rows(5)))
+    wanted_model, compressed = (splice(m, plan, tensors) for m in (plain, model))
+    assert torch.equal(compressed(rows(5)), wanted_model(rows(5)))
     assert torch.equal(model(rows(5)), plain(rows(5)))
 
 
@@ -246,7 +249,7 @@ def test_a_language_model_on_disk(tmp_path: Path) -> None:
     how["attention_mask"] = torch.ones_like(prompt)
     first, second = (r.model.generate(prompt, **how) for r in (found, wanted))  # type: ignore[operator]
     assert torch.equal(first, second)
-    # What is slim already is compressed again.
+    # What is compressed already is compressed again.
     config = Config(swaps=0, refit=False)
     first, second = (
         compress(r.model, texts(), budget=Budget(macs=0.8), config=config) for r in (found, wanted)
@@ -259,7 +262,7 @@ def test_tied_weights_on_disk_are_counted_once(tmp_path: Path) -> None:
     names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers", "lm_head")
     accelerate.dispatch_model(model, dict.fromkeys(names, "disk"), offload_dir=tmp_path)
     assert model.lm_head.weight is not model.model.embed_tokens.weight, "accelerate unties them"
-    assert profile(model, texts()).dense == profile(plain, texts()).dense
+    assert profile(model, texts()).original == profile(plain, texts()).original
     view: Any = undispatched(model)
     assert view.lm_head.weight is view.model.embed_tokens.weight
 
@@ -328,11 +331,11 @@ def test_a_network_that_is_not_dispatched_is_taken_as_it_is() -> None:
 def test_a_copy_has_no_methods_of_the_original(tmp_path: Path) -> None:
     plain, model = seeded(Chain), half_on_disk(seeded(Chain), tmp_path)
     assert "to" in vars(model)
-    slim = splice(model, Plan(), {})
-    assert "to" not in vars(slim)
+    compressed = splice(model, Plan(), {})
+    assert "to" not in vars(compressed)
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert dispatched(slim)
-    assert torch.equal(slim(rows(5)), plain(rows(5)))
+    assert dispatched(compressed)
+    assert torch.equal(compressed(rows(5)), plain(rows(5)))
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
@@ -358,5 +361,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 def test_a_slim_network_is_exported_from_disk(tmp_path: Path) -> None:
     model = on_disk(seeded(Chain), tmp_path / "weights")
     found = compress(model, loader(), budget=Budget(macs=0.8), config=Config(swaps=0))
-    export_onnx(found.model, tmp_path / "slim.onnx", rows(4))
-    assert (tmp_path / "slim.onnx").exists()
+    export_onnx(found.model, tmp_path / "compressed.onnx", rows(4))
+    assert (tmp_path / "compressed.onnx").exists()

@@ -96,14 +96,14 @@ def test_weights_that_are_no_plain_tensors_are_refused(
 
 
 def test_a_network_that_was_quantised_later_is_not_saved_or_healed(tmp_path: Any) -> None:
-    dense = seeded(Chain)
-    result = compress(dense, loader(), budget=Budget(macs=0.8), config=LIGHT)
+    original = seeded(Chain)
+    result = compress(original, loader(), budget=Budget(macs=0.8), config=LIGHT)
     layer = result.model.get_submodule("head")
     layer.weight = nn.Parameter(Int8(layer.weight.detach()), False)  # type: ignore[union-attr, operator, arg-type, assignment]
     with pytest.raises(ModelError, match="head.weight is a tests Int8"):
-        result.save(tmp_path / "slim")
+        result.save(tmp_path / "compressed")
     with pytest.raises(ModelError, match="head.weight is a tests Int8"):
-        heal(result.model, loader(400, 50), original=dense, healing=BRIEF)
+        heal(result.model, loader(400, 50), original=original, healing=BRIEF)
 
 
 def test_ordinary_parameters_of_other_kinds_are_taken() -> None:

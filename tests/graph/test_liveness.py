@@ -56,13 +56,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_a_selection_moves_up_through_a_norm_and_a_linear_layer() -> None:
     x, w = normal(2, 9, 4), normal(6, 4)
     graph = traced(lambda x, w: torch.layer_norm(x, [4]).matmul(w.T).relu()[:, 0], x, w)
-    slim = narrow(graph)
-    sizes = {packet_of(n): n for n in slim.nodes if n.op == "call_function"}
+    compressed = narrow(graph)
+    sizes = {packet_of(n): n for n in compressed.nodes if n.op == "call_function"}
     # By hand: slice the input first; everything behind it is done for one position.
-    assert operations(slim)[0] == "slice"
+    assert operations(compressed)[0] == "slice"
     assert sizes[aten.slice].args[1:] == (1, 0, 1)
-    assert operations(slim).count("slice") == 1
-    torch.testing.assert_close(run(slim, x, w), run(graph, x, w), rtol=0, atol=1e-12)
+    assert operations(compressed).count("slice") == 1
+    torch.testing.assert_close(run(compressed, x, w), run(graph, x, w), rtol=0, atol=1e-12)
 
 
 def test_a_fused_projection_is_split_and_only_its_queries_are_narrowed() -> None:
@@ -75,13 +75,13 @@ def test_a_fused_projection_is_split_and_only_its_queries_are_narrowed() -> None
 
     x, w, b = normal(2, 9, 4), normal(12, 4), normal(12)
     graph = traced(attention, x, w, b)
-    slim = narrow(graph)
-    linears = [n for n in slim.nodes if packet_of(n) is aten.linear]
+    compressed = narrow(graph)
+    linears = [n for n in compressed.nodes if packet_of(n) is aten.linear]
     rows = [n.args[1].args[1:] for n in linears]
     assert rows == [(0, 0, 4), (0, 4, 8), (0, 8, 12)]
     assert packet_of(linears[0].args[0]) is aten.slice
     assert [n.args[0].op for n in linears[1:]] == ["placeholder"] * 2
-    torch.testing.assert_close(run(slim, x, w, b), run(graph, x, w, b), rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(compressed, x, w, b), run(graph, x, w, b), rtol=0, atol=1e-12)
 
 
 def test_one_query_projects_itself_instead_of_the_keys_and_values() -> None:
@@ -93,10 +93,12 @@ def test_one_query_projects_itself_instead_of_the_keys_and_values() -> None:
 
     x, w, b, mask = normal(2, 9, 4), normal(12, 4), normal(12), normal(1, 1, 9, 9)
     graph = traced(attention, x, w, b, mask)
-    slim = narrow(graph)
-    assert "attend" in operations(slim)
-    assert operations(slim).count("linear") == 1
-    torch.testing.assert_close(run(slim, x, w, b, mask), run(graph, x, w, b, mask), rtol=0, atol=1e-12)
+    compressed = narrow(graph)
+    assert "attend" in operations(compressed)
+    assert operations(compressed).count("linear") == 1
+    torch.testing.assert_close(
+        run(compressed, x, w, b, mask), run(graph, x, w, b, mask), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "additive", "boolean", "keys"])
@@ -128,8 +130,8 @@ def test_rotated_keys_stay_and_values_do_not() -> None:
 
     x, w, turn = normal(2, 9, 4), normal(12, 4), normal(8, 2)
     graph = traced(attention, x, w, turn)
-    slim = narrow(graph)
-    torch.testing.assert_close(run(slim, x, w, turn), run(graph, x, w, turn), rtol=0, atol=1e-12)
+    compressed = narrow(graph)
+    torch.testing.assert_close(run(compressed, x, w, turn), run(graph, x, w, turn), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +173,11 @@ def test_a_selection_of_what_was_written_through_a_view() -> None:
 def test_a_slice_that_takes_everything_is_gone() -> None:
     graph = traced(lambda x: aten.slice.Tensor(x.exp(), 0, 0, sys.maxsize)[:, 0], normal(2, 9, 4))
     assert operations(graph).count("slice") >= 1
-    slim = narrow(graph)
-    assert [n.args[1:] for n in slim.nodes if packet_of(n) is aten.slice] == [(1, 0, 1)]
-    torch.testing.assert_close(run(slim, normal(2, 9, 4)), run(graph, normal(2, 9, 4)), rtol=0, atol=0)
+    compressed = narrow(graph)
+    assert [n.args[1:] for n in compressed.nodes if packet_of(n) is aten.slice] == [(1, 0, 1)]
+    torch.testing.assert_close(
+        run(compressed, normal(2, 9, 4)), run(graph, normal(2, 9, 4)), rtol=0, atol=0
+    )
 
 
 def test_what_nothing_reads_is_gone() -> None:

@@ -72,16 +72,16 @@ def test_module_tree_and_graph_are_rewritten_to_equal_networks(
     x = images(3, arguments.get("img_size", 64))
     plan = two_spans(model, x)
     tensors = tensors_for(plan)
-    slim = splice(model, plan, tensors)
+    compressed = splice(model, plan, tensors)
     slim_graph = splice(traced, two_spans(traced, x), tensors)
-    assert type(slim) is type(model)
+    assert type(compressed) is type(model)
     assert isinstance(slim_graph, fx.GraphModule)
-    assert torch.equal(slim(x), slim_graph(x))
-    assert not torch.equal(slim(x), model(x))
+    assert torch.equal(compressed(x), slim_graph(x))
+    assert not torch.equal(compressed(x), model(x))
     constants = "_tensor_constant"  # what the tracer calls a tensor that is no parameter
-    assert set(slim.state_dict()) == {k for k in slim_graph.state_dict() if constants not in k}
-    kept = set(slim.state_dict()) & set(model.state_dict())
-    assert all(torch.equal(slim.state_dict()[k], model.state_dict()[k]) for k in kept)
+    assert set(compressed.state_dict()) == {k for k in slim_graph.state_dict() if constants not in k}
+    kept = set(compressed.state_dict()) & set(model.state_dict())
+    assert all(torch.equal(compressed.state_dict()[k], model.state_dict()[k]) for k in kept)
 
 
 def test_the_rewritten_network_equals_a_hand_written_forward_pass() -> None:
@@ -109,8 +109,8 @@ def test_the_graph_after_surgery_is_the_one_written_by_hand() -> None:
     traced = fx.symbolic_trace(model)
     (chain,) = supports(traced, rows(4)).chains
     plan = Plan(replacements=(replacement(chain, 1, 2),))
-    slim = splice(traced, plan, tensors_for(plan))
-    assert isinstance(slim, fx.GraphModule)
+    compressed = splice(traced, plan, tensors_for(plan))
+    assert isinstance(compressed, fx.GraphModule)
     expected = fx.Graph()
     x = expected.placeholder("x")
     x = expected.call_module("stem", (x,))
@@ -136,9 +136,9 @@ def test_the_graph_after_surgery_is_the_one_written_by_hand() -> None:
             for n in graph.nodes
         ]
 
-    assert shape(slim.graph) == shape(expected)
-    assert isinstance(slim.get_submodule("blocks.1"), Spliced)
-    assert "blocks.1.up.weight" not in slim.state_dict()
+    assert shape(compressed.graph) == shape(expected)
+    assert isinstance(compressed.get_submodule("blocks.1"), Spliced)
+    assert "blocks.1.up.weight" not in compressed.state_dict()
 
 
 @pytest.mark.parametrize("form", [lambda m: m, fx.symbolic_trace], ids=["module", "graph"])
@@ -162,18 +162,20 @@ def test_the_original_is_untouched() -> None:
     (chain,) = supports(model, rows(4)).chains
     plan = Plan(replacements=(replacement(chain, 1, 3),))
     calls.clear()
-    slim = splice(model, plan, tensors_for(plan))
+    compressed = splice(model, plan, tensors_for(plan))
     assert [m.training for m in model.modules()] == modes
     assert [type(m) for m in model.modules()] == types
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.stem.weight.requires_grad
     assert model.head.weight.requires_grad
     assert not calls
-    slim(rows(2))
+    compressed(rows(2))
     assert calls == [1]  # the user's hooks live on in the copy
-    assert not slim.stem.weight.requires_grad
-    assert slim.training
-    assert not {p.data_ptr() for p in slim.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not compressed.stem.weight.requires_grad
+    assert compressed.training
+    assert not {p.data_ptr() for p in compressed.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
 
 
 def test_inplace_rewrites_the_model_itself() -> None:
@@ -190,20 +192,20 @@ def test_a_map_takes_dtype_and_place_of_its_block() -> None:
     model = seeded(Chain).to(torch.bfloat16)
     (chain,) = supports(model, rows(4)).chains
     plan = Plan(replacements=(replacement(chain, 1, 2),))
-    slim = splice(model, plan, tensors_for(plan))
-    assert slim.blocks[1].map.weight.dtype == torch.bfloat16
+    compressed = splice(model, plan, tensors_for(plan))
+    assert compressed.blocks[1].map.weight.dtype == torch.bfloat16
 
 
 def test_a_slim_model_is_copied_trained_and_compiled_like_any_other() -> None:
     model = seeded(Chain)
     (chain,) = supports(model, rows(4)).chains
     plan = Plan(replacements=(replacement(chain, 1, 3),))
-    slim = splice(model, plan, tensors_for(plan))
-    assert torch.equal(copy.deepcopy(slim)(rows(3)), slim(rows(3)))
-    slim(rows(3)).sum().backward()
-    assert slim.blocks[1].map.weight.grad is not None
-    exported = torch.export.export(slim, (rows(3),)).module()
-    torch.testing.assert_close(exported(rows(3)), slim(rows(3)))
+    compressed = splice(model, plan, tensors_for(plan))
+    assert torch.equal(copy.deepcopy(compressed)(rows(3)), compressed(rows(3)))
+    compressed(rows(3)).sum().backward()
+    assert compressed.blocks[1].map.weight.grad is not None
+    exported = torch.export.export(compressed, (rows(3),)).module()
+    torch.testing.assert_close(exported(rows(3)), compressed(rows(3)))
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_changes() -> None:
@@ -281,17 +283,17 @@ def test_refitted_layers_take_their_tensors_and_the_original_keeps_its_own(share
             "blocks.0.down.bias",
         )
     }
-    slim = (splice_shared if share else splice)(model, plan, new)
+    compressed = (splice_shared if share else splice)(model, plan, new)
     expected = seeded(Normed)
     expected.load_state_dict(before | new)
-    assert torch.equal(slim(rows(5)), expected(rows(5)))
-    assert slim.state_dict().keys() == before.keys()
-    assert {v.dtype for k, v in slim.state_dict().items() if k in new} == {torch.float32}
+    assert torch.equal(compressed(rows(5)), expected(rows(5)))
+    assert compressed.state_dict().keys() == before.keys()
+    assert {v.dtype for k, v in compressed.state_dict().items() if k in new} == {torch.float32}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not slim.blocks[0].down.bias.requires_grad
-    assert slim.blocks[0].down.weight.requires_grad
-    assert (slim.head.weight.data_ptr() == model.head.weight.data_ptr()) is share
-    assert slim.head.weight is slim.stem.weight
+    assert not compressed.blocks[0].down.bias.requires_grad
+    assert compressed.blocks[0].down.weight.requires_grad
+    assert (compressed.head.weight.data_ptr() == model.head.weight.data_ptr()) is share
+    assert compressed.head.weight is compressed.stem.weight
 
 
 def test_trained_tensors_are_taken_wherever_the_model_holds_them() -> None:
@@ -303,15 +305,15 @@ def test_trained_tensors_are_taken_wherever_the_model_holds_them() -> None:
     trained = {"stem.weight": torch.ones(4, 4, dtype=torch.float64), "head.bias": torch.ones(4)}
     plan = plan.model_copy(update={"healed": healed(*trained, "blocks.1.map.weight")})
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    slim = splice_shared(model, plan, tensors | trained)
-    assert slim.head.weight is slim.stem.weight
-    assert torch.equal(slim.head.weight, torch.ones(4, 4))
-    assert torch.equal(slim.head.bias, torch.ones(4))
-    assert not slim.head.weight.requires_grad
-    assert slim.head.bias.requires_grad
-    assert torch.equal(slim.blocks[1].map.weight, tensors["blocks.1.map.weight"])
+    compressed = splice_shared(model, plan, tensors | trained)
+    assert compressed.head.weight is compressed.stem.weight
+    assert torch.equal(compressed.head.weight, torch.ones(4, 4))
+    assert torch.equal(compressed.head.bias, torch.ones(4))
+    assert not compressed.head.weight.requires_grad
+    assert compressed.head.bias.requires_grad
+    assert torch.equal(compressed.blocks[1].map.weight, tensors["blocks.1.map.weight"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    slim.head.bias.data.zero_()
+    compressed.head.bias.data.zero_()
     assert trained["head.bias"].all()
 
 
@@ -381,8 +383,8 @@ def test_what_is_refitted_or_replaced_is_not_inside_of_what_is_gone(path: str) -
         splice(model, Plan(replacements=(gone, inner)), tensors)
     far = Refit(path="blocks.2.down", step=1.0)
     given = {"blocks.2.down.weight": torch.zeros(4, 8), "blocks.2.down.bias": torch.zeros(4)}
-    slim = splice(model, Plan(replacements=(gone,), refits=(far,)), tensors | given)
-    assert not slim.blocks[2].down.weight.any()
+    compressed = splice(model, Plan(replacements=(gone,), refits=(far,)), tensors | given)
+    assert not compressed.blocks[2].down.weight.any()
 
 
 class Two(nn.Module):
@@ -421,12 +423,12 @@ def test_a_kept_layer_takes_the_cache_of_the_first_of_its_kind(
     if kinds is not None:
         model.config = SimpleNamespace(layer_types=kinds)
     plan = Plan(replacements=tuple(replacement(chain, *span, "identity") for span in gone))
-    slim = splice(model, plan, {})
-    for part, expected in zip(slim.both, (left, [0, 1, 2, 3]), strict=True):
+    compressed = splice(model, plan, {})
+    for part, expected in zip(compressed.both, (left, [0, 1, 2, 3]), strict=True):
         assert [getattr(b, "layer_idx", None) for b in part.blocks] == expected
         kept = [b for b in part.blocks if isinstance(b, Block)]
         assert [b.down.layer_idx for b in kept] == [index for index in expected if index is not None]
-    assert slim.head.layer_idx == 0
+    assert compressed.head.layer_idx == 0
     assert [b.layer_idx for b in model.both[0].blocks] == [0, 1, 2, 3]
 
 
@@ -449,11 +451,11 @@ def test_a_map_takes_the_mode_of_its_block() -> None:
     model.train()
     model.blocks[1].eval()
     plan = Plan(replacements=(replacement(chain, 0, 1, "identity"), replacement(chain, 1, 3)))
-    slim = splice(model, plan, tensors_for(plan))
-    assert [b.training for b in slim.blocks] == [True, False, True, True]
-    assert not slim.blocks[1].map.training
-    assert slim.blocks[1].map.weight.dtype == torch.float64
-    assert isinstance(slim.blocks[2].map, nn.Identity)
+    compressed = splice(model, plan, tensors_for(plan))
+    assert [b.training for b in compressed.blocks] == [True, False, True, True]
+    assert not compressed.blocks[1].map.training
+    assert compressed.blocks[1].map.weight.dtype == torch.float64
+    assert isinstance(compressed.blocks[2].map, nn.Identity)
 
 
 class Tabled(Block):
@@ -474,12 +476,16 @@ def test_nothing_of_a_span_is_left_in_a_graph() -> None:
         plan = Plan(replacements=(replacement(chain, 1, 3),))
         tensors = tensors_for(plan)
         after = chain.blocks[2].nodes[1]
-        slim = splice(graph, plan, tensors)
-        assert not [n for n in slim.graph.nodes if str(n.target).startswith(("blocks.1.", "blocks.2"))]
-        (node,) = (n for n in slim.graph.nodes if n.target == "blocks.1")
+        compressed = splice(graph, plan, tensors)
+        assert not [
+            n for n in compressed.graph.nodes if str(n.target).startswith(("blocks.1.", "blocks.2"))
+        ]
+        (node,) = (n for n in compressed.graph.nodes if n.target == "blocks.1")
         assert node.name == after
         assert node.meta["nn_module_stack"]["blocks.1"] == ("blocks.1", Spliced)
-        assert {k for k in slim.state_dict() if k.startswith(("blocks.1", "blocks.2"))} == set(tensors)
+        assert {k for k in compressed.state_dict() if k.startswith(("blocks.1", "blocks.2"))} == set(
+            tensors
+        )
         plain_chain = supports(model, rows(4)).chains[0]
         plain = splice(model, Plan(replacements=(replacement(plain_chain, 1, 3),)), tensors)
-        assert torch.equal(slim(rows(4)), plain(rows(4)))
+        assert torch.equal(compressed(rows(4)), plain(rows(4)))

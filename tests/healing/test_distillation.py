@@ -44,7 +44,7 @@ TRAINED = ("maps", "norms", "adapters", "all")
 
 
 @pytest.fixture(scope="module")
-def dense() -> nn.Module:
+def original() -> nn.Module:
     return seeded(Chain, 6)
 
 
@@ -54,28 +54,28 @@ def data() -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def slim(dense: nn.Module, data: list[Tensor]) -> Result:
+def compressed(original: nn.Module, data: list[Tensor]) -> Result:
     """Some blocks of six scaled, a poor stand-in."""
     config = LIGHT.model_copy(update={"maps": ("scale",)})
-    return compress(dense, data, budget=Budget(macs=0.7), config=config)
+    return compress(original, data, budget=Budget(macs=0.7), config=config)
 
 
-def kl(dense: nn.Module, slim: nn.Module, x: Tensor) -> float:
+def kl(original: nn.Module, compressed: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
-        wanted, found = dense(x).double().log_softmax(1), slim(x).double().log_softmax(1)
+        wanted, found = original(x).double().log_softmax(1), compressed(x).double().log_softmax(1)
     return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
 @pytest.mark.parametrize("train", TRAINED)
 def test_a_healed_network_is_closer_to_its_original(
-    dense: nn.Module, data: list[Tensor], slim: Result, train: Any
+    original: nn.Module, data: list[Tensor], compressed: Result, train: Any
 ) -> None:
-    before = {name: p.clone() for name, p in slim.model.state_dict().items()}
-    originals = {name: p.clone() for name, p in dense.state_dict().items()}
+    before = {name: p.clone() for name, p in compressed.model.state_dict().items()}
+    originals = {name: p.clone() for name, p in original.state_dict().items()}
     healing = BRIEF.model_copy(update={"train": train, "rate": 5e-3, "rank": 2, "epochs": 8})
-    healed = heal(slim, data, original=dense, healing=healing)
+    healed = heal(compressed, data, original=original, healing=healing)
     fresh = rows(500, seed=7)
-    assert kl(dense, healed.model, fresh) < kl(dense, slim.model, fresh)
+    assert kl(original, healed.model, fresh) < kl(original, compressed.model, fresh)
     record = healed.plan.healed
     assert record is not None
     assert record.after < record.before
@@ -83,8 +83,8 @@ def test_a_healed_network_is_closer_to_its_original(
     assert record.steps % (280 // 32) == 0
     assert "healed in" in healed.report.table()
     # What went in is as it was, and trains no more than it did.
-    assert all(torch.equal(p, before[name]) for name, p in slim.model.state_dict().items())
-    assert all(torch.equal(p, originals[name]) for name, p in dense.state_dict().items())
+    assert all(torch.equal(p, before[name]) for name, p in compressed.model.state_dict().items())
+    assert all(torch.equal(p, originals[name]) for name, p in original.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in healed.model.parameters())
     changed = {n for n, p in healed.model.named_parameters() if not torch.equal(p, before[n])}
     maps = {name for name in before if name not in originals}
@@ -106,21 +106,23 @@ def test_it_is_saved_reloaded_exported_and_certified_as_any_other(
 ) -> None:
     seen = profile(digits, digits_loader)
     found = fit_spans(seen.chains[0], [(3, 4), (6, 7), (8, 10)], MapSpec(kind="shrunk", shrink=0.7))
-    slim = splice(digits, found.plan, found.tensors)
-    report = compare(digits, slim, read(digits_loader), seen, found.plan, samples="all of them")
-    result = Result(slim, found.plan, report, found.tensors, seen)
+    compressed = splice(digits, found.plan, found.tensors)
+    report = compare(digits, compressed, read(digits_loader), seen, found.plan, samples="all of them")
+    result = Result(compressed, found.plan, report, found.tensors, seen)
     healing = Healing(train="all", rate=1e-4, epochs=4, batch=32, augment=())
     healed = heal(result, digits_loader, original=digits, healing=healing)
     assert healed.plan.healed is not None
     x = digits_loader[0][0][:4]
-    healed.save(tmp_path / "slim", architecture=Architecture(name=ARCHITECTURE, arguments=ARGUMENTS))
+    healed.save(
+        tmp_path / "compressed", architecture=Architecture(name=ARCHITECTURE, arguments=ARGUMENTS)
+    )
     healed.save(tmp_path / "delta", delta=True)
-    for again in (load(tmp_path / "slim"), load(tmp_path / "delta", base=digits)):
+    for again in (load(tmp_path / "compressed"), load(tmp_path / "delta", original=digits)):
         assert torch.equal(again(x), healed.model(x))
-    assert read_manifest(tmp_path / "slim").plan.healed == healed.plan.healed
-    certificate = export_onnx(tmp_path / "slim", tmp_path / "slim" / "model.onnx", x)
+    assert read_manifest(tmp_path / "compressed").plan.healed == healed.plan.healed
+    certificate = export_onnx(tmp_path / "compressed", tmp_path / "compressed" / "model.onnx", x)
     assert max(p.max_rel for p in certificate.parity) < 1e-4
-    assert verify(tmp_path / "slim")
+    assert verify(tmp_path / "compressed")
     # Healed once more, from the directory.
     opened = reopen(tmp_path / "delta", digits_loader, original=digits)
     assert torch.equal(opened.model(x), healed.model(x))
@@ -130,33 +132,33 @@ def test_it_is_saved_reloaded_exported_and_certified_as_any_other(
     assert twice.plan.healed is None or set(twice.plan.healed.keys) >= set(healed.plan.healed.keys)
 
 
-def test_a_network_of_ones_own(dense: nn.Module, data: list[Tensor], slim: Result) -> None:
-    healed = heal(slim.model, data, original=dense, healing=BRIEF)
+def test_a_network_of_ones_own(original: nn.Module, data: list[Tensor], compressed: Result) -> None:
+    healed = heal(compressed.model, data, original=original, healing=BRIEF)
     assert type(healed) is Chain
-    assert kl(dense, healed, rows(500, seed=7)) < kl(dense, slim.model, rows(500, seed=7))
+    assert kl(original, healed, rows(500, seed=7)) < kl(original, compressed.model, rows(500, seed=7))
 
 
 def test_it_is_never_worse_than_what_went_in(
-    dense: nn.Module, data: list[Tensor], slim: Result
+    original: nn.Module, data: list[Tensor], compressed: Result
 ) -> None:
     wild = BRIEF.model_copy(update={"rate": 100.0, "epochs": 1})
-    healed = heal(slim, data, original=dense, healing=wild)
-    assert healed.plan == slim.plan
-    assert healed.model is slim.model
+    healed = heal(compressed, data, original=original, healing=wild)
+    assert healed.plan == compressed.plan
+    assert healed.model is compressed.model
     assert "healing did not help and the network is as it was" in healed.report.table()
     with pytest.warns(UserWarning, match="healing did not help"):
-        heal(slim.model, data, original=dense, healing=wild)
+        heal(compressed.model, data, original=original, healing=wild)
 
 
 def test_the_same_seed_gives_the_same_network(
-    dense: nn.Module, data: list[Tensor], slim: Result
+    original: nn.Module, data: list[Tensor], compressed: Result
 ) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first, second = (heal(slim, data, original=dense, healing=BRIEF) for _ in range(2))
+    first, second = (heal(compressed, data, original=original, healing=BRIEF) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
-    other = heal(slim, data, original=dense, healing=BRIEF.model_copy(update={"seed": 1}))
+    other = heal(compressed, data, original=original, healing=BRIEF.model_copy(update={"seed": 1}))
     assert any(not torch.equal(t, other.tensors[key]) for key, t in first.tensors.items())
 
 
@@ -175,11 +177,11 @@ class Poisoned(nn.Module):
 
 
 def test_a_loss_that_is_nan_stops_and_keeps_the_best(data: list[Tensor]) -> None:
-    dense = Poisoned()
+    original = Poisoned()
     config = LIGHT.model_copy(update={"maps": ("linear",)})
-    slim = compress(dense, data, budget=Budget(macs=0.7), config=config)
-    slim.model.left = 20  # type: ignore[assignment]
-    healed = heal(slim, data, original=dense, healing=BRIEF)
+    compressed = compress(original, data, budget=Budget(macs=0.7), config=config)
+    compressed.model.left = 20  # type: ignore[assignment]
+    healed = heal(compressed, data, original=original, healing=BRIEF)
     assert "the loss is NaN or infinite at step 19: what was best is kept" in healed.report.table()
     assert healed.plan.healed is not None
     assert healed.plan.healed.steps == 16
@@ -187,7 +189,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_best(data: list[Tensor]) -> None
 
 
 def test_labels_are_learned_from_where_they_are_asked_for(
-    dense: nn.Module, data: list[Tensor], slim: Result
+    original: nn.Module, data: list[Tensor], compressed: Result
 ) -> None:
     # Labels of another network than the original: only they can teach them.
     other = seeded(Chain, 2)
@@ -196,27 +198,29 @@ def test_labels_are_learned_from_where_they_are_asked_for(
     right = []
     for share in (0.0, 1.0):
         healing = Healing(train="all", rate=1e-2, epochs=8, labels=share, smoothing=0.05)
-        healed = heal(slim, labelled, original=dense, healing=healing)
+        healed = heal(compressed, labelled, original=original, healing=healing)
         right.append(float((healed.model(x).argmax(1) == other(x).argmax(1)).float().mean()))
     assert right[1] > right[0] + 0.1
     with pytest.raises(LoaderError, match="labels are asked for: let every batch"):
-        heal(slim, data, original=dense, healing=Healing(labels=0.5))
+        heal(compressed, data, original=original, healing=Healing(labels=0.5))
 
 
 def test_streams_are_matched_where_they_are_asked_for(
-    dense: nn.Module, data: list[Tensor], slim: Result
+    original: nn.Module, data: list[Tensor], compressed: Result
 ) -> None:
     def error(model: nn.Module) -> float:
         ends: list[Tensor] = []
-        for network in (dense, model):
+        for network in (original, model):
             handle = network.head.register_forward_pre_hook(lambda _, args: ends.append(args[0]))  # type: ignore[union-attr]
             network(rows(500, seed=7))
             handle.remove()
         return float((ends[0] - ends[1]).detach().norm())
 
     healing = BRIEF.model_copy(update={"rate": 5e-3})
-    plain = heal(slim, data, original=dense, healing=healing)
-    matched = heal(slim, data, original=dense, healing=healing.model_copy(update={"features": 10.0}))
+    plain = heal(compressed, data, original=original, healing=healing)
+    matched = heal(
+        compressed, data, original=original, healing=healing.model_copy(update={"features": 10.0})
+    )
     assert error(matched.model) < error(plain.model)
 
 
@@ -235,8 +239,8 @@ def deadly(self, number, rate):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, number, rate)
 healing._Run.step = deadly
-dense, data, slim = to_heal()
-heal(slim, data, original=dense, healing=BRIEF, checkpoint=Path(sys.argv[1]))
+original, data, compressed = to_heal()
+heal(compressed, data, original=original, healing=BRIEF, checkpoint=Path(sys.argv[1]))
 """
 """A training that is killed in its third epoch, in a process of its own."""
 
@@ -246,16 +250,16 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path: Path) -> N
     ended = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert path.is_file()
-    dense, data, slim = to_heal()
+    original, data, compressed = to_heal()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.raises(ArtifactError, match="is the checkpoint of another training"):
             other = BRIEF.model_copy(update={"seed": 5})
-            heal(slim, data, original=dense, healing=other, checkpoint=path)
-        resumed = heal(slim, data, original=dense, healing=BRIEF, checkpoint=path)
+            heal(compressed, data, original=original, healing=other, checkpoint=path)
+        resumed = heal(compressed, data, original=original, healing=BRIEF, checkpoint=path)
         assert not path.exists()
-        whole = heal(slim, data, original=dense, healing=BRIEF)
+        whole = heal(compressed, data, original=original, healing=BRIEF)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(p, whole.state_dict()[name]) for name, p in resumed.state_dict().items())
@@ -315,29 +319,31 @@ def test_augmentations_are_what_they_say() -> None:
 
 
 def test_what_cannot_be_healed_is_refused(
-    dense: nn.Module, data: list[Tensor], slim: Result, digits: nn.Module, result: Result
+    original: nn.Module, data: list[Tensor], compressed: Result, digits: nn.Module, result: Result
 ) -> None:
-    with pytest.raises(PlanError, match="the slim network was made from another Chain"):
-        heal(slim, data, original=Chain(6))
-    with pytest.raises(PlanError, match="the slim VisionTransformer was not made from this Chain"):
-        heal(result.model, data, original=dense)
+    with pytest.raises(PlanError, match="the compressed network was made from another Chain"):
+        heal(compressed, data, original=Chain(6))
+    with pytest.raises(
+        PlanError, match="the compressed VisionTransformer was not made from this Chain"
+    ):
+        heal(result.model, data, original=original)
     with pytest.raises(PlanError, match=r"was not made from this Chain: stem\.weight is of another"):
-        heal(slim.model, data, original=seeded(Chain, 6, 16))
+        heal(compressed.model, data, original=seeded(Chain, 6, 16))
     with pytest.raises(LoaderError, match="the loader has 3 samples, none of them dealt to"):
-        heal(slim.model, [rows(3)], original=dense)
-    with pytest.raises(ModelError, match="train='maps': the slim network has no such parameter"):
-        heal(dense, data, original=dense, healing=Healing(train="maps"))
+        heal(compressed.model, [rows(3)], original=original)
+    with pytest.raises(ModelError, match="train='maps': the compressed network has no such parameter"):
+        heal(original, data, original=original, healing=Healing(train="maps"))
     half = digits_model().half()
     with pytest.raises(ModelError, match="too coarse for small steps"):
         heal(half, [torch.zeros(20, 1, 8, 8)], original=half)
     with pytest.raises(LoaderError, match="the loader is empty"):
-        heal(slim.model, [], original=dense)
+        heal(compressed.model, [], original=original)
 
 
-def test_adapters_start_at_the_slim_network(slim: Result) -> None:
-    student = Student(slim.model, Healing(train="adapters", rank=2), [])
+def test_adapters_start_at_the_slim_network(compressed: Result) -> None:
+    student = Student(compressed.model, Healing(train="adapters", rank=2), [])
     weights = student.weights()
     assert len(student.adapted) >= 8
-    own = slim.model.state_dict()
+    own = compressed.model.state_dict()
     assert all(torch.equal(weights[key], own[key]) for key in weights)
-    assert not {id(p) for p in student.parameters()} & {id(p) for p in slim.model.parameters()}
+    assert not {id(p) for p in student.parameters()} & {id(p) for p in compressed.model.parameters()}

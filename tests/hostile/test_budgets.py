@@ -128,6 +128,6 @@ RIGHT = [
 def test_a_budget_or_setting_is_met(case: Case) -> None:
     result = case.make()
     assert not any("does not hold" in w for w in result.report.warnings if "divergence" not in w)
-    limits = result.plan.budget.limits(result.report.dense.macs, result.report.dense.params)
-    assert all(getattr(result.report.slim, name) <= limit for name, limit in limits.items())
+    limits = result.plan.budget.limits(result.report.original.macs, result.report.original.params)
+    assert all(getattr(result.report.compressed, name) <= limit for name, limit in limits.items())
     assert math.isfinite(result.report.fidelity.divergence)

@@ -33,9 +33,9 @@ def made() -> Result:
 
 
 @pytest.fixture
-def slim(made: Result, tmp_path: Path) -> Path:
-    made.save(tmp_path / "slim")
-    return tmp_path / "slim"
+def compressed(made: Result, tmp_path: Path) -> Path:
+    made.save(tmp_path / "compressed")
+    return tmp_path / "compressed"
 
 
 def written(name: str, content: bytes) -> Change:
@@ -267,14 +267,14 @@ def _sparse(path: Path, size: int) -> None:
 
 @table(REFUSED)
 def test_what_is_not_what_was_saved_is_refused(
-    case: Case, slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     change: Change = case.make  # type: ignore[assignment]
-    change(slim)
+    change(compressed)
     assert case.error is not None
     with pytest.raises(case.error, match=f"(?s){case.message}"):
-        load(slim, model=seeded(Chain))
+        load(compressed, original=seeded(Chain))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -291,28 +291,28 @@ BUILT = [
     Case("a depth of words", built_by(name="vit_tiny_patch16_224", arguments={"depth": "deep"}),
          WeightsError, "cannot build"),
     Case("no architecture", resealed(lambda m: m.update(architecture=None)), ArtifactError,
-         r"pass the dense architecture, load\(dir, model=...\)"),
+         r"pass one, load\(dir, original=...\)"),
     Case("another architecture", built_by(name="resnet18"), PlanError, "has no block"),
 ]  # fmt: skip
 
 
 @table(BUILT)
-def test_what_cannot_be_built_is_refused(case: Case, slim: Path) -> None:
+def test_what_cannot_be_built_is_refused(case: Case, compressed: Path) -> None:
     change: Change = case.make  # type: ignore[assignment]
-    change(slim)
+    change(compressed)
     assert case.error is not None
     with pytest.raises(case.error, match=case.message):
-        load(slim)
+        load(compressed)
     if "no architecture" not in case.name:
         with pytest.raises(RBAError, match=case.message):
-            verify(slim)
+            verify(compressed)
 
 
-def test_a_link_in_place_of_the_weights_is_read(slim: Path, tmp_path: Path, made: Result) -> None:
+def test_a_link_in_place_of_the_weights_is_read(compressed: Path, tmp_path: Path, made: Result) -> None:
     # Hubs' caches are such links; what they lead to has the hash that was saved, or is refused.
-    (slim / WEIGHTS).rename(tmp_path / "blob")
-    (slim / WEIGHTS).symlink_to(tmp_path / "blob")
-    assert torch.equal(load(slim, model=seeded(Chain))(loader()[0]), made.model(loader()[0]))
+    (compressed / WEIGHTS).rename(tmp_path / "blob")
+    (compressed / WEIGHTS).symlink_to(tmp_path / "blob")
+    assert torch.equal(load(compressed, original=seeded(Chain))(loader()[0]), made.model(loader()[0]))
 
 
 OTHERS: list[tuple[str, Callable[[Path], Any], type[RBAError], str]] = [

@@ -211,12 +211,12 @@ RIGHT = [
 def test_what_a_loader_gives_is_used(case: Case) -> None:
     model = seeded(Chain)
     result = compress(model, case.make(), budget=Budget(macs=0.8), config=LIGHT)
-    assert result.report.slim.macs <= 0.8 * result.report.dense.macs
+    assert result.report.compressed.macs <= 0.8 * result.report.original.macs
     assert bool(result.model(rows(7)).isfinite().all())
     fidelity = result.report.fidelity
     assert fidelity.divergence >= 0
     labels = "labels" in case.name or "more than two" in case.name
-    assert (fidelity.accuracy_dense is not None) == (labels and "none" not in case.name)
+    assert (fidelity.accuracy_original is not None) == (labels and "none" not in case.name)
     if fidelity.samples > 1:
         assert fidelity.divergence_low is not None
         assert fidelity.divergence_high is not None

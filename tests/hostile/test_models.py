@@ -411,10 +411,12 @@ def test_a_model_is_rewritten_correctly(case: Case) -> None:
     limit = "macs" if cost(model, as_batch(data[0])).macs else "params"
     result = compress(model, data, budget=Budget(**{limit: 0.95}), config=BOLD)
     assert result.plan.replacements
-    slim, dense = (getattr(made, limit) for made in (result.report.slim, result.report.dense))
-    assert slim <= 0.95 * dense
+    compressed, original = (
+        getattr(made, limit) for made in (result.report.compressed, result.report.original)
+    )
+    assert compressed <= 0.95 * original
     assert result.report.table()
-    assert cost(result.model, as_batch(data[0])) == result.report.slim
+    assert cost(result.model, as_batch(data[0])) == result.report.compressed
     # What is replaced by nothing is the network itself.
     inner = model.module if isinstance(model, nn.DataParallel) else model
     inner = getattr(inner, "_orig_mod", inner)

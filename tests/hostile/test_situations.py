@@ -181,7 +181,7 @@ def test_a_mask_in_a_tuple_reaches_the_model() -> None:
     first, second = (compress(model, d, budget=budget, config=LIGHT) for d in (by_position, named))
     assert str(first.plan) == str(second.plan)
     assert first.report.fidelity == second.report.fidelity
-    assert first.report.fidelity.accuracy_dense is not None
+    assert first.report.fidelity.accuracy_original is not None
     assert first.report.table().startswith("inputs input_ids, attention_mask; labels item 2")
     assert second.report.notes[0] == "inputs input_ids, attention_mask; labels 'labels'"
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_a_dict_by_position_is_compressed_saved_and_read_back(tmp_path: Any) -> 
     result = compress(model, data, budget=Budget(macs=0.8), config=LIGHT)
     assert result.plan.replacements
     result.save(tmp_path / "saved")
-    again = load(tmp_path / "saved", model=model)
+    again = load(tmp_path / "saved", original=model)
     with torch.no_grad():
         a, b = (m({**data[0]})["embedding"] for m in (result.model, again))
     assert torch.equal(a, b)
@@ -367,7 +367,7 @@ def test_labels_decide_what_an_output_is(build: Any, labels: Tensor | None, kind
     assert result.plan.divergence == kind
     fidelity = result.report.fidelity
     assert (fidelity.agreement is not None) == (kind != "nse")
-    assert (fidelity.accuracy_dense is not None) == (kind != "nse" and labels is not None)
+    assert (fidelity.accuracy_original is not None) == (kind != "nse" and labels is not None)
     assert not any("is taken for" in note for note in result.report.notes)
 
 
@@ -576,7 +576,7 @@ def test_a_step_after_the_search_loses_none_of_its_work(step: str, monkeypatch: 
     assert str(result.plan) == str(whole.plan)
     assert torch.equal(result.model(rows(4)), whole.model(rows(4)))
     assert [w for w in result.report.warnings if "could not be computed: RuntimeError: no luck" in w]
-    assert result.report.slim == whole.report.slim
+    assert result.report.compressed == whole.report.compressed
     assert result.report.table()
 
 
@@ -626,13 +626,13 @@ def test_padding_on_torchs_fast_path(norm_first: bool) -> None:
     model, data = seeded(Padded, norm_first), [padded(k) for k in range(6)]
     assert len(supports(model, data[0]).chains[0]) == 5
     assert torch.backends.mha.get_fastpath_enabled()
-    slim = compress(model, data, budget=Budget(macs=0.8), config=LIGHT).model
+    compressed = compress(model, data, budget=Budget(macs=0.8), config=LIGHT).model
     outputs = []
     try:
         for fast in (True, False):
             torch.backends.mha.set_fastpath_enabled(fast)
             with torch.no_grad():
-                outputs.append(slim(**data[0]))
+                outputs.append(compressed(**data[0]))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -48,37 +48,37 @@ def test_limits_of_quality_alone_take_what_they_allow(
     """The cheapest network on the greedy path whose output still holds, and no cheaper one."""
     found = {}
     for limit in (0.01, 0.1):
-        slim = compress(digits, digits_loader, budget=Budget(divergence=limit), config=QUICK)
+        compressed = compress(digits, digits_loader, budget=Budget(divergence=limit), config=QUICK)
         choose = list(Split(digits_loader, 0).part("validation"))
-        assert fidelity(digits, slim.model, choose, "kl").divergence <= limit
-        stop = slim.plan.steps[-1]
+        assert fidelity(digits, compressed.model, choose, "kl").divergence <= limit
+        stop = compressed.plan.steps[-1]
         assert stop.action == "stop"
         assert stop.divergence > limit
         assert stop.change == f"divergence <= {limit:g} (it is {stop.divergence:.4g})"
-        found[limit] = slim.report.slim.macs
-    assert found[0.1] < found[0.01] < slim.report.dense.macs
+        found[limit] = compressed.report.compressed.macs
+    assert found[0.1] < found[0.01] < compressed.report.original.macs
 
 
 @pytest.mark.parametrize("limits", [{"agreement": 0.97}, {"accuracy_drop": 0.05}])
 def test_agreement_and_accuracy_hold_on_the_samples_to_choose_on(
     limits: dict[str, float], digits: nn.Module, digits_loader: list[Any]
 ) -> None:
-    slim = compress(digits, digits_loader, budget=Budget(**limits), config=QUICK)
-    assert slim.plan.replacements
-    found = fidelity(digits, slim.model, Split(digits_loader, 0).part("validation"), "kl")
+    compressed = compress(digits, digits_loader, budget=Budget(**limits), config=QUICK)
+    assert compressed.plan.replacements
+    found = fidelity(digits, compressed.model, Split(digits_loader, 0).part("validation"), "kl")
     assert found.agreement is not None
-    assert found.accuracy_dense is not None
-    assert found.accuracy_slim is not None
+    assert found.accuracy_original is not None
+    assert found.accuracy_compressed is not None
     if "agreement" in limits:
         assert found.agreement >= limits["agreement"]
     else:
-        assert found.accuracy_dense - found.accuracy_slim <= limits["accuracy_drop"]
+        assert found.accuracy_original - found.accuracy_compressed <= limits["accuracy_drop"]
 
 
 def test_cost_and_quality_together(digits: nn.Module, digits_loader: list[Any]) -> None:
     both = Budget(macs=0.9, divergence=0.2)
-    slim = compress(digits, digits_loader, budget=both, config=QUICK)
-    assert slim.report.slim.macs <= 0.9 * slim.report.dense.macs
+    compressed = compress(digits, digits_loader, budget=both, config=QUICK)
+    assert compressed.report.compressed.macs <= 0.9 * compressed.report.original.macs
     message = (
         r"no plan was found that reaches macs <= .* within divergence <= 0.001 \(it is .*\): the best "
         r"within it has .* macs \(.*\), .* params \(.*\) at divergence .*; the next step, .* breaks it"
@@ -95,22 +95,22 @@ def test_what_does_not_hold_on_the_held_out_samples_is_said(
 ) -> None:
     model = seeded(Chain)
     seen = profile(model, loader())
-    slim = compress(model, loader(), budget=Budget(macs=0.5), config=LIGHT)
+    compressed = compress(model, loader(), budget=Budget(macs=0.5), config=LIGHT)
     confirm = list(seen.split(loader()).part("test"))
-    scale = slim.report.fidelity.divergence if name == "divergence" else 1.0
+    scale = compressed.report.fidelity.divergence if name == "divergence" else 1.0
     for limit, said in ((holds, False), (breaks, True)):
-        plan = slim.plan.model_copy(update={"budget": Budget(**{name: limit * scale})})
-        warnings = compare(model, slim.model, confirm, seen, plan, samples="some").warnings
+        plan = compressed.plan.model_copy(update={"budget": Budget(**{name: limit * scale})})
+        warnings = compare(model, compressed.model, confirm, seen, plan, samples="some").warnings
         assert any(f"on these samples it does not hold that {name} <=" in w for w in warnings) is said
 
 
-def blocks_kept(dense: nn.Module, slim: nn.Module, *_: Any, **__: Any) -> Latency:
+def blocks_kept(original: nn.Module, compressed: nn.Module, *_: Any, **__: Any) -> Latency:
     """A timer that shows the share of blocks that are left."""
-    of = [sum(isinstance(m, Block) for m in model.modules()) for model in (dense, slim)]
+    of = [sum(isinstance(m, Block) for m in model.modules()) for model in (original, compressed)]
     ratio = of[1] / of[0]
     return Latency(
-        dense_ms=10,
-        slim_ms=10 * ratio,
+        original_ms=10,
+        compressed_ms=10 * ratio,
         ratio=ratio,
         ratio_low=ratio,
         ratio_high=ratio,
@@ -125,8 +125,8 @@ def test_latency_is_followed_by_the_clock_and_no_further(
     limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rba_compress.planning.context.benchmark", blocks_kept)
-    slim = compress(seeded(Chain, depth=8), loader(), budget=Budget(latency=limit), config=LIGHT)
-    kept = sum(isinstance(m, Block) for m in slim.model.modules())
+    compressed = compress(seeded(Chain, depth=8), loader(), budget=Budget(latency=limit), config=LIGHT)
+    kept = sum(isinstance(m, Block) for m in compressed.model.modules())
     assert 4 <= kept <= 6  # six of eight are fast enough; a span may bring more than what was asked
 
 
@@ -142,10 +142,10 @@ def test_the_dense_network_takes_all_of_its_time(limit: float, monkeypatch: pyte
 
 
 def test_latency_is_measured_on_the_real_network(digits: nn.Module, digits_loader: list[Any]) -> None:
-    slim = compress(digits, digits_loader, budget=Budget(latency=0.8), config=QUICK)
-    timed = benchmark(digits, slim.model, digits_loader[0], seconds=3)
+    compressed = compress(digits, digits_loader, budget=Budget(latency=0.8), config=QUICK)
+    timed = benchmark(digits, compressed.model, digits_loader[0], seconds=3)
     assert timed.ratio < 0.85  # met when it was measured; machines are noisy
-    assert slim.report.slim.macs > 0.55 * slim.report.dense.macs
+    assert compressed.report.compressed.macs > 0.55 * compressed.report.original.macs
 
 
 def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +209,11 @@ def test_limits_that_cannot_be_measured_are_refused() -> None:
 def test_a_budget_of_several_limits_meets_each() -> None:
     model = seeded(Chain)
     budget = Budget(macs=0.8, params=600, divergence=50.0)
-    slim = compress(model, loader(), budget=budget, config=Config(shrinks=(0.6,)))
-    assert slim.report.slim.macs <= 0.8 * slim.report.dense.macs
-    assert slim.report.slim.params <= 600
+    compressed = compress(model, loader(), budget=budget, config=Config(shrinks=(0.6,)))
+    assert compressed.report.compressed.macs <= 0.8 * compressed.report.original.macs
+    assert compressed.report.compressed.params <= 600
     choose = Split(loader(), 0).part("validation")
-    assert fidelity(model, slim.model, choose, slim.plan.divergence).divergence <= 50.0
+    assert fidelity(model, compressed.model, choose, compressed.plan.divergence).divergence <= 50.0
 
 
 def test_labels_count_where_every_batch_has_them() -> None:

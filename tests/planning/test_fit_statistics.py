@@ -118,12 +118,12 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
         whole = run.evaluator(run.fitter.compressed(with_candidate(draft, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
     walk = run.fitter.walk(1)
-    slim = run.fitter.compressed(draft.solution)
+    compressed = run.fitter.compressed(draft.solution)
     for boundary in (1, 2):
-        walk.to(slim, boundary)
+        walk.to(compressed, boundary)
         with torch.no_grad():
             for k, batch in enumerate(run.fitter.batches):
-                for network, held in ((model, walk._h), (slim, walk._g)):
+                for network, held in ((model, walk._h), (compressed, walk._g)):
                     expected = run_with_streams(network, run.chains, batch)[1][1][boundary]
                     torch.testing.assert_close(held[k][1][boundary], expected)
 
@@ -138,9 +138,9 @@ def test_a_scale_that_is_no_parameter_is_no_layer_scale() -> None:
             return x + self.alpha * self.down(torch.relu(self.up(x)))
 
     model = seeded(Chain, block=Scaled)
-    slim = compress(model, loader(), budget=Budget(macs=0.6))
-    assert slim.plan.replacements
-    assert not any(b.branches for b in slim.profile.chains[0].chain.blocks)
+    compressed = compress(model, loader(), budget=Budget(macs=0.6))
+    assert compressed.plan.replacements
+    assert not any(b.branches for b in compressed.profile.chains[0].chain.blocks)
 
 
 def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
@@ -184,15 +184,19 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     run = SearchContext(model, seen, data, Budget(macs=0.5))
     found_move = Selection(run, run.start).best([Site(0, 1, 2, "span")])
     assert found_move is not None
-    slim, chain, b = run.fitter.compressed(with_candidate(run.start, found_move[0])), run.chains[0], 3
+    compressed, chain, b = (
+        run.fitter.compressed(with_candidate(run.start, found_move[0])),
+        run.chains[0],
+        3,
+    )
     walk = run.fitter.walk(0)
-    walk.to(slim, b)
-    found = walk.gaps(slim, chain.blocks[b].branches).weighted(1.0)
+    walk.to(compressed, b)
+    found = walk.gaps(compressed, chain.blocks[b].branches).weighted(1.0)
     assert torch.is_grad_enabled()
     gaps = []
     with torch.no_grad():
         for batch in run.fitter.batches:
-            (h,), (g,) = (run_with_streams(m, run.chains, batch)[1] for m in (model, slim))
+            (h,), (g,) = (run_with_streams(m, run.chains, batch)[1] for m in (model, compressed))
             gamma = model.blocks[b].ls2.gamma
             gaps.append(((h[b + 1] - g[b + 1]) / gamma).flatten(0, 1))
     expected = torch.cat(gaps).double().mean(0)
@@ -206,10 +210,10 @@ def test_refits_are_spliced_and_checked() -> None:
     plan = Plan(refits=(refit,))
     tensors = {f"{refit.key}weight": layer.weight * 2, f"{refit.key}bias": layer.bias + 1}
     before = layer.weight.clone()
-    slim = splice(model, plan, {k: v.detach() for k, v in tensors.items()})
-    assert torch.equal(slim.blocks[1].mlp.fc2.weight, before * 2)
+    compressed = splice(model, plan, {k: v.detach() for k, v in tensors.items()})
+    assert torch.equal(compressed.blocks[1].mlp.fc2.weight, before * 2)
     assert torch.equal(layer.weight, before)
-    assert not torch.equal(slim(data[0]), model(data[0]))
+    assert not torch.equal(compressed(data[0]), model(data[0]))
     with pytest.raises(PlanError, match=r"refitted \(1, 0.5\): its tensor 'weight' is missing"):
         splice(model, plan, {})
     far = Plan(refits=(refit.model_copy(update={"path": "blocks.9.mlp.fc2"}),))
@@ -283,9 +287,11 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     assert [r.path for r in plan.refits] == ["2.bn", "3.bn", "4.bn"]
     assert str(plan).endswith("BatchNorms re-estimated: 3")
     # The tensors alone rebuild the network, and the original keeps its own.
-    slim = splice(model, Plan.model_validate_json(plan.model_dump_json()), better.solution.tensors)
-    assert torch.equal(search.fitter.slim(better.solution)(data[0]), slim(data[0]))
-    assert not torch.equal(slim.get_submodule("2.bn").running_mean, model[2].bn.running_mean)
+    compressed = splice(
+        model, Plan.model_validate_json(plan.model_dump_json()), better.solution.tensors
+    )
+    assert torch.equal(search.fitter.compressed(better.solution)(data[0]), compressed(data[0]))
+    assert not torch.equal(compressed.get_submodule("2.bn").running_mean, model[2].bn.running_mean)
     # Re-estimated again, they are as good: what does not help is not taken.
     assert search.statistics(better) is better
     # A span takes the statistics of the blocks that it replaces with it.
@@ -315,8 +321,8 @@ def test_branches_under_a_layer_norm_behind_the_sum() -> None:
     found = [(b.path, b.norm) for b in chain.blocks[1].branches]
     layer = "encoder.layer.1"
     assert found == [
-        (f"{layer}.attention.output.dense", f"{layer}.attention.output.LayerNorm"),
-        (f"{layer}.output.dense", f"{layer}.output.LayerNorm"),
+        (f"{layer}.attention.output.original", f"{layer}.attention.output.LayerNorm"),
+        (f"{layer}.output.original", f"{layer}.output.LayerNorm"),
     ]
 
 
@@ -338,8 +344,8 @@ def test_a_post_norm_network_folds_into_a_stock_one(tmp_path: Any) -> None:
     model = bert()
     how = Config(foldable=True, swaps=0)
     result = compress(model, texts(), budget=Budget(macs=0.7), config=how)
-    result.save(tmp_path / "slim", fold=True, hub=True)
-    again = transformers.AutoModel.from_pretrained(tmp_path / "slim").eval()
+    result.save(tmp_path / "compressed", fold=True, hub=True)
+    again = transformers.AutoModel.from_pretrained(tmp_path / "compressed").eval()
     with torch.no_grad():
         a, b = (m(**texts()[0]).last_hidden_state for m in (result.model, again))
     assert again.config.num_hidden_layers == 2

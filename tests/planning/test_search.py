@@ -109,7 +109,7 @@ def test_every_decision_is_logged_with_its_margin(result: Result) -> None:
         assert step.action == "take" or step.margin > 0
     assert {c.map.kind for c in plan.candidates} >= {"identity", "shrunk"}
     last = plan.steps[-1]
-    assert (last.macs, last.params) == (result.report.slim.macs, result.report.slim.params)
+    assert (last.macs, last.params) == (result.report.compressed.macs, result.report.compressed.params)
     assert sum(r.stop - r.start for r in plan.replacements) >= 3
     assert all(r.diagnostics is not None for r in plan.replacements if not r.exact)
     assert plan.forward_passes > 1
@@ -150,10 +150,10 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
 
 def test_a_folded_plan_is_a_stock_network(digits: nn.Module, digits_loader: list[Any]) -> None:
     config = Config(maps=("folded",), units=("span",), keep_features=True, refit=False)
-    slim = compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
-    kinds = {r.map.kind for r in slim.plan.replacements}
+    compressed = compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
+    kinds = {r.map.kind for r in compressed.plan.replacements}
     assert kinds <= {"identity", "folded"}
-    assert not [k for k in slim.model.state_dict() if k not in digits.state_dict()]
+    assert not [k for k in compressed.model.state_dict() if k not in digits.state_dict()]
 
 
 def test_a_loader_sorted_by_class_gives_the_quality_of_a_shuffled_one(digits: nn.Module) -> None:
@@ -163,8 +163,8 @@ def test_a_loader_sorted_by_class_gives_the_quality_of_a_shuffled_one(digits: nn
     found = {}
     for name, order in orders.items():
         data = list(zip(images[order].split(50), labels[order].split(50), strict=True))
-        slim = compress(digits, data, budget=Budget(macs=0.7), config=LIGHT)
-        found[name] = fidelity(digits, slim.model, [test], "kl").divergence
+        compressed = compress(digits, data, budget=Budget(macs=0.7), config=LIGHT)
+        found[name] = fidelity(digits, compressed.model, [test], "kl").divergence
     assert found["sorted"] < 1.5 * found["shuffled"] + 0.005
 
 
@@ -174,12 +174,12 @@ def test_several_chains_share_one_budget() -> None:
     )
     data = list(images(30, 64).split(10))
     config = Config(shrinks=(0.6,), swaps=0)
-    slim = compress(model, data, budget=Budget(params=0.6), config=config)
-    assert slim.report.slim.params <= 0.6 * slim.report.dense.params
-    assert len({c.chain for c in slim.plan.candidates}) > 1
+    compressed = compress(model, data, budget=Budget(params=0.6), config=config)
+    assert compressed.report.compressed.params <= 0.6 * compressed.report.original.params
+    assert len({c.chain for c in compressed.plan.candidates}) > 1
     traced = compress(fx.symbolic_trace(model), data, budget=Budget(params=0.6), config=config)
-    assert str(traced.plan) == str(slim.plan)
-    assert torch.equal(traced.model(data[0]), slim.model(data[0]))
+    assert str(traced.plan) == str(compressed.plan)
+    assert torch.equal(traced.model(data[0]), compressed.model(data[0]))
 
 
 def test_same_inputs_and_seed_same_plan_byte_for_byte(
@@ -207,9 +207,9 @@ def test_a_module_and_its_graph_get_the_same_plan(digits: nn.Module, digits_load
 
 def test_a_budget_that_is_met_leaves_the_network_alone() -> None:
     model = seeded(Chain)
-    slim = compress(model, loader(), budget=Budget(macs=1.0))
-    assert not slim.plan.replacements
-    assert torch.equal(slim.model(rows(5)), model(rows(5)))
+    compressed = compress(model, loader(), budget=Budget(macs=1.0))
+    assert not compressed.plan.replacements
+    assert torch.equal(compressed.model(rows(5)), model(rows(5)))
 
 
 @pytest.mark.parametrize(
@@ -217,10 +217,12 @@ def test_a_budget_that_is_met_leaves_the_network_alone() -> None:
 )
 def test_the_slim_network_meets_its_budget(budget: Budget) -> None:
     model = seeded(Chain)
-    slim = compress(model, loader(), budget=budget)
-    measured = cost(slim.model, as_batch(rows(2)))
-    assert measured == slim.report.slim
-    for name, limit in budget.limits(slim.report.dense.macs, slim.report.dense.params).items():
+    compressed = compress(model, loader(), budget=budget)
+    measured = cost(compressed.model, as_batch(rows(2)))
+    assert measured == compressed.report.compressed
+    for name, limit in budget.limits(
+        compressed.report.original.macs, compressed.report.original.params
+    ).items():
         assert getattr(measured, name) <= limit
 
 
@@ -246,10 +248,10 @@ def test_every_map_kind_is_searched_and_spliced() -> None:
 
 
 def test_fewer_samples_than_channels_is_allowed_and_said() -> None:
-    slim = compress(seeded(Chain, width=32), loader(20), budget=Budget(macs=0.8))
-    (warning,) = slim.report.warnings
+    compressed = compress(seeded(Chain, width=32), loader(20), budget=Budget(macs=0.8))
+    (warning,) = compressed.report.warnings
     assert "10 rows for 32 channels; its maps are decided by the damping" in warning
-    assert f"warning: {warning}" in slim.report.table()
+    assert f"warning: {warning}" in compressed.report.table()
 
 
 def test_infinite_activations_name_the_block() -> None:
@@ -381,9 +383,9 @@ def test_each_limit_lacks_what_is_above_it() -> None:
     assert progress(Cost(macs=30, params=10), {"macs": 60, "params": 5}) == 0.5
     assert progress(Cost(macs=30, params=10), {"macs": 15, "params": 40}) == 0.25
     assert progress(Cost(macs=30, params=10), {"params": 10}) == 1
-    dense = run.start.cost
-    assert (dense.macs, dense.params) == (1080, 67 + 4 * 280)
-    assert run.limits.share(dense) == 1
+    original = run.start.cost
+    assert (original.macs, original.params) == (1080, 67 + 4 * 280)
+    assert run.limits.share(original) == 1
     assert run.limits.share(Cost(macs=675, params=600)) == 0.25
     assert run.limits.share(Cost(macs=675, params=600 + 587 // 2)) == pytest.approx(0.5, abs=1e-3)
     assert run.limits.share(Cost(macs=500, params=600)) == 0
@@ -557,20 +559,20 @@ def test_every_step_costs_and_diverges_as_it_says(
             of_span = [c.divergence for c in made if step.change.startswith(f"{named(c)} -> ")]
             assert step.divergence == pytest.approx(min(of_span), rel=1e-6)
     for point in found.points:
-        slim, last = splice(model, point.plan, point.tensors), point.plan.steps[-1]
-        measured = cost(slim, as_batch(rows(2)))
+        compressed, last = splice(model, point.plan, point.tensors), point.plan.steps[-1]
+        measured = cost(compressed, as_batch(rows(2)))
         assert (last.macs, last.params) == (measured.macs, measured.params)
-        divergence = fidelity(model, slim, choose, seen.criterion.kind).divergence
+        divergence = fidelity(model, compressed, choose, seen.criterion.kind).divergence
         assert last.divergence == pytest.approx(divergence, rel=1e-4)
         assert steps[: len(point.plan.steps)] == point.plan.steps
     assert found.points[-1].plan.steps == steps
     # The first step, from what was judged: the least rise for what it brings of the half that is asked.
-    dense = seen.dense.macs
+    original = seen.original.macs
     first = [c for c in found.plan.candidates if c.step == 0]
-    score = {str(c): c.divergence / min((dense - c.macs) / (dense / 2), 1) for c in first}
+    score = {str(c): c.divergence / min((original - c.macs) / (original / 2), 1) for c in first}
     best = min(first, key=lambda c: score[str(c)])
     others = [c for c in first if (c.start, c.stop) != (best.start, best.stop)]
-    progress = min((dense - best.macs) / (dense / 2), 1)
+    progress = min((original - best.macs) / (original / 2), 1)
     margin = (min(score[str(c)] for c in others) - score[str(best)]) * progress
     assert steps[0].divergence == pytest.approx(best.divergence, rel=1e-6)
     assert steps[0].margin == pytest.approx(margin, rel=1e-4)
@@ -596,7 +598,7 @@ def test_the_step_that_breaks_a_limit_is_said_and_not_taken(share: float) -> Non
     before = steps[-2].divergence if len(steps) > 1 else 0.0
     assert steps[-1].margin == pytest.approx(steps[-1].divergence - before, rel=1e-6)
     assert len(found.points) == sum(step.action == "take" for step in steps)
-    slim = splice(model, found.plan, found.tensors)
+    compressed = splice(model, found.plan, found.tensors)
     choose = list(Split(loader(), 0).part("validation"))
-    divergence = fidelity(model, slim, choose, found.plan.divergence).divergence
+    divergence = fidelity(model, compressed, choose, found.plan.divergence).divergence
     assert divergence == pytest.approx(before, rel=1e-4, abs=1e-12)

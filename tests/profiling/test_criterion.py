@@ -150,9 +150,9 @@ def test_cosine_equals_numpy() -> None:
 
 
 def test_a_function_of_ones_own_is_minimised_and_reported() -> None:
-    def first_class(dense: Tensor, slim: Tensor, batch: Batch) -> Tensor:
-        assert len(batch) == len(dense)
-        return (dense[:, 0] - slim[:, 0]).square()
+    def first_class(original: Tensor, compressed: Tensor, batch: Batch) -> Tensor:
+        assert len(batch) == len(original)
+        return (original[:, 0] - compressed[:, 0]).square()
 
     model = seeded(Chain)
     result = compress(model, loader(), budget=Budget(macs=0.8), config=LIGHT, divergence=first_class)
@@ -180,8 +180,8 @@ def test_backbones_keep_what_they_read_between_the_blocks() -> None:
     # A map that is handed out parts the chain: none of its spans passes over it.
     assert [[b.path[-1] for b in c.blocks] for c in chains] == [["0", "1", "2"], ["3", "4", "5"]]
     result = compress(model, list(images(20).split(5)), budget=Budget(macs=0.85), config=LIGHT)
-    dense, slim = (m(images(2)) for m in (model, result.model))
-    assert [t.shape for t in dense] == [t.shape for t in slim]
+    original, compressed = (m(images(2)) for m in (model, result.model))
+    assert [t.shape for t in original] == [t.shape for t in compressed]
     assert result.plan.divergence == "nse"
 
 

@@ -81,8 +81,8 @@ def test_what_cannot_be_checked_is_named(chain: Result, tmp_path: Any) -> None:
         chain.check("data")
     with pytest.raises(ModelError, match=r"fails on a batch of 2 samples \(input 0 \(2, 9\)\)"):
         chain.check(torch.ones(2, 9))
-    chain.save(tmp_path / "slim")
-    opened = reopen(tmp_path / "slim", loader(400, 50), original=seeded(Chain))
+    chain.save(tmp_path / "compressed")
+    opened = reopen(tmp_path / "compressed", loader(400, 50), original=seeded(Chain))
     with pytest.raises(ArtifactError, match="opened from a directory has no moments"):
         opened.check(rows(3))
 

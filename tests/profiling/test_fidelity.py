@@ -43,28 +43,28 @@ def labelled(labels: torch.Tensor | None) -> Batch:
 
 
 def test_fidelity_by_hand() -> None:
-    dense = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
-    slim = torch.tensor([[2.0, 0.0], [3.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    original = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    compressed = torch.tensor([[2.0, 0.0], [3.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     labels = torch.tensor([0, 1, 1, 1])
     found = compare_outputs(
-        "kl", [(dense[k], slim[k], labelled(labels[k])) for k in (slice(3), slice(3, None))]
+        "kl", [(original[k], compressed[k], labelled(labels[k])) for k in (slice(3), slice(3, None))]
     )
     assert (found.samples, found.agreement) == (4, 0.75)
-    assert (found.accuracy_dense, found.accuracy_slim) == (0.75, 0.5)
-    unlabelled = compare_outputs("kl", [(dense, slim, labelled(None))])
-    assert unlabelled.accuracy_dense is None
-    features = compare_outputs("nse", [(dense, slim, labelled(labels))])
+    assert (found.accuracy_original, found.accuracy_compressed) == (0.75, 0.5)
+    unlabelled = compare_outputs("kl", [(original, compressed, labelled(None))])
+    assert unlabelled.accuracy_original is None
+    features = compare_outputs("nse", [(original, compressed, labelled(labels))])
     assert features.agreement is None
-    assert features.accuracy_slim is None
+    assert features.accuracy_compressed is None
 
 
 def test_scores_of_every_token() -> None:
-    dense = torch.eye(3).repeat(2, 1, 1) * 5  # (N, T, classes)
-    slim = dense.clone()
-    slim[0, 0] = torch.tensor([0.0, 5.0, 0.0])
-    found = compare_outputs("kl", [(dense, slim, labelled(torch.tensor([0, 1])))])
+    original = torch.eye(3).repeat(2, 1, 1) * 5  # (N, T, classes)
+    compressed = original.clone()
+    compressed[0, 0] = torch.tensor([0.0, 5.0, 0.0])
+    found = compare_outputs("kl", [(original, compressed, labelled(torch.tensor([0, 1])))])
     assert found.agreement == pytest.approx((2 / 3 + 1) / 2)
-    assert found.accuracy_dense is None  # a label a sample says nothing of a token
+    assert found.accuracy_original is None  # a label a sample says nothing of a token
 
 
 def test_predicted_costs_are_the_measured_ones() -> None:
@@ -72,7 +72,9 @@ def test_predicted_costs_are_the_measured_ones() -> None:
     seen = profile(model, loader())
     (profiled,) = seen.chains
     batch = as_batch(rows(3))
-    assert seen.dense == cost(model, batch) == Cost(macs=4 * 8 + 4 * 256 + 24, params=40 + 4 * 280 + 27)
+    assert (
+        seen.original == cost(model, batch) == Cost(macs=4 * 8 + 4 * 256 + 24, params=40 + 4 * 280 + 27)
+    )
     for spec in (
         MapSpec(kind="identity"),
         MapSpec(kind="linear"),
@@ -80,10 +82,10 @@ def test_predicted_costs_are_the_measured_ones() -> None:
         MapSpec(kind="low_rank", rank=2),
     ):
         replacement, tensors = fit_span(profiled, 1, 3, spec)
-        slim = splice(model, Plan(replacements=(replacement,)), tensors)
+        compressed = splice(model, Plan(replacements=(replacement,)), tensors)
         saved = plan_saving([profiled.chain], [replacement])
-        left = Cost(macs=seen.dense.macs - saved.macs, params=seen.dense.params - saved.params)
-        assert cost(slim, batch) == left
+        left = Cost(macs=seen.original.macs - saved.macs, params=seen.original.params - saved.params)
+        assert cost(compressed, batch) == left
 
 
 class Averaged(Chain):
@@ -120,12 +122,12 @@ def test_the_graph_tells_class_scores_from_features() -> None:
 
 
 def test_latency_is_paired_and_keeps_the_mode() -> None:
-    dense, half = seeded(Chain, depth=40).train(), seeded(Chain, depth=4)
-    found = benchmark(dense, half, rows(64), seconds=0.2)
+    original, half = seeded(Chain, depth=40).train(), seeded(Chain, depth=4)
+    found = benchmark(original, half, rows(64), seconds=0.2)
     assert found.pairs >= 7
     assert found.batch == 64
     assert found.ratio_low <= found.ratio <= found.ratio_high < 0.6
-    assert dense.training
+    assert original.training
     itself = benchmark(half, copy.deepcopy(half).to(torch.bfloat16), rows(64), seconds=0, pairs=1)
     assert itself.pairs == 2
     itself = benchmark(half, half, rows(64), seconds=0.2)
@@ -133,9 +135,9 @@ def test_latency_is_paired_and_keeps_the_mode() -> None:
 
 
 def test_fidelity_runs_both_networks_where_they_are() -> None:
-    dense = seeded(Chain)
+    original = seeded(Chain)
     half = seeded(Chain).to(torch.bfloat16)
-    found = fidelity(dense, half, read(loader()), "kl")
+    found = fidelity(original, half, read(loader()), "kl")
     assert 0 < found.divergence < 1e-3
     assert found.samples == 40
-    assert supports(dense, rows(2)).chains
+    assert supports(original, rows(2)).chains

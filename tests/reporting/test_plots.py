@@ -71,7 +71,7 @@ def test_the_papers_span_is_the_most_redundant_of_the_shortest_that_save_enough(
     seen = profile(digits, digits_loader)
     (profiled,) = seen.chains
     alike = profiled.similarity("redundancy")
-    found = paper_span(seen, round(0.8 * seen.dense.macs))
+    found = paper_span(seen, round(0.8 * seen.original.macs))
     assert found is not None
     (chosen,) = found.plan.replacements
     assert chosen.map == MapSpec(kind="linear")
@@ -79,8 +79,8 @@ def test_the_papers_span_is_the_most_redundant_of_the_shortest_that_save_enough(
     shorter = (
         unit_of("span").choice(profiled.chain, 0, length - 1).model_copy(update={"map": chosen.map})
     )
-    assert seen.dense.macs - plan_saving([profiled.chain], [shorter]).macs > 0.8 * seen.dense.macs
-    assert seen.dense.macs - plan_saving([profiled.chain], [chosen]).macs <= 0.8 * seen.dense.macs
+    assert seen.original.macs - plan_saving([profiled.chain], [shorter]).macs > 0.8 * seen.original.macs
+    assert seen.original.macs - plan_saving([profiled.chain], [chosen]).macs <= 0.8 * seen.original.macs
     assert chosen.start == int(alike.diagonal(length).argmax())
     least = paper_span(seen, 1)
     assert least is not None

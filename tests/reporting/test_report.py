@@ -191,7 +191,7 @@ def test_hostile_names_are_text(browser: Any, result: Result, tmp_path: Path) ->
 
 def fidelity_of(**changed: Any) -> Fidelity:
     given = {"samples": 200, "kind": "kl", "divergence": 0.1, "agreement": 0.9, "cosine": 1.0,
-             "accuracy_dense": 0.8, "accuracy_slim": 0.79}  # fmt: skip
+             "accuracy_original": 0.8, "accuracy_compressed": 0.79}  # fmt: skip
     return Fidelity(**{**given, **changed})
 
 
@@ -213,7 +213,7 @@ def test_a_difference_within_its_interval_is_none(result: Result) -> None:
     assert rows[f"latency, batch {timed.batch}"].verdict == "no difference"
     lost = report.model_copy(update={"fidelity": fidelity_of(drop_low=0.002, drop_high=0.02)})
     assert {row.name: row.verdict for row in judged(lost)}["accuracy"] == "a loss of 1.0 points"
-    gained = fidelity_of(accuracy_slim=0.85, drop_low=-0.08, drop_high=-0.02)
+    gained = fidelity_of(accuracy_compressed=0.85, drop_low=-0.08, drop_high=-0.02)
     assert {row.name: row.verdict for row in judged(report.model_copy(update={"fidelity": gained}))}[
         "accuracy"
     ] == "a gain of 5.0 points"
@@ -223,15 +223,17 @@ def test_the_samples_that_changed_most_are_shown_and_kept_out_of_files(
     result: Result, tmp_path: Path
 ) -> None:
     images = torch.randn(6, 3, 8, 16)
-    dense, slim = torch.zeros(6, 4), torch.zeros(6, 4)
-    slim[:, 1] = torch.tensor([0.0, 3.0, 1.0, 4.0, 2.0, 0.5])
+    original, compressed = torch.zeros(6, 4), torch.zeros(6, 4)
+    compressed[:, 1] = torch.tensor([0.0, 3.0, 1.0, 4.0, 2.0, 0.5])
     watch = MostChanged(seeded(torch.nn.Identity), count=3)
     parts = [slice(0, 4), slice(4, 6)]
     labels = torch.arange(6) % 4
-    compare_outputs("kl", [(dense[p], slim[p], as_batch((images[p], labels[p]))) for p in parts], watch)
+    compare_outputs(
+        "kl", [(original[p], compressed[p], as_batch((images[p], labels[p]))) for p in parts], watch
+    )
     found = watch.found()
     assert [c.label for c in found] == [3, 1, 0]
-    assert [(c.dense, c.slim) for c in found] == [(0, 1)] * 3
+    assert [(c.original, c.compressed) for c in found] == [(0, 1)] * 3
     drawn = Image.open(io.BytesIO(base64.b64decode(found[0].picture.partition(",")[2])))
     assert drawn.size == (112, 56)
     wanted = ((images[3, 1, 0, 0] * 0.5 + 0.5).clamp(0, 1) * 255).round()
@@ -239,9 +241,9 @@ def test_the_samples_that_changed_most_are_shown_and_kept_out_of_files(
 
     assert len(result.report.changed) == 12
     assert all(c.picture for c in result.report.changed)
-    result.save(tmp_path / "slim", architecture=DIGITS)
-    assert "base64" not in (tmp_path / "slim" / "report.json").read_text()
-    again = read_report(tmp_path / "slim")
+    result.save(tmp_path / "compressed", architecture=DIGITS)
+    assert "base64" not in (tmp_path / "compressed" / "report.json").read_text()
+    again = read_report(tmp_path / "compressed")
     assert again is not None
     assert again.details == result.report.details
     assert again.changed == ()
@@ -250,21 +252,21 @@ def test_the_samples_that_changed_most_are_shown_and_kept_out_of_files(
 def test_the_report_of_a_directory(
     browser: Any, result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result.save(tmp_path / "slim", architecture=DIGITS)
-    assert main(["report", str(tmp_path / "slim")]) == 0
-    assert f"written to {tmp_path / 'slim' / 'report.html'}" in capsys.readouterr().out
-    assert main(["verify", str(tmp_path / "slim")]) == 0
-    assert load(tmp_path / "slim")
-    tab, flaws = opened(browser, tmp_path / "slim" / "report.html")
+    result.save(tmp_path / "compressed", architecture=DIGITS)
+    assert main(["report", str(tmp_path / "compressed")]) == 0
+    assert f"written to {tmp_path / 'compressed' / 'report.html'}" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "compressed")]) == 0
+    assert load(tmp_path / "compressed")
+    tab, flaws = opened(browser, tmp_path / "compressed" / "report.html")
     assert "Samples are in no artefact" in tab.locator("main").inner_text()
     assert tab.locator("#charts svg").count() == 3
     assert not flaws
-    text = (tmp_path / "slim" / "report.json").read_text()
-    (tmp_path / "slim" / "report.json").write_text(text.replace('"macs"', '"macs" '))
-    assert main(["report", str(tmp_path / "slim")]) == 4
+    text = (tmp_path / "compressed" / "report.json").read_text()
+    (tmp_path / "compressed" / "report.json").write_text(text.replace('"macs"', '"macs" '))
+    assert main(["report", str(tmp_path / "compressed")]) == 4
     assert "report.json is not what was saved" in capsys.readouterr().err
-    (tmp_path / "slim" / "report.json").unlink()
-    assert main(["report", str(tmp_path / "slim")]) == 4
+    (tmp_path / "compressed" / "report.json").unlink()
+    assert main(["report", str(tmp_path / "compressed")]) == 4
 
 
 def test_a_page_that_cannot_be_written_leaves_what_was_there(result: Result, tmp_path: Path) -> None:

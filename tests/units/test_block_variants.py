@@ -104,14 +104,14 @@ def test_an_exact_read_out_is_exact(name: str) -> None:
     (replacement,) = plan.replacements
     assert replacement.exact
     assert replacement.start == len(chain) - 1
-    slim = splice(model, plan, {})
-    dense = outputs(model, example)
-    torch.testing.assert_close(outputs(slim, example), dense, rtol=1e-5, atol=1e-5)
+    compressed = splice(model, plan, {})
+    original = outputs(model, example)
+    torch.testing.assert_close(outputs(compressed, example), original, rtol=1e-5, atol=1e-5)
     double = splice(copy.deepcopy(model).double(), plan, {})
     expected = outputs(copy.deepcopy(model).double(), example)
     torch.testing.assert_close(outputs(double, example), expected, rtol=1e-12, atol=1e-12)
     batch = as_batch(example)
-    saved = cost(model, batch).macs - cost(slim, batch).macs
+    saved = cost(model, batch).macs - cost(compressed, batch).macs
     assert saved == chain_cost(chain, ()).macs - chain_cost(chain, plan.replacements).macs
     assert saved > 0.5 * chain.macs[-1]
 
@@ -153,9 +153,9 @@ def test_features_that_are_handed_out_are_read() -> None:
 def test_behind_an_exact_read_out_there_is_nothing_stale() -> None:
     """Whoever asks for patch tokens meets a shape."""
     model = vit()
-    slim: Any = splice(model, exact(supports(model, images(4)).chains), {})
-    assert slim.forward_features(images(2)).shape == (2, 1, 192)
-    assert type(slim) is type(model)
+    compressed: Any = splice(model, exact(supports(model, images(4)).chains), {})
+    assert compressed.forward_features(images(2)).shape == (2, 1, 192)
+    assert type(compressed) is type(model)
 
 
 def by_hand(model: nn.Module, unit: str, x: Tensor, value: nn.Module) -> Tensor:
@@ -202,20 +202,20 @@ def test_a_thinned_block_is_what_it_says(unit: str, form: str) -> None:
     (chain,) = supports(whole, x).chains
     plan = thinned_plan(chain, unit)
     tensors = tensors_for(plan)
-    slim = splice(whole, plan, tensors)
+    compressed = splice(whole, plan, tensors)
     value = nn.Linear(192, 192)
     state = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
     value.load_state_dict(state)
     with torch.no_grad():
         expected = by_hand(model, unit, x, value)
-    torch.testing.assert_close(outputs(slim, x), expected, rtol=1e-4, atol=1e-4)
-    saved = cost(whole, as_batch(x)).macs - cost(slim, as_batch(x)).macs
+    torch.testing.assert_close(outputs(compressed, x), expected, rtol=1e-4, atol=1e-4)
+    saved = cost(whole, as_batch(x)).macs - cost(compressed, as_batch(x)).macs
     assert saved == chain_cost(chain, ()).macs - chain_cost(chain, plan.replacements).macs
-    dense = sum(p.numel() for p in whole.parameters())
-    left = sum(p.numel() for p in slim.parameters())
+    original = sum(p.numel() for p in whole.parameters())
+    left = sum(p.numel() for p in compressed.parameters())
     gone = chain_cost(chain, ()).params - chain_cost(chain, plan.replacements).params
-    assert dense - left == gone
-    kept = {key for key in slim.state_dict() if ".map." not in key}
+    assert original - left == gone
+    kept = {key for key in compressed.state_dict() if ".map." not in key}
     assert kept <= set(whole.state_dict())
 
 
@@ -224,9 +224,9 @@ def test_an_exact_read_out_of_a_graph(form: str) -> None:
     model, x = vit(), images(4)
     whole = GRAPHS[form](model, x)
     chains = supports(whole, x).chains
-    slim = splice(whole, exact(chains), {})
-    assert isinstance(slim, fx.GraphModule)
-    torch.testing.assert_close(outputs(slim, x), outputs(model, x), rtol=1e-5, atol=1e-5)
+    compressed = splice(whole, exact(chains), {})
+    assert isinstance(compressed, fx.GraphModule)
+    torch.testing.assert_close(outputs(compressed, x), outputs(model, x), rtol=1e-5, atol=1e-5)
 
 
 def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> None:
@@ -247,9 +247,9 @@ def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> N
         given = tuple(r.model_copy(update={"map": spec}) for r in part)
         full = Solution(Plan(replacements=given), tensors_for(Plan(replacements=given)))
         handed = with_read_outs(full, (chain,))
-        slim, wide = (splice(model, s.plan, s.tensors) for s in (handed, full))
-        torch.testing.assert_close(outputs(slim, x), outputs(wide, x), rtol=1e-5, atol=1e-5)
-        saved = cost(model, as_batch(x)).macs - cost(slim, as_batch(x)).macs
+        compressed, wide = (splice(model, s.plan, s.tensors) for s in (handed, full))
+        torch.testing.assert_close(outputs(compressed, x), outputs(wide, x), rtol=1e-5, atol=1e-5)
+        saved = cost(model, as_batch(x)).macs - cost(compressed, as_batch(x)).macs
         counted = chain_cost(chain, ()).macs - chain_cost(chain, handed.plan.replacements).macs
         assert saved == counted, [str(r) for r in handed.plan.replacements]
 
@@ -258,14 +258,16 @@ def test_other_batch_sizes_other_modes_and_precisions() -> None:
     model, x = vit(), images(4)
     (chain,) = supports(model, x).chains
     plan = thinned_plan(chain, "read_out")
-    slim = splice(model, plan, tensors_for(plan))
-    assert outputs(slim, images(1)).shape == (1, 1000)
-    torch.testing.assert_close(outputs(slim, x)[:1], outputs(slim, x[:1]), rtol=1e-4, atol=1e-4)
-    half = copy.deepcopy(slim).bfloat16()
+    compressed = splice(model, plan, tensors_for(plan))
+    assert outputs(compressed, images(1)).shape == (1, 1000)
+    torch.testing.assert_close(
+        outputs(compressed, x)[:1], outputs(compressed, x[:1]), rtol=1e-4, atol=1e-4
+    )
+    half = copy.deepcopy(compressed).bfloat16()
     assert outputs(half, x).dtype == torch.bfloat16
-    slim.train()
-    slim(x).sum().backward()
-    weight = slim.get_submodule("blocks.1.map").weight
+    compressed.train()
+    compressed(x).sum().backward()
+    weight = compressed.get_submodule("blocks.1.map").weight
     assert weight.grad is not None
 
 
@@ -273,8 +275,8 @@ def test_a_call_that_was_never_seen_is_refused() -> None:
     """A mask that comes where none was must not be left out in silence."""
     model, example = hugging_face("BERT")
     (chain,) = supports(model, example).chains
-    slim: Any = splice(model, exact((chain,)), {})
-    block = slim.bert.encoder.layer[2]
+    compressed: Any = splice(model, exact((chain,)), {})
+    block = compressed.bert.encoder.layer[2]
     assert isinstance(block, Thinned)
     stream = torch.zeros(2, 9, 32)
     with pytest.raises(ModelError, match="another way than on calibration data"):
@@ -285,12 +287,16 @@ def test_masks_of_ones_and_others_are_both_run() -> None:
     """Hugging Face drops a mask of ones on the way, so a block is called in two ways."""
     model, example = hugging_face("BERT")
     (chain,) = supports(model, example).chains
-    slim = splice(model, exact((chain,)), {})
+    compressed = splice(model, exact((chain,)), {})
     for mask in (torch.ones(4, 9, dtype=torch.long), example["attention_mask"]):
         given = {**example, "attention_mask": mask}
-        torch.testing.assert_close(outputs(slim, given), outputs(model, given), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            outputs(compressed, given), outputs(model, given), rtol=1e-5, atol=1e-5
+        )
     longer = {"input_ids": torch.arange(24).reshape(2, 12), "attention_mask": torch.ones(2, 12).long()}
-    torch.testing.assert_close(outputs(slim, longer), outputs(model, longer), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(compressed, longer), outputs(model, longer), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_plan_of_a_block_that_cannot_be_thinned_is_refused() -> None:

@@ -98,12 +98,12 @@ def test_a_unit_is_searched_spliced_saved_and_loaded(shift: Shift, tmp_path: Pat
     assert all(r.level in (0.5, 1.0) for r in new)
     assert {(c.unit, c.level) for c in found.plan.candidates} == {("shift", 0.5), ("shift", 1.0)}
     assert "-> shift(" in found.report.table()
-    assert found.report.slim == cost(found.model, found.profile.example)
+    assert found.report.compressed == cost(found.model, found.profile.example)
     for r in new:
         assert isinstance(found.model.get_submodule(f"{r.blocks[0].path}.map"), ShiftModule)
     found.save(tmp_path / "shifted")
     x = loader()[0]
-    again = load(tmp_path / "shifted", model=seeded(Chain))
+    again = load(tmp_path / "shifted", original=seeded(Chain))
     assert torch.equal(again(x), found.model(x))
     with pytest.raises(PlanError, match="a thinned block is not a block of the architecture"):
         found.save(tmp_path / "stock", fold=True)
