@@ -1,9 +1,10 @@
 """Claim: a compressed network is as much faster as it is smaller: latency falls as MACs do.
 
-The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode, compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of
-replacement, and a ViT-B/16 with random weights and all kinds at once. `excess` is the ratio of
-latencies over the share of MACs that is kept; 1 is ideal. The plans are written by hand: time does not
-depend on weights.
+The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode,
+compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of replacement, and
+a ViT-B/16 with random weights and all kinds at once. `excess` is the ratio of latencies over the share
+of MACs that is kept; 1 is ideal. The plans are written by hand: time does not depend on weights.
+
 `python -m benchmarks.delivered_speed` writes `benchmarks/results/delivered_speed.json`.
 """
 

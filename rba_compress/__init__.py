@@ -1,8 +1,8 @@
 """Make pretrained networks smaller without training them.
 
 `compress(model, loader)` finds spans of blocks whose representations hardly change, replaces each by
-one map fitted in closed form, and returns a network of the same class with a proof of what it costs
-and what it loses. See README.md.
+one map fitted in closed form, and returns a network of the same class with a report of its cost and
+its loss. See README.md.
 """
 
 from rba_compress.api import Result, compress, heal, save

@@ -1,10 +1,10 @@
-"""Whatever a user's loader yields, as arguments for the model: the only place that knows its forms.
+"""Batches of a user's loader as arguments for the model: the only module that knows a loader's forms.
 
 A loader is any iterable of batches that can be read more than once. A batch is a tensor, a tuple or
 list whose first items are the inputs (tensors, or one dict), or a dict that is passed as keywords.
-Which items are inputs and which are labels is a `Form`, worked out on the first batch and the model's
-signature (`loader_form`). Labels are used to report accuracy, for a budget of
-`accuracy_drop`, and to tell what the output means.
+A `Form` says which items are inputs and which are labels; `loader_form` derives it from the first batch
+and the model's signature. Labels are used to report accuracy, for a budget of `accuracy_drop`, and to
+choose the divergence of the output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rba_compress.core.offload import execution_device
 from rba_compress.core.schema import Frozen
 
 FormOf = Callable[[Any], "Form"]
-"""Works out the form of a loader on its first item."""
+"""Function that derives the form of a loader from its first item."""
 
 
 class Form(Frozen):
@@ -35,15 +35,15 @@ class Form(Frozen):
     inputs: tuple[str, ...] = ()
     """Names of the model's parameters that the items are passed to, in order."""
     arguments: int = 1
-    """Leading items of a tuple that are passed on."""
+    """Number of leading items of a tuple that are passed to the model."""
     named: bool = False
-    """True where those behind the first are passed by name, so that a mask is known for one."""
+    """True where the items behind the first are passed by name, so that a mask can be recognised."""
     labels: int | str | None = None
-    """The item of a tuple, or the key of a dict, that holds labels."""
+    """Index of the tuple item, or key of the dict, that holds the labels."""
     wrapped: bool = False
     """True where a dict is one positional argument of the model, not its keywords."""
     ignored: tuple[str, ...] = ()
-    """Items that reach neither the model nor a measure."""
+    """Names of the items that are neither inputs nor labels."""
 
     def __str__(self) -> str:
         parts = [f"inputs {', '.join(self.inputs)}"] if self.inputs else []
@@ -53,13 +53,13 @@ class Form(Frozen):
 
 
 def item_name(item: int | str) -> str:
-    """Return how a message names an item of a tuple, counted from 0, or a key of a dict."""
+    """Return the name that messages use for an item of a tuple, counted from 0, or a key of a dict."""
     return f"item {item}" if isinstance(item, int) else repr(item)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: keyword `kwargs` and positional `args` of the model, and labels where given.
+    """Batch of samples: positional `args` and keyword `kwargs` of the model, and labels where given.
 
     Labels are (N,) integers, or (N, ...) numbers: one for each output of a sample.
     """
@@ -76,11 +76,11 @@ class Batch:
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
-        """Samples: the first dimension of the first tensor that has one."""
+        """Return the number of samples: the first dimension of the first tensor that has one."""
         return int(next(t.shape[0] for t in self.tensors.values() if t.ndim))
 
     def digest(self, *, whole: bool = False) -> int:
-        """Return a hash of the first sample, or of all of them, to know it again."""
+        """Return a hash of the first sample, or of all samples, to recognise the batch later."""
         hashed = hashlib.blake2b(digest_size=8)
         for tensor in self.tensors.values():
             rows = tensor[:1] if tensor.ndim and not whole else tensor
@@ -88,7 +88,7 @@ class Batch:
         return int.from_bytes(hashed.digest(), "big", signed=True)
 
     def digests(self) -> list[int]:
-        """Of each sample, to tell copies."""
+        """Return a hash of each sample, to find copies."""
         n = len(self)
         rows = [t for t in self.tensors.values() if t.ndim and len(t) == n]
         parts = [t.detach().cpu().contiguous().reshape(n, -1).view(torch.uint8).numpy() for t in rows]
@@ -101,7 +101,7 @@ class Batch:
         return found
 
     def state(self) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
-        """Its keywords that are no tensors, and its tensors, by a name that says where they belong.
+        """Return the keywords that are not tensors, and the tensors by a name that tells their place.
 
         Raises:
             LoaderError: a keyword is neither a tensor nor a JSON value.
@@ -119,7 +119,7 @@ class Batch:
     def restored(
         cls, others: dict[str, JsonValue], named: Mapping[str, Tensor], *, wrapped: bool = False
     ) -> Batch:
-        """The batch of a `state`."""
+        """Return the batch that a `state` describes."""
         arguments = below("argument.", named)
         return cls(
             tuple(arguments[str(i)] for i in range(len(arguments))),
@@ -140,7 +140,7 @@ class Batch:
         )
 
     def select(self, rows: list[int]) -> Batch:
-        """The samples `rows`; what has another first dimension is passed on whole."""
+        """Return the samples `rows`; a tensor with another first dimension is kept whole."""
         n = len(self)
         if rows == list(range(n)):
             return self
@@ -154,7 +154,7 @@ class Batch:
         return self._map(pick)
 
     def with_tensor(self, name: str, value: Tensor) -> Batch:
-        """The batch with another tensor in place of one of its `tensors`."""
+        """Return the batch with `value` in place of the tensor `name`, one of its `tensors`."""
         if name in self.kwargs:
             return replace(self, kwargs={**self.kwargs, name: value})
         places = range(len(self.args))
@@ -163,13 +163,14 @@ class Batch:
         )
 
     def is_sequence(self, value: Tensor) -> bool:
-        """Whether a tensor of the batch may hold sequences: token ids (N, T), or a mask beside them."""
+        """Return True if a tensor may hold sequences: token ids (N, T), or a mask beside them."""
         return value.ndim == 2 and len(value) == len(self) and not value.is_floating_point()
 
     def padding(self, *, decoder: bool = False) -> Tensor | None:
-        """The mask (N, T) of text, true at real tokens; None where there is none.
+        """Return the mask (N, T) of text, true at real tokens; None where there is none.
 
-        `decoder`: of what a decoder reads, where that has an input of its own.
+        Args:
+            decoder: return the mask of the decoder's input, where the decoder has an input of its own.
         """
         own = decoder and "decoder_input_ids" in self.kwargs
         mask = self.kwargs.get("decoder_attention_mask" if own else "attention_mask")
@@ -177,19 +178,19 @@ class Batch:
 
     @property
     def length(self) -> int | None:
-        """Of its sequences; None where there are none, or some of another length."""
+        """Length of the batch's sequences; None where there are none, or where lengths differ."""
         lengths = {t.shape[1] for t in self.tensors.values() if self.is_sequence(t)}
         return lengths.pop() if len(lengths) == 1 else None
 
     def cut(self, length: int) -> Batch:
-        """Its sequences cut to their first `length` positions."""
+        """Return the batch with its sequences cut to their first `length` positions."""
         return self._map(lambda value: value[:, :length] if self.is_sequence(value) else value)
 
     @classmethod
     def join(cls, batches: list[Batch]) -> Batch:
-        """One batch of all samples; tensors of one name must agree in all dimensions but the first.
+        """Join batches; tensors of one name must agree in all dimensions but the first.
 
-        It has labels where every batch has them.
+        The joined batch has labels where every batch has labels.
         """
         first = batches[0]
 
@@ -205,7 +206,7 @@ class Batch:
         )
 
     def to(self, model: nn.Module) -> Batch:
-        """On the model's device, floating-point inputs in its dtype; labels stay where they are."""
+        """Move inputs to the model's device, floating-point ones to its dtype; labels are not moved."""
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         if parameter is None:
             return self
@@ -218,17 +219,17 @@ class Batch:
         return replace(self._map(move), labels=self.labels)
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output on this batch."""
-        if self.wrapped:  # a copy, for such models write into their input
+        """Return the model's output on this batch."""
+        if self.wrapped:  # a copy, because models that take a dict may write into it
             return model({**self.kwargs})
         return model(*self.args, **self.kwargs)
 
 
 def as_batch(item: Any, form: Form | None = None) -> Batch:
-    """Read one item of a loader.
+    """Return one item of a loader as a batch.
 
     Args:
-        form: which items are inputs and labels. By default the first item of a tuple is the input, and
+        form: roles of the items. By default the first item of a tuple is the input, and
             integers (N,) in the second one, or under `labels` or `label` in a dict, are labels.
 
     Raises:
@@ -265,7 +266,8 @@ def as_batch(item: Any, form: Form | None = None) -> Batch:
 
 
 def _require_values(batch: Batch) -> None:
-    """
+    """Check that a batch holds samples with values, and labels of the same samples.
+
     Raises:
         LoaderError: a batch holds no sample, tensors without values, or labels of other samples.
     """
@@ -286,7 +288,7 @@ def _require_values(batch: Batch) -> None:
 
 
 def plain_form(item: Any) -> Form:
-    """Return the form of an item where no model is at hand: one input, and integer labels (N,)."""
+    """Return the form of an item where no model is known: one input, and integer labels (N,)."""
     if isinstance(item, (tuple, list)) and len(item) > 1 and class_labels(item[1]) is not None:
         return Form(labels=1)
     first = item[0] if isinstance(item, (tuple, list)) and item else item
@@ -296,11 +298,14 @@ def plain_form(item: Any) -> Form:
 
 
 LABELS = ("labels", "label")
-"""Keys of a dict that labels are looked for under."""
+"""Keys of a dict that may hold labels, in order of preference."""
 
 
 def as_labels(value: Any) -> Tensor | None:
-    """Labels as a tensor, from a tensor, an array or a list; (N, 1) integers become (N,)."""
+    """Return a tensor, an array or a list as a tensor of labels, None for anything else.
+
+    Integers (N, 1) become (N,).
+    """
     if isinstance(value, (np.ndarray, list)) and len(value):
         try:
             value = torch.as_tensor(value)
@@ -314,6 +319,6 @@ def as_labels(value: Any) -> Tensor | None:
 
 
 def class_labels(value: Any) -> Tensor | None:
-    """Integer labels (N,); None for anything else."""
+    """Return integer labels (N,); None for anything else."""
     labels = as_labels(value)
     return None if labels is None or labels.is_floating_point() or labels.ndim != 1 else labels

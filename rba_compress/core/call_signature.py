@@ -1,4 +1,4 @@
-"""How a block is called: templates of its arguments and output, kept in plans, that name the stream."""
+"""Call signatures of blocks: templates of arguments and output, kept in plans, that mark the stream."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from rba_compress.core.schema import Dtype, Frozen, Path
 
 
 class Input(Frozen):
-    """A tensor that a block is called with."""
+    """A tensor among the arguments of a block."""
 
     path: Path
     shape: tuple[int, ...]
-    """As it was seen, with two samples."""
+    """Shape in the recorded call, of two samples."""
     dtype: Dtype
 
     def zeros(self, parameter: Tensor, *, like: Input) -> Tensor:
-        """Such a tensor on a parameter's device; where its dtype is that of `like`, in its dtype."""
+        """Return zeros of this shape on a parameter's device.
+
+        The dtype is that of `parameter` where this input has the floating-point dtype of `like`.
+        """
         dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point and self.dtype == like.dtype:
             dtype = parameter.dtype
@@ -29,7 +32,7 @@ class Input(Frozen):
 
 
 class Signature(Frozen):
-    """How a block is called: where the stream comes in, and what it gives back.
+    """Call signature of a block: where the stream comes in, and what the block returns.
 
     `output` is a template: "stream" is the stream, a list a path of the call's inputs, None nothing,
     {"value": v} a constant, and {"tuple": [...]}, {"list": [...]}, {"dict": {...}} the containers.
@@ -40,7 +43,7 @@ class Signature(Frozen):
     arguments: JsonValue = None
     """A template of {"args": ..., "kwargs": ...}, in which ["args", i] is `inputs[i]`."""
     inputs: tuple[Input, ...] = ()
-    """Every tensor of a call; empty where a call cannot be written down."""
+    """Every tensor of a call; empty where the call cannot be expressed as a template."""
 
     @model_validator(mode="after")
     def _can_be_followed(self) -> Self:
@@ -63,35 +66,38 @@ class Signature(Frozen):
         return self
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stream among the inputs of a call."""
+        """Return the stream among the inputs of a call."""
         return _at(args, kwargs, self.stream)
 
     def stream_out(self, output: Any) -> Any:
-        """The stream in the output of a call."""
+        """Return the stream in the output of a call."""
         for key in _stream_path(self.output) or ():
             output = output[key]
         return output
 
     def rebuild(self, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a call whose stream is `stream`, side inputs passed by."""
+        """Return the output of a call whose stream is `stream`; side inputs are passed through."""
         return _fill(self.output, stream, args, kwargs)
 
     @property
     def stream_index(self) -> int:
-        """Which of the inputs is the stream."""
+        """Index of the stream among the inputs."""
         return next(i for i, given in enumerate(self.inputs) if given.path == self.stream)
 
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with these inputs."""
+        """Return the arguments of a call with these inputs."""
         filled = _fill(self.arguments, None, tuple(tensors), {})
         return tuple(filled["args"]), filled["kwargs"]
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The inputs of a call."""
+        """Return the inputs of a call."""
         return [_at(args, kwargs, given.path) for given in self.inputs]
 
     def mismatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What of a call is not as it was when it was seen, but for the tensors' values; or None."""
+        """Return the first difference of a call from the recorded one, in words; None if there is none.
+
+        Tensors match tensors of any shape and value.
+        """
         assert isinstance(self.arguments, dict)
         return _differs(self.arguments, {"args": args, "kwargs": kwargs}, "")
 
@@ -132,9 +138,10 @@ def _at(args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[Any]) -> A
 
 
 def _require_template(template: JsonValue, places: Sequence[str], depth: int = 0) -> None:
-    """
+    """Check that a value is a template that `_fill` can follow.
+
     Raises:
-        ValueError: `_fill` could not follow it.
+        ValueError: the value is no such template.
     """
     if template is None or template == "stream":
         return

@@ -1,4 +1,4 @@
-"""What a user asks for: `Budget`, `Config`, `Healing`; a wrong setting is told by name."""
+"""Settings that a user gives: `Budget`, `Config`, `Healing`; errors name an invalid setting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rba_compress.core.registry import SearchedUnit, searched_units
 from rba_compress.core.schema import Frozen, Share
 
 Trained = Literal["maps", "norms", "adapters", "all"]
-"""What of a compressed network is trained: see `Healing.train`."""
+"""Parameters of a compressed network that are trained: see `Healing.train`."""
 
 Augmentation = Literal["flip", "crop", "mix", "cut"]
 
@@ -28,11 +28,11 @@ RATES: dict[Trained, tuple[float, ...]] = {
     "adapters": (5e-5, 1.5e-4, 5e-4),
     "all": (1e-5, 3e-5, 1e-4, 3e-4),
 }
-"""Learning rates to choose from, by what is trained: which one suits depends on the samples, too."""
+"""Learning rates to choose from, by `Healing.train`; the best one depends on the samples, too."""
 
 
 class Asked(Frozen):
-    """What a user asks for: a setting that does not exist, or means nothing, is told by name."""
+    """Base of a user's settings: an unknown or invalid setting raises an error that names it."""
 
     error: ClassVar[type[RBAError]] = ConfigError
 
@@ -52,10 +52,10 @@ class Asked(Frozen):
 
     @classmethod
     def of(cls, given: Self | None) -> Self | None:
-        """What a function was given for one, as it is.
+        """Return an argument unchanged if it is None or of this class.
 
         Raises:
-            RBAError: it is something else.
+            RBAError: the argument is something else.
         """
         if given is None or isinstance(given, cls):
             return given
@@ -64,10 +64,10 @@ class Asked(Frozen):
 
 
 class Budget(Asked):
-    """What the compressed network may cost, and how far it may fall; several limits hold together.
+    """Limits on the cost of the compressed network and on its loss of quality; all of them must hold.
 
     Costs: a float up to 1 is the share to keep, an int is absolute. With limits of quality alone the
-    search goes on for as long as they hold, and returns the cheapest network that it found.
+    search continues for as long as they hold, and returns the cheapest network that it found.
 
     Raises:
         BudgetError: no limit is given, or one that means nothing.
@@ -80,14 +80,14 @@ class Budget(Asked):
     params: float | int | None = None
     """Parameters, shared ones once."""
     latency: float | int | None = None
-    """Of the loader's first batch on the model's device, as a paired ratio to the original network's;
-    above 1 in milliseconds. Timings vary from run to run, and so may plans."""
+    """Latency of the loader's first batch on the model's device, as a paired ratio to the original
+    network's; above 1 in milliseconds. Timings vary from run to run, and so may plans."""
     divergence: float | None = None
-    """The highest mean divergence of the output, on the samples that the search chooses on."""
+    """The highest mean divergence of the output on the validation samples."""
     agreement: float | None = None
-    """The lowest share of equal argmax, on the same samples."""
+    """The lowest share of equal argmax on the validation samples."""
     accuracy_drop: float | None = None
-    """The most that accuracy may fall, 0.01 for one point, on the same samples; needs labels."""
+    """The largest drop of accuracy on the validation samples, 0.01 for one point; needs labels."""
 
     @field_validator("macs", "params", mode="before")
     @classmethod
@@ -122,11 +122,11 @@ class Budget(Asked):
         return self
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """The limits that are given."""
+        """Return the limits that are given."""
         return [(name, value) for name, value in super().__repr_args__() if value is not None]
 
     def limits(self, macs: int, params: int) -> dict[str, float]:
-        """The absolute limits of macs and params, for an original network of that cost."""
+        """Return the absolute limits of macs and params, for an original network of that cost."""
         original = {"macs": macs, "params": params}
         limits = {}
         for name, whole in original.items():
@@ -138,13 +138,13 @@ class Budget(Asked):
     def broken(
         self, divergence: float, agreement: float | None, accuracy_drop: float | None
     ) -> list[str]:
-        """Which limits of quality do not hold, in words."""
+        """Return the limits of quality that do not hold, in words."""
         found = []
         if self.divergence is not None and not divergence <= self.divergence:
             found.append(f"divergence <= {self.divergence:g} (it is {divergence:.4g})")
         if self.agreement is not None and agreement is not None and agreement < self.agreement:
             found.append(f"agreement >= {self.agreement:g} (it is {agreement:.4g})")
-        # Shares of counts: 0.29 - 0.28 is above 0.01 in floats.
+        # Accuracies are shares of counts, and 0.29 - 0.28 is above 0.01 in floats.
         allowed = None if self.accuracy_drop is None else self.accuracy_drop + 1e-9
         if allowed is not None and accuracy_drop is not None and accuracy_drop > allowed:
             found.append(f"accuracy_drop <= {self.accuracy_drop:g} (it is {accuracy_drop:.4g})")
@@ -160,54 +160,55 @@ def _number(value: Any, wanted: str) -> float | int | None:
 
 
 class Config(Asked):
-    """How to search; every field has a measured or stated default."""
+    """Settings of a search; every field has a measured or stated default."""
 
     maps: tuple[Kind, ...] = ("identity", "shrunk", "folded")
     """Map kinds to try; identity is always tried."""
     units: tuple[SearchedUnit, ...] = Field(default_factory=searched_units)
-    """What to try: maps over spans of blocks, and thinner blocks where the network offers them."""
+    """Units to try: maps over spans of blocks, and thinned blocks where the network offers them."""
     keep_features: bool = False
     """Compute every position of every stream, also those that the output does not read."""
     foldable: bool = False
-    """Search for what `save(fold=True)` can write as a stock network with fewer blocks: identities and
-    folded maps over spans, every position computed; takes the place of maps, units, keep_features."""
+    """Search only for what `save(fold=True)` can write as a stock network with fewer blocks: identities
+    and folded maps over spans, every position computed; overrides maps, units and keep_features."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
-    """The dial a of shrunk maps (1 - a) I + a T and of folded corrections."""
+    """Coefficients a of shrunk maps (1 - a) I + a T, and of folded corrections, to try."""
     fold_damping: float = Field(0.01, ge=0)
     """Ridge of folded corrections, relative to the Gram matrix's mean diagonal."""
     refit: bool = True
-    """Re-solve kept layers behind a replaced span where held-out divergence falls."""
+    """Re-solve kept layers behind a replaced span where the divergence on validation samples falls."""
     statistics: bool = True
-    """Re-estimate BatchNorm statistics behind a replaced span where held-out divergence falls."""
+    """Re-estimate BatchNorm statistics behind a replaced span where that divergence falls."""
     refit_dampings: tuple[float, ...] = Field((0.3, 1.0, 10.0), min_length=1)
     """Ridge of refits, relative to the Gram matrix's mean diagonal."""
     refit_steps: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
-    """Shares of a refit's correction, and of the way to new statistics, to try."""
+    """Step sizes to try: shares of a refit's correction, and of the change to new statistics."""
     tolerance: float = Field(0.005, ge=0)
-    """A refit or swap is taken if it lowers the held-out divergence by this share, and by more than one
-    standard error of the difference."""
+    """Smallest relative decrease of the divergence on validation samples for which a refit or swap is
+    taken; the decrease must also exceed one standard error of the difference."""
     swaps: int = Field(1, ge=0)
-    """Rounds in which each span is undone and chosen again."""
+    """Number of rounds in which each span is undone and chosen again."""
     class_weight: float | None = Field(None, gt=0)
-    """How often a class token's row counts in a fit; None counts it as much as all other rows."""
+    """Weight of a class token's row in a fit; None weights it as much as all other rows together."""
     rank: int | None = Field(None, gt=0)
     """Rank of low_rank maps; None is a quarter of the width."""
     damping: float = Field(1e-4, ge=0)
     """Ridge of affine and shrunk maps, relative to the Gram matrix's mean diagonal."""
     window: int | None = Field(None, gt=0)
-    """The longest span that is profiled; bounds the memory of wide, deep networks."""
+    """The longest span that is profiled, in blocks; bounds the memory for wide, deep networks."""
     memory: int | None = Field(None, gt=0)
-    """Bytes that the moments of a profile may take, and as many the streams that a search keeps; by
-    default half of the device's memory."""
+    """Limit in bytes for the moments of a profile, and the same limit for the streams that a search
+    keeps; by default half of the device's memory."""
     stride: int = Field(4, gt=0)
-    """Of the positions that no head reads, one in so many is profiled, and counts for all, once there
-    were sixteen rows a channel; 1 profiles every one."""
+    """Sampling stride over the positions that no head reads: after sixteen rows a channel, one position
+    in `stride` is profiled and weighted for all of them; 1 profiles every position."""
     divergence: Literal["auto", "kl", "bernoulli", "nse", "cosine"] = "auto"
-    """KL of the class probabilities; of a Bernoulli variable for each label (sigmoid heads); normalised
-    squared error; or one minus the cosine. By default the labels, the problem type of a transformers
-    configuration, and the graph decide: class scores, feature maps or an embedding."""
+    """Divergence of the output: KL of the class probabilities; KL of a Bernoulli variable a label
+    (sigmoid heads); normalised squared error; or one minus the cosine. By default the labels, the
+    problem type of a transformers configuration, and the graph decide: class scores, feature maps or an
+    embedding."""
     seed: int = 0
-    """Deals the samples to fit, validation and test."""
+    """Seed of the split into fit, validation and test samples."""
 
     @model_validator(mode="before")
     @classmethod
@@ -229,34 +230,34 @@ class Config(Asked):
 
 
 class Healing(Asked):
-    """How a compressed network is trained towards its original."""
+    """Settings for training a compressed network towards its original."""
 
     train: Trained = "all"
-    """The maps alone; them and norms and biases; all of these and a low-rank adapter on every linear
-    layer and convolution, merged at the end; or everything."""
+    """Parameters to train: the maps alone; maps, norms and biases; all of these and a low-rank adapter
+    on every linear layer and convolution, merged at the end; or all parameters."""
     rate: float | None = Field(None, gt=0)
-    """The peak of the learning rate; None is the best of `RATES` on held-out samples, after a short
-    training with each."""
+    """Peak learning rate; None takes the best of `RATES` on held-out samples, after a short training
+    with each."""
     epochs: int = Field(10, gt=0)
-    """Rounds through the samples to train on, at the most."""
+    """Largest number of epochs over the training samples."""
     batch: int = Field(16, gt=0)
-    """Samples of a step, of all processes together."""
+    """Samples of an optimiser step, of all processes together."""
     warmup: Share = 0.1
-    """Of the steps, in which the rate rises; then it falls as a cosine."""
+    """Share of the steps in which the learning rate rises; then the rate falls as a cosine."""
     rank: int = Field(8, gt=0)
-    """Of adapters."""
+    """Rank of the adapters."""
     augment: tuple[Augmentation, ...] = ("flip", "crop")
-    """What is done to images before both networks see them: a mirror image, a part of at least a third
-    of the area, mixed with another by its values, or by a rectangle."""
+    """Augmentations of images, the same for both networks: a mirror image, a crop of at least a third
+    of the area, a mixture with another image by values (mix) or by a rectangle (cut)."""
     features: float = Field(0.0, ge=0)
-    """The weight of the normalised squared error of the streams behind the last blocks."""
+    """Weight of the normalised squared error of the streams behind the last blocks."""
     labels: Share = 0.0
-    """The weight of the cross-entropy with the loader's labels; what is left is the original's."""
+    """Weight of the cross-entropy with the loader's labels; the rest weights the original's outputs."""
     smoothing: float = Field(0.1, ge=0, lt=1)
-    """Of labels."""
+    """Label smoothing of that cross-entropy."""
     patience: int = Field(5, gt=0)
-    """Epochs in a row without a new best on held-out samples, after which it ends."""
+    """Number of consecutive epochs without a new best on held-out samples after which training ends."""
     bf16: bool = False
-    """Multiply in bfloat16; the teacher and what is measured stay as they are."""
+    """Multiply in bfloat16; the teacher and the evaluation keep their precision."""
     seed: int = 0
-    """Of the order, the augmentation and the adapters."""
+    """Seed of the sample order, the augmentation and the adapters."""

@@ -13,7 +13,7 @@ class Cost(Frozen):
     macs: int = 0
     params: int = 0
     latency: float = Field(0.0, exclude=True)
-    """Share of the original's time; followed only where the budget asks for it, and never written."""
+    """Share of the original's latency; tracked only where the budget limits it, never serialised."""
 
     def __add__(self, other: Cost) -> Cost:
         return _sum(self, other, 1)

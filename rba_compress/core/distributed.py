@@ -1,11 +1,11 @@
-"""Several processes as one: each reads its share of the loader, and all of them decide alike.
+"""Collectives of several processes: each reads its share of the loader, and all decide the same.
 
 Where `torch.distributed` runs more than one process (`accelerate launch`, `torchrun`), `profile`,
-`search` and `compress` are called on every rank with the same model and the same, whole loader. What a
-decision stands on is summed up or gathered first, so every rank takes the same one.
+`search` and `compress` are called on every rank with the same model and the same, whole loader. The
+statistics behind a decision are summed or gathered first, so every rank takes the same decision.
 
-All of it goes over gloo, through the host: a pass over the data ends in one sum, whose speed hardly
-matters, and a peer that has died is noticed at once, by its connection.
+All communication uses gloo on the CPU. A pass over the data ends in one sum, whose speed hardly
+matters, and gloo notices at once when the connection to a peer breaks.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from tqdm import tqdm
 from rba_compress.core.errors import RankError
 
 _PATIENCE = timedelta(hours=6)
-"""For peers that live and have longer shares to read."""
+"""Timeout of collectives, long enough for live peers with longer shares to read."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work together, seen from one of them; by default there is one."""
+    """Processes that work together, seen from one rank; by default a single process."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether it is this process that writes, prints and takes the time."""
+        """True on the rank that writes, prints and measures times."""
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks of tensors of one shape."""
+        """Return the sum over all ranks of tensors of one shape."""
         if self.count == 1:
             return tensor
         summed = tensor.detach().to("cpu", copy=True)
@@ -52,11 +52,11 @@ class Ranks:
         return summed.to(tensor.device)
 
     def sum(self, number: float) -> float:
-        """The sum over all ranks of a number; of integers up to 2^53 exact."""
+        """Return the sum over all ranks of a number; exact for integers up to 2^53."""
         return float(self.total(torch.tensor(float(number), dtype=torch.float64)))
 
     def gathered(self, rows: Tensor) -> list[Tensor]:
-        """The tensors (n, ...) of all ranks, in their order; n may differ, and be 0."""
+        """Return the tensors (n, ...) of all ranks, in rank order; n may differ, and be 0."""
         if self.count == 1:
             return [rows]
         counts = torch.zeros(self.count, dtype=torch.long)
@@ -70,22 +70,23 @@ class Ranks:
         return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
 
     def told(self, make: Callable[[], Any]) -> Any:
-        """What the leading rank makes, a JSON value: a time, say, which no two ranks measure alike."""
+        """Broadcast a JSON value of the leading rank, such as a time, which differs between ranks."""
         if self.count == 1:
             return make()
         return self.collected(make() if self.leads else None)[0]
 
     def collected(self, value: Any) -> list[Any]:
-        """A JSON value of every rank, in their order."""
+        """Return the JSON values of all ranks, in rank order."""
         if self.count == 1:
             return [value]
         text = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8)
         return [json.loads(bytes(part)) for part in self.gathered(text)]
 
     def require_equal(self, what: str, digest: int) -> None:
-        """
+        """Check that all ranks have the same digest of something that they must share.
+
         Raises:
-            RankError: the ranks hold different ones of something that they must share.
+            RankError: the digests differ.
         """
         found = torch.cat(self.gathered(torch.tensor([digest]))).tolist()
         other = next((r for r, value in enumerate(found) if value != found[0]), None)
@@ -97,7 +98,7 @@ class Ranks:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """A collective operation in it that fails ends in a `RankError`."""
+        """Raise a `RankError` where a collective operation in the context fails."""
         try:
             yield
         except RuntimeError as error:
@@ -109,7 +110,7 @@ class Ranks:
             ) from error
 
     def bar(self, *args: Any, **kwargs: Any) -> Any:
-        """A progress bar, on a terminal, of the leading rank."""
+        """Return a progress bar, which only the leading rank shows, on a terminal."""
         return tqdm(*args, disable=None if self.leads else True, **kwargs)
 
 
@@ -117,7 +118,7 @@ ALONE = Ranks()
 
 
 def current() -> Ranks:
-    """The ranks of `torch.distributed` where it runs; its first call is made by all of them."""
+    """Return the ranks of `torch.distributed` where it runs; all ranks must make the first call."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
     if dist.get_world_size() == 1:
@@ -127,8 +128,8 @@ def current() -> Ranks:
 
 
 _GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Of a world its gloo group, no longer than the world itself: its threads end with the last reference,
-and one that outlives the interpreter aborts the process."""
+"""Gloo group of each world, kept no longer than the world: the group's threads end with its last
+reference, and a group that outlives the interpreter aborts the process."""
 
 
 def _group() -> Any:
@@ -139,21 +140,21 @@ def _group() -> Any:
 
 
 def own_device(name: str) -> str:
-    """The card of this process, where `name` is any."""
+    """Return the GPU of this process where `name` is "cuda"; any other name is returned unchanged."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if name == "cuda" and local is not None else name
 
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """Join the processes that a launcher has started, where one has, and leave them at the end."""
+    """Join the process group of a launcher, where there is one, and leave it at the end."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Without it accelerate takes processes without cards for single ones.
+    # Without `cpu`, accelerate treats processes without GPUs as single processes.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu)
     try:

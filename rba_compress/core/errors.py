@@ -1,10 +1,10 @@
-"""Every error that this package raises on purpose: what was found, and what to do about it."""
+"""Errors that this package raises on purpose; a message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
 
 class RBAError(Exception):
-    """Base of all errors of rba_compress; nothing of the user's was changed when it is raised."""
+    """Base class of all errors of rba_compress; the user's objects are unchanged when one is raised."""
 
 
 class LoaderError(RBAError):
@@ -32,7 +32,7 @@ class ConfigError(RBAError):
 
 
 class FidelityError(RBAError):
-    """The network that was found is further from the original than anyone asked for."""
+    """The compressed network is too far from the original, and no budget asked for such a network."""
 
 
 class MemoryLimitError(RBAError):
@@ -56,8 +56,8 @@ class ExportError(RBAError):
 
 
 class RankError(RBAError):
-    """One of several processes ended, does not answer, or works on something else."""
+    """A process of the group ended, does not answer, or works on something else."""
 
 
 class SpaceError(RBAError):
-    """Latent spaces, or their anchors, cannot be used, or not together."""
+    """Latent spaces or their anchors cannot be used, or cannot be used together."""

@@ -1,6 +1,6 @@
-"""Names of file formats by their first bytes, and how their tensors become safetensors.
+"""Recognition of file formats by their first bytes, with a way to convert their tensors to safetensors.
 
-A file is looked at where it was taken for safetensors and is none: nothing in it is unpickled or run.
+A file is inspected only where safetensors were expected and not found; nothing in it is run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _READ = 1 << 16
 
 
 def other_format(path: Path) -> str:
-    """What a file is that is no safetensors, and how to convert it; empty where that is not known."""
+    """Return the format of a file that is not safetensors, and how to convert it; empty if unknown."""
     if path.is_dir():
         inside = sorted(each.name for each in path.glob("*.safetensors"))
         listed = f" (it holds {', '.join(inside[:3])})" if inside else ""
@@ -39,7 +39,7 @@ def other_format(path: Path) -> str:
             start = file.read(_READ)
     except OSError:
         return ""
-    # A safetensors file that is cut off starts with the length of its header, in eight bytes.
+    # A truncated safetensors file starts with the length of its header, in eight bytes.
     protocol = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[4:8] != bytes(4)
     if start.startswith(b"PK\x03\x04"):
         return _of_zip(path)

@@ -1,4 +1,4 @@
-"""Forward passes in eval mode, whose failures have a name."""
+"""Forward passes in eval mode, whose failures are raised as `ModelError`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rba_compress.core.loader import named_elsewhere
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`.
+    """Return the plain module inside DataParallel, DistributedDataParallel or `torch.compile`.
 
     Raises:
         ModelError: the model is no `nn.Module`, or one whose forward pass cannot be rewritten.
@@ -41,29 +41,36 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back afterwards.
+    """Run in eval mode without gradients; every module's own mode is restored afterwards.
 
     The flags are set directly: `eval()` of an exported program raises, and some modules change their
-    weights in it. torch's fast path of attention is off meanwhile: it runs blocks as one operation, on
-    nested tensors where there is padding, and neither shows what happens inside.
+    weights in it. torch's attention fast path is disabled meanwhile: it runs a block as one operation,
+    on nested tensors where there is padding, and both hide what happens inside.
     """
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        for module in modes:
-            module.training = False
+        _set_modes(dict.fromkeys(modes, False))
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
+        _set_modes(modes)
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    """Set the flags that differ: a module's `__setattr__` is slow, and searches do this a thousand times."""
+    for module, mode in modes.items():
+        if module.training is not mode:
             module.training = mode
 
 
 @contextlib.contextmanager
 def running(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """A forward pass that fails in it is a `ModelError`, unless its error tells more by itself.
+    """Raise a `ModelError` where a forward pass in the context fails.
+
+    Errors that are specific already, or that an outer handler names (`named_elsewhere`), pass through.
 
     Raises:
         ModelError: the forward pass fails.
@@ -82,6 +89,6 @@ def running(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 def ran(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch; a failure is as in `running`."""
+    """Return the model's output on a batch; a failure is raised as in `running`."""
     with running(model, batch):
         return batch.run(model)

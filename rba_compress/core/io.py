@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and known to be what was written.
+"""Atomic, checksummed files: each is written whole or not at all, and verified when it is read.
 
-JSON carries the SHA-256 of its own text in the field `seal`, taken with 64 zeros in its place.
+JSON carries the SHA-256 of its own text in the field `seal`, computed with 64 zeros in its place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rba_compress.core.schema import Frozen
 
 BLANK = "0" * 64
 LARGEST = 1 << 28
-"""Bytes of JSON: what is larger is not read."""
+"""Size in bytes above which a JSON file is not read."""
 T = TypeVar("T", bound="Sealed")
 R = TypeVar("R", bound=Frozen)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
@@ -39,17 +39,17 @@ class Sealed(Frozen):
 
     schema_version: int
     seal: str | None = BLANK
-    """SHA-256 of the file; None in files of schemas that had none."""
+    """SHA-256 of the file; None in files of older schemas, which had no seal."""
 
 
 def sealed(text: str) -> bytes:
-    """JSON text whose first `seal` is `BLANK`, with its digest there, as UTF-8."""
+    """Return JSON text as UTF-8, with its digest in place of the first `seal`, which is `BLANK`."""
     content = text.encode()
     return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
 
 
 def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1) -> T:
-    """A sealed JSON file as a value.
+    """Read a sealed JSON file as a value.
 
     Args:
         path: of the file.
@@ -58,7 +58,7 @@ def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1
         sealed_since: the first schema that has a seal.
 
     Raises:
-        ArtifactError: it is missing, of a newer schema, not of that kind, or not what was written.
+        ArtifactError: the file is missing, of a newer schema or another kind, or not what was written.
     """
     content = read_json(path)
     schema = _schema(content)
@@ -72,12 +72,13 @@ def read_sealed(path: Path, kind: type[T], *, newest: int, sealed_since: int = 1
 
 
 def require_seal(path: Path, content: bytes, *, there: bool) -> None:
-    """
+    """Check the seal of a JSON file.
+
     Args:
-        there: whether it must have one.
+        there: True if the file must have a seal.
 
     Raises:
-        ArtifactError: it has another, or none.
+        ArtifactError: the seal does not fit, or is missing.
     """
     found = _SEAL.search(content)
     intact = not there
@@ -89,10 +90,10 @@ def require_seal(path: Path, content: bytes, *, there: bool) -> None:
 
 
 def read_json(path: Path) -> bytes:
-    """The bytes of a file that is to be JSON.
+    """Return the bytes of a file that should be JSON.
 
     Raises:
-        ArtifactError: it cannot be read, or is larger than any that this package writes.
+        ArtifactError: the file cannot be read, or is larger than any that this package writes.
     """
     try:
         size = path.stat().st_size
@@ -106,10 +107,10 @@ def read_json(path: Path) -> bytes:
 
 
 def parsed(path: Path, kind: type[R], content: bytes | str) -> R:
-    """JSON as a value.
+    """Parse JSON as a value.
 
     Raises:
-        ArtifactError: it is none.
+        ArtifactError: the JSON is not a value of that kind.
     """
     try:
         return kind.model_validate_json(content)
@@ -119,7 +120,7 @@ def parsed(path: Path, kind: type[R], content: bytes | str) -> R:
 
 
 def _schema(content: bytes) -> int:
-    """The schema that JSON says it has, whatever else it holds; 0 where it says none."""
+    """Return the schema version in a JSON text, whatever else it holds; 0 where there is none."""
     try:
         schema = json.loads(content)["schema_version"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -128,13 +129,13 @@ def _schema(content: bytes) -> int:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of tensors, taken one by one."""
+    """Return the SHA-256 over the names, dtypes, shapes and bytes of tensors, taken one by one."""
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -144,15 +145,15 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def below(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start so, by the rest of their names."""
+    """Return the tensors whose names start with `prefix`, by the rest of their names."""
     return {n.removeprefix(prefix): tensor for n, tensor in named.items() if n.startswith(prefix)}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in place of what was there.
+    """Write a text file, replacing an older one.
 
     Raises:
-        ArtifactError: it cannot be written; what was there is there still.
+        ArtifactError: the file cannot be written; an older one is unchanged.
     """
     try:
         with sibling(path) as folder:
@@ -165,10 +166,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with a JSON record in its header, in place of what was there.
+    """Write a safetensors file with a JSON record in its header, replacing an older one.
 
     Raises:
-        ArtifactError: it cannot be written; what was there is there still.
+        ArtifactError: the file cannot be written; an older one is unchanged.
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"record": record.model_dump_json(), "sha256": tensor_digest(sorted(data.items()))}
@@ -183,10 +184,10 @@ def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> 
 
 
 def read_tensors(path: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
-    """A file of `write_tensors`.
+    """Read a file of `write_tensors`.
 
     Raises:
-        ArtifactError: it is missing, not of that kind, or not what was written.
+        ArtifactError: the file is missing, not of that kind, or not what was written.
     """
     name = kind.__name__.lower()
     try:
@@ -203,9 +204,10 @@ def read_tensors(path: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
 
 
 def require_intact(root: Path, name: str, digest: str) -> None:
-    """
+    """Check that a file exists and has the given SHA-256.
+
     Raises:
-        ArtifactError: a file is missing, or its SHA-256 is another.
+        ArtifactError: the file is missing, or its SHA-256 is another.
     """
     path = root / name
     if not path.is_file():
@@ -215,7 +217,8 @@ def require_intact(root: Path, name: str, digest: str) -> None:
 
 
 def require_vacant(target: Path) -> None:
-    """
+    """Check that a path is missing or an empty directory.
+
     Raises:
         ArtifactError: the path is a file, or a directory that is not empty.
     """
@@ -228,7 +231,7 @@ def require_vacant(target: Path) -> None:
 
 @contextmanager
 def sibling(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target`, which may be renamed to it; what is left is removed."""
+    """Make a temporary directory beside `target`, which may be renamed to it; remove what is left."""
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -240,7 +243,8 @@ def sibling(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` to write into; renamed to it at the end, or removed.
+    """Make a temporary sibling of `target` to write into; at the end rename it to `target`, or remove it
+    after an error.
 
     Raises:
         ArtifactError: something cannot be written.
@@ -257,7 +261,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file or directory to the disk."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Reading of a loader: its batches, checked, and the split of its samples into three parts."""
+"""Reading of a loader: checked batches, split into fit, validation and test samples."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Part = Literal["fit", "validation", "test"]
 
 
 ENDLESS = 100_000
-"""Batches after which a loader that tells no length is taken for one without an end."""
+"""Number of batches after which a loader without a length is taken to be endless."""
 
 
 _PATTERN: tuple[Part, ...] = ("fit",) * 5 + ("validation",) * 4 + ("test",)
 
 
 def read(loader: Iterable[Any], form: Form | None = None) -> Iterator[Batch]:
-    """The batches of a loader, checked; on one of several ranks, its share of them.
+    """Yield the batches of a loader, checked; on one of several ranks, its share of them.
 
     Args:
         form: as in `as_batch`.
@@ -54,12 +54,12 @@ def _read(
     *,
     again: bool = False,
 ) -> Iterator[tuple[int, int, Batch]]:
-    """As `read`: the number of each batch, its first sample's, and the batch.
+    """Yield the number of each batch, the number of its first sample, and the batch; see `read`.
 
     Args:
-        ranks: of `count` batches in sequence one is each rank's.
-        form: as in `as_batch`, or what works it out on the first item.
-        again: whether the loader was read before.
+        ranks: each rank reads one of every `count` consecutive batches.
+        form: as in `as_batch`, or a function that derives it from the first item.
+        again: True if the loader was read before.
     """
     if isinstance(loader, Tensor):
         raise LoaderError("the loader is a tensor: pass an iterable of batches, such as [tensor]")
@@ -79,7 +79,7 @@ def _read(
             )
         yield index, start, batch
     if index >= 0 or ranks.count > 1:
-        return  # another rank may have what this one has not
+        return  # another rank may have read a batch
     if again:
         raise LoaderError(
             f"the loader, a {type(loader).__name__}, gives nothing when it is read again: pass one "
@@ -89,11 +89,11 @@ def _read(
 
 
 def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]]:
-    """A rank's items of a loader: number, first sample's number, item."""
+    """Yield a rank's items of a loader: number, number of the first sample, item."""
     if ranks.count > 1 and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
         from accelerate.data_loader import prepare_data_loader
 
-        # What the other ranks read is not read here.
+        # The batches of other ranks are not loaded here.
         starts = itertools.accumulate((len(rows) for rows in loader.batch_sampler), initial=0)
         shared = [*itertools.islice(enumerate([*starts][:-1]), ranks.rank, None, ranks.count)]
         own = prepare_data_loader(
@@ -115,10 +115,10 @@ def _share(loader: Iterable[Any], ranks: Ranks) -> Iterator[tuple[int, int, Any]
 
 
 def _items(loader: Any) -> Iterator[Any]:
-    """What a loader yields.
+    """Yield the items of a loader.
 
     Raises:
-        LoaderError: it cannot be iterated, or only once; it raises; it does not end.
+        LoaderError: the loader cannot be iterated, or only once; it raises; it does not end.
     """
     kind = type(loader).__name__
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
@@ -151,9 +151,10 @@ def _items(loader: Any) -> Iterator[Any]:
 
 @contextmanager
 def _named(index: int) -> Iterator[None]:
-    """
+    """Name the batch where the loader's own code fails in the context.
+
     Raises:
-        LoaderError: the loader's own code raises in it.
+        LoaderError: the loader's own code raises.
     """
     try:
         yield
@@ -168,10 +169,10 @@ def _named(index: int) -> Iterator[None]:
 
 @contextmanager
 def workers_named() -> Iterator[None]:
-    """The death of a loader's worker has a name, wherever the process happens to be: torch signals it.
+    """Name the death of a loader's worker, which torch signals whatever code is running.
 
     Raises:
-        LoaderError: a worker died in it.
+        LoaderError: a worker died in the context.
     """
     try:
         yield
@@ -185,12 +186,12 @@ def workers_named() -> Iterator[None]:
 
 
 def named_elsewhere(error: Exception) -> bool:
-    """Whether an error has a name, or gets one further out: of memory, or of a dead worker."""
+    """Return True if an error is specific, or an outer handler names it: out of memory, dead worker."""
     return isinstance(error, RBAError) or out_of_memory(error) or _worker_died(error)
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether it is torch's word of a worker's death."""
+    """Return True if an error is torch's report of a dead DataLoader worker."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
@@ -206,20 +207,21 @@ def _describe(kinds: dict[str, torch.dtype]) -> str:
 
 
 class Split:
-    """Deals the samples of a loader to the three parts, one by one.
+    """Split of a loader's samples into fit, validation and test samples.
 
-    Every run of ten samples is dealt in an order of its own, drawn from `seed`: five to fit, four to
-    choose, one to confirm. So a loader sorted by class gives every part every class, and a sample's
-    part depends only on its position and the seed. Parts are disjoint only if the loader gives the
-    same samples in the same order at every read: this is checked on the first sample of each batch.
+    Every run of ten consecutive samples is split in an order of its own, drawn from `seed`: five fit
+    samples, four validation samples, one test sample. So a loader sorted by class gives every part
+    every class, and a sample's part depends only on its position and the seed. Parts are disjoint only
+    if the loader gives the same samples in the same order at every read. The first sample of each batch
+    is checked for this.
 
-    Where several ranks work together, each reads its share of the batches; the deal is the same.
+    Where several ranks work together, each reads its share of the batches; the split is the same.
 
     Args:
         loader: read anew for every part.
-        seed: deals the samples.
-        order: `order` of an earlier split of the same loader, to go on checking against.
-        lengths: samples of each of the loaders that this one is made of, which were dealt one by one.
+        seed: of the split.
+        order: `order` of an earlier split of the same loader, to continue its check.
+        lengths: numbers of samples of the loaders that this one joins, which were split one by one.
         form: as in `as_batch`.
     """
 
@@ -239,15 +241,16 @@ class Split:
         self._whole = bool(order)
         self._starts = [0, *itertools.accumulate(lengths[:-1])]
         self.samples = 0
-        """Of the loader, on all ranks, once it was dealt."""
+        """Number of the loader's samples on all ranks, known after a whole `deal`."""
         self.copies = (0, 0)
-        """Held-out samples that are copies of samples to fit on, of how many; once it was dealt."""
+        """Number of held-out samples that are copies of fit samples, and number of held-out samples;
+        known after a whole `deal`."""
 
     def first(self, form_of: FormOf | None = None) -> Batch:
         """Return the first batch, whole, on every rank.
 
         Args:
-            form_of: works out the form, for this read and all later ones.
+            form_of: derives the form, for this read and all later ones.
         """
 
         def form(item: Any) -> Form:
@@ -263,7 +266,7 @@ class Split:
         return tuple(dict(sorted(torch.cat(self.ranks.gathered(known)).tolist())).values())
 
     def _read(self, ranks: Ranks, form: FormOf | None = None) -> Iterator[tuple[int, Batch]]:
-        """The first sample's number and the batch."""
+        """Yield the number of each batch's first sample, and the batch, compared with earlier reads."""
         count = 0
         how = form or self.form
         for index, start, batch in _read(self.loader, ranks, how, again=bool(self._digests)):
@@ -288,7 +291,7 @@ class Split:
         self._whole = True
 
     def part(self, part: Part) -> Iterator[Batch]:
-        """The batches of one part, in the loader's order; batches left empty are dropped.
+        """Yield the batches of one part, in the loader's order; empty batches are dropped.
 
         Raises:
             LoaderError: as `read`, and where the loader has too few samples to fill the part.
@@ -297,7 +300,7 @@ class Split:
             yield batch
 
     def deal(self, *parts: Part) -> Iterator[tuple[Part, list[int], Batch]]:
-        """The batches of several parts in one read: the part, its samples' numbers in it, the batch.
+        """Yield the batches of several parts in one read: part, samples' numbers in the part, batch.
 
         Raises:
             LoaderError: as `part`.
@@ -329,7 +332,7 @@ class Split:
                 )
 
     def _place(self, position: int) -> int:
-        """A sample's number in its part: so many are before it (or, of several loaders, fewer)."""
+        """Return a sample's number in its part; numbers increase, with gaps between joined loaders."""
         start = max(start for start in self._starts if start <= position)
         tens, place = divmod(position - start, len(_PATTERN))
         order = _deal(self.seed, tens)

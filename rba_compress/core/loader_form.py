@@ -1,9 +1,9 @@
-"""The form of a loader: which items of a batch are a model's inputs, and which are labels.
+"""Form of a loader: which items of a batch are a model's inputs, and which are labels.
 
 A tuple's items are passed by position for as long as `forward` takes them. Where a parameter is
-optional, an item is tried in its place on two samples: the last integer vector is labels, and so is
-what has the shape of the output. Nothing is guessed beyond that: an item that could be an argument but
-does not run as one is refused, with the dict form named, which is never ambiguous.
+optional, an item is tried in its place on two samples. The last integer vector is labels, and so is an
+item with the shape of the output. Nothing else is guessed: an item that could be an argument but does
+not run as one is refused, and the error names the dict form, which is never ambiguous.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _POSITIONAL = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def form_of(model: nn.Module) -> FormOf:
-    """Return what works out a loader's form on its first item."""
+    """Return a function that derives a loader's form from its first item."""
     return partial(_form, model)
 
 
 def batch_of(model: nn.Module, item: Any) -> Batch:
-    """Read one batch for `model`, as `as_batch` with the form of that batch."""
+    """Return one item of a loader as a batch for `model`, read with the form of that item."""
     return item if isinstance(item, Batch) else as_batch(item, _form(model, item))
 
 
@@ -50,7 +50,7 @@ def _form(model: nn.Module, item: Any) -> Form:
     """Return the form of an item.
 
     Raises:
-        LoaderError: an item may be an input or labels.
+        LoaderError: an item could be an input or labels.
     """
     plain = as_batch(item, plain_form(item).model_copy(update={"labels": None}))  # named errors first
     with torch.no_grad():
@@ -62,16 +62,16 @@ def _form(model: nn.Module, item: Any) -> Form:
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):  # a builtin or a wrapper that tells nothing
+    except (TypeError, ValueError):  # a builtin or a wrapper without a signature
         return {}
 
 
 def _places(parameters: Mapping[str, inspect.Parameter]) -> tuple[list[str], int, bool]:
-    """Return names of positional parameters for tensors, how many are required, and whether any
-    number is taken.
+    """Return the names of positional parameters for tensors, how many are required, and True if `*args`
+    is taken.
     """
     named = [p for p in parameters.values() if p.kind in _POSITIONAL]
-    # A setting such as is_causal=False ends the places for tensors.
+    # A setting such as is_causal=False ends the parameters for tensors.
     end = next((k for k, p in enumerate(named) if isinstance(p.default, (bool, int, float, str))), None)
     names = [p.name for p in named[:end]]
     required = sum(p.default is _Parameter.empty for p in named)
@@ -108,7 +108,7 @@ def _tuple_form(model: nn.Module, item: Any, plain: Batch) -> Form:
             taken, output = k + 1, tried
         elif free and vectors == [k]:
             labels = k
-        elif output is None:  # the recording says why
+        elif output is None:  # the recording will say why
             ignored.append(k)
         elif open_place or _keywords(model):
             raise LoaderError(_ambiguous(model, items, k, names))
@@ -140,7 +140,7 @@ def _sampled(value: Any, samples: int) -> bool:
 
 
 def _targets(value: Any, output: Tensor, samples: int) -> bool:
-    """Tell whether an item has the shape of the output, an axis of one aside."""
+    """Tell whether an item has the shape of the output, apart from a last axis of size one."""
     tensor = as_labels(value)
     if tensor is None or output.shape[:1] != (min(2, samples),):
         return False
@@ -197,7 +197,7 @@ def _ran(model: nn.Module, batch: Batch) -> Tensor | None:
             return main_output(batch.select(rows).to(model).run(model))
     except RBAError:
         return None
-    except Exception:  # noqa: BLE001  whatever a model raises at arguments that are none of its
+    except Exception:  # noqa: BLE001  a model may raise anything at arguments that it does not take
         return None
 
 
@@ -243,7 +243,7 @@ def _is_label(
 ) -> bool:
     """Tell whether the output does not depend on what a dict holds under a label's key.
 
-    Labels of a language model (N, T) stay arguments: some models make their decoder's input of them.
+    Labels of a language model (N, T) stay arguments: some models derive the decoder's input from them.
     """
     if not _sampled(batch.kwargs[key], len(batch)):
         return False
@@ -264,7 +264,7 @@ def _is_label(
     if without is None:
         return False
     if hasattr(model, "config"):
-        # A model of transformers that sees labels may write a problem type into its configuration.
+        # A transformers model that sees labels may write a problem type into its configuration.
         return True
     with_it = _ran(model, batch)
     return with_it is None or (with_it.shape == without.shape and torch.equal(with_it, without))

@@ -10,7 +10,7 @@ Kind = Literal["identity", "scale", "linear", "affine", "low_rank", "orthogonal"
 
 
 class MapSpec(BaseModel):
-    """Which map, and its settings; a decision without tensors."""
+    """Kind of a map and its settings, without tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -18,9 +18,10 @@ class MapSpec(BaseModel):
     damping: float = Field(0.0, ge=0)
     """Ridge, relative to the mean diagonal of the Gram matrix."""
     rank: int | None = Field(None, gt=0)
-    """low_rank only."""
+    """Rank of a low_rank map; None for other kinds."""
     shrink: float | None = Field(None, ge=0, le=1)
-    """shrunk and folded: a in (1 - a) I + a T, and the share of the correction."""
+    """Coefficient a of a shrunk map (1 - a) I + a T, or share of a folded map's correction; None for
+    other kinds."""
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> Self:
@@ -35,7 +36,7 @@ class MapSpec(BaseModel):
 
 
 class Diagnostics(BaseModel):
-    """How good a fit is and how well posed it was; a bad fit is reported, never raised."""
+    """Quality and conditioning of a fit; a bad fit is reported, never raised."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -50,4 +51,4 @@ class Diagnostics(BaseModel):
     damping: float
     """The ridge that was added to that Gram matrix, absolute."""
     rows: float
-    """Rows (or their weight) behind the fit; fewer than the width means that damping decides."""
+    """Rows (or their weight) behind the fit; with fewer than the width, damping determines the fit."""

@@ -1,4 +1,4 @@
-"""Limits of memory, and errors that say what was wanted where it ran out."""
+"""Memory limits, and errors that say what was wanted where memory ran out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rba_compress.core.errors import MemoryLimitError
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Return True if an error says that memory ran out, on any device."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 @contextmanager
 def within_memory(wanted: str) -> Iterator[None]:
-    """Memory that runs out in it ends in an error that says what was wanted.
+    """Name what was wanted where memory runs out in the context.
 
     Raises:
-        MemoryLimitError: it did.
+        MemoryLimitError: memory ran out.
     """
     try:
         yield
@@ -34,11 +34,11 @@ def within_memory(wanted: str) -> Iterator[None]:
 
 
 def device_bytes(device: torch.device) -> int:
-    """Memory of a device; of the host what this process may have of it."""
+    """Return the memory of a device in bytes; for the host, the part that this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for limit in _CONTAINER_LIMITS:  # which say "max" where there is none
+    for limit in _CONTAINER_LIMITS:  # files that say "max" where there is no limit
         if limit.is_file() and (text := limit.read_text().strip()).isdigit():
             found.append(int(text))
     with suppress(ImportError):  # not on every system

@@ -1,17 +1,18 @@
-"""The tensors of a network that accelerate has dispatched, wherever they are, and copies of its tree.
+"""Networks that accelerate has dispatched: their tensors on any device, and copies of the module tree.
 
 Accelerate's hooks (`module._hf_hook`) bring a module's inputs to its device, load its weights from
 memory or disk when it runs, and leave meta tensors behind. A search needs weights at other times, too:
-it names them in a recording, solves layers anew, runs blocks by a graph. So it works on a network
-without hooks, `undispatched`, in which such a weight is `Offloaded`: each operation that reads it
-loads it, and it is forgotten.
+it names them in a recording, re-solves layers, and runs blocks from graphs. So it works on a network
+without hooks (`undispatched`), in which each offloaded weight is an `Offloaded` tensor: an operation
+that reads the weight loads it, and frees it afterwards.
 """
 
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,20 +23,20 @@ from torch.utils import _pytree as pytree
 from rba_compress.core.errors import ModelError
 
 _ADDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
-"""Methods that accelerate wraps on an instance, to warn: in a copy they would move the original."""
+"""Methods that accelerate wraps on an instance to warn; on a copy they would move the original."""
 
 
 class Offloaded(Tensor):
-    """A tensor that lies elsewhere: `load` brings it to its device for each operation that reads it.
+    """Tensor stored elsewhere: `load` brings it to its device for each operation that reads it.
 
-    Views of it are such tensors, too, so that nothing is held by what only looks at it.
+    Views of an offloaded tensor are offloaded, too, so that a view keeps no data in memory.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     load: Callable[[], Tensor]
     like: Tensor
-    """Of its geometry, on the meta device."""
+    """Tensor of the same geometry on the meta device."""
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Offloaded({tuple(self.shape)}, {self.dtype}, for {self.device})"
@@ -48,7 +49,7 @@ class Offloaded(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch.inference_mode(False):  # of such a tensor there are no views from that mode
+        with torch.inference_mode(False):  # inference mode makes no views of such a tensor
             if func.is_view and isinstance(args[0], Offloaded):
                 like = func(args[0].like, *args[1:], **kwargs)
                 if isinstance(like, Tensor):
@@ -81,23 +82,23 @@ def _fetch(weights: Mapping[str, Tensor], name: str, like: Tensor, device: torch
 
 
 def loaded(value: Any) -> Any:
-    """The tensor itself, where a value is an `Offloaded` one; any other value as it is."""
+    """Return the loaded tensor of an `Offloaded` one; any other value as it is."""
     return value.load() if isinstance(value, Offloaded) else value
 
 
 def _as(old: Tensor, new: Tensor) -> Tensor:
-    """A tensor as a parameter, where another is one."""
+    """Return `new` as a parameter where `old` is a parameter."""
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks of accelerate that move a module's inputs, and its weights where they are offloaded.
+    """Return accelerate's hooks that move a module's inputs, and its weights where they are offloaded.
 
     Raises:
-        ModelError: a GraphModule has one, which no copy of it would have; or a hook of another kind
-            stands beside, and what that does is not known.
+        ModelError: a GraphModule has such a hook, which its copies would lack; or the module has a hook
+            of another kind, too, whose effect is not known.
     """
     hook = module.__dict__.get("_hf_hook")
     if hook is None:
@@ -118,18 +119,18 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def dispatched(model: nn.Module) -> bool:
-    """Whether hooks of accelerate move the inputs and weights of a network."""
+    """Return True if hooks of accelerate move the inputs and weights of a network."""
     return any(_hooks(module) for module in model.modules())
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers; shared ones under each of their names."""
+    """Yield parameters and buffers; shared ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
 def execution_device(model: nn.Module, tensor: Tensor, path: str = "") -> torch.device:
-    """Where a tensor of the module at `path` is when that runs."""
+    """Return the device on which a tensor of the module at `path` is when the module runs."""
     if not tensor.is_meta:
         return tensor.device
     above = [model.get_submodule(part) for part in reversed(_above(path))]
@@ -141,28 +142,29 @@ def execution_device(model: nn.Module, tensor: Tensor, path: str = "") -> torch.
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network runs: the device of its first parameter when that is read."""
+    """Return the device on which a network runs: that of its first parameter when it is read."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else execution_device(model, first)
 
 
 def _above(path: str) -> list[str]:
-    """The modules around a path, the outermost first."""
+    """Return the paths of the modules around a path, the outermost first."""
     parts = path.split(".") if path else []
     return [".".join(parts[:k]) for k in range(len(parts))]
 
 
 def undispatched(model: nn.Module, path: str = "") -> nn.Module:
-    """The module at `path` of a dispatched network without hooks, in a tree of its own over the same
-    tensors: all on one device, the offloaded ones, and those of other devices, as `Offloaded`.
+    """Return the module at `path` without accelerate's hooks, in a new tree over the same tensors.
 
-    Of a network that is not dispatched, the module itself.
+    All tensors are on one device; offloaded ones, and those of other devices, become `Offloaded`. If
+    the network is not dispatched, the module itself is returned.
 
     Raises:
-        ModelError: a meta tensor is loaded by no hook, or a GraphModule has one.
+        ModelError: a meta tensor is loaded by no hook, or a GraphModule has a hook.
     """
     module = model.get_submodule(path)
-    if not dispatched(model):
+    around = (model.get_submodule(part) for part in _above(path))
+    if not any(map(_hooks, (*module.modules(), *around))):
         return module
     first = next((tensor for _, tensor in _tensors(module)), torch.empty(0))
     device = execution_device(model, first, path)
@@ -193,10 +195,10 @@ def undispatched(model: nn.Module, path: str = "") -> nn.Module:
 
 
 def _tie(memo: dict[int, Any], tensors: Sequence[Tensor], tied: Sequence[Tensor]) -> None:
-    """Let one tensor stand for tied weights again.
+    """Tie weights again: replace equal tied weights by one tensor.
 
-    Once they are offloaded each is a meta tensor of its own; accelerate knows that they were tied, and
-    not to which.
+    Offloaded tied weights are separate meta tensors; accelerate knows that they were tied, but not to
+    which weight.
     """
     names = {id(tensor) for tensor in tied}
     known = [tensor for tensor in tensors if id(tensor) not in memo]
@@ -209,14 +211,14 @@ def _tie(memo: dict[int, Any], tensors: Sequence[Tensor], tied: Sequence[Tensor]
 
 
 def _loads(module: nn.Module, hook: Any) -> dict[str, Tensor]:
-    """What a hook of a module loads: what is meta of its own tensors, or of all below it."""
+    """Return the tensors that a hook of a module loads: meta tensors of its own, or of all below it."""
     whole = hook.place_submodules
     named = dict(_tensors(module)) if hook.offload else {}
     return {n: tensor for n, tensor in named.items() if tensor.is_meta and (whole or "." not in n)}
 
 
 def _unhooked(model: nn.Module) -> nn.Module:
-    """The same modules, changed: without those hooks."""
+    """Remove those hooks from the modules of `model` in place, and return `model`."""
     for module in model.modules():
         if _hooks(module):
             old: Any = module._old_forward
@@ -229,8 +231,9 @@ def _unhooked(model: nn.Module) -> nn.Module:
 
 
 def in_memory(model: nn.Module, path: str = "", *, device: str | None = None) -> nn.Module:
-    """The module at `path` without hooks or `Offloaded` tensors: those have become ordinary ones of
-    its own. A module that has neither is given back itself.
+    """Return the module at `path` without hooks, its `Offloaded` tensors loaded as tensors of its own.
+
+    A module that has neither is returned itself.
 
     Args:
         device: where all its tensors go; by default where they are loaded.
@@ -247,9 +250,9 @@ def in_memory(model: nn.Module, path: str = "", *, device: str | None = None) ->
 
 
 def hold(model: nn.Module, path: str) -> None:
-    """Bring the tensors of the module at `path` into memory for good: no hook loads them from then on.
+    """Load the tensors of the module at `path` into memory for good: no hook loads them from then on.
 
-    With them come those of a module around it that a hook loads as a whole.
+    Tensors of an enclosing module that a hook loads as a whole are loaded, too.
     """
     for at in (*_above(path), path):
         module = model.get_submodule(at)
@@ -265,7 +268,7 @@ def hold(model: nn.Module, path: str) -> None:
 
 
 def take_place(new: nn.Module, old: nn.Module) -> None:
-    """Give a module that stands where a dispatched one stood the hook that brings its inputs."""
+    """Give a module that replaces a dispatched one the hook that moves its inputs."""
     hooks = _hooks(old)
     if hooks:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -279,48 +282,59 @@ def take_place(new: nn.Module, old: nn.Module) -> None:
 
 
 def copy_tree(model: nn.Module, tensors: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy` with the tensors left out, and by hand: a search copies hundreds of times.
+    """Copy a module tree over the same tensors, faster than `copy.deepcopy`: a search makes hundreds.
 
     Args:
-        tensors: what stands for parameters and buffers, by their ids; for others they themselves.
+        tensors: replacements of parameters and buffers, by their ids; all others are shared.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {**(tensors or {}), **_maps(model)}
     modules = list(model.modules())
+    memo: dict[int, Any] = {}
+    for module in modules:
+        memo.update((id(t), t) for t in (*module._parameters.values(), *module._buffers.values()))
+    memo |= {**(tensors or {}), **_maps(modules)}
     kinds = {type(module) for module in modules}
     if any(hasattr(k, "__deepcopy__") or k.__getstate__ != nn.Module.__getstate__ for k in kinds):
         return _freed(copy.deepcopy(model, memo))
     for module in modules:
         memo[id(module)] = type(module).__new__(type(module))
-    # Trees first: what else a module holds may point into them.
+    # Module trees first: other attributes of a module may refer to them.
     held = {"_parameters", "_buffers", "_modules"}
     for module in modules:
         state = memo[id(module)].__dict__
+        state.update(module.__dict__)
         for name in held:
             items = module.__dict__[name].items()
             state[name] = {key: memo[id(v)] if v is not None else None for key, v in items}
     for module in modules:
         state = memo[id(module)].__dict__
-        for name, value in module.__dict__.items():
-            if name not in held:
-                empty = type(value) in (dict, OrderedDict, set) and not value
-                state[name] = type(value)() if empty else copy.deepcopy(value, memo)
+        # Most attributes are shared; deepcopy is slow to find that out.
+        own = [item for item in module.__dict__.items() if type(item[1]) not in _ATOMS]
+        for name, value in own:
+            kind = type(value)
+            if kind in _EMPTY and not value:
+                state[name] = kind()
+            elif name not in held and not (kind is tuple and all(type(v) in _ATOMS for v in value)):
+                state[name] = copy.deepcopy(value, memo)
     return _freed(memo[id(model)])
 
 
+_ATOMS = {type(None), bool, int, float, str, type, types.FunctionType, types.BuiltinFunctionType}
+_EMPTY = {dict, OrderedDict, set}
+
+
 def deep_copy(model: nn.Module) -> nn.Module:
-    """`copy.deepcopy`; what is offloaded stays where it is, for the hooks of both."""
-    return _freed(copy.deepcopy(model, _maps(model)))
+    """Return a deep copy; offloaded weights stay where they are, for the hooks of both."""
+    return _freed(copy.deepcopy(model, _maps(model.modules())))
 
 
-def _maps(model: nn.Module) -> dict[int, Any]:
-    """Where hooks load weights from, by id."""
-    found = (hook.weights_map for module in model.modules() for hook in _hooks(module))
+def _maps(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """Return the mappings from which hooks load weights, by id."""
+    found = (hook.weights_map for module in modules for hook in _hooks(module))
     return {id(weights): weights for weights in found if weights is not None}
 
 
 def _freed(model: nn.Module) -> nn.Module:
-    """The same copy, changed: without methods of the original."""
+    """Remove wrapped methods of the original from a copy in place, and return the copy."""
     for module in model.modules():
         for name in _ADDED if "hf_device_map" in module.__dict__ else ():
             module.__dict__.pop(name, None)

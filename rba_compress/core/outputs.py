@@ -1,4 +1,4 @@
-"""Tensors of a model's output by name, and those that a compressed model is judged by."""
+"""Tensors of a model's output by name, and those on which a compressed model is evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rba_compress.core.errors import ModelError
 from rba_compress.core.schema import Path
 
 _CACHES = {"cache", "mems", "states", "state"}
-"""Names of key-value caches and recurrent states; so are all with `past_key_value` in them."""
+"""Names of key-value caches and recurrent states, beside all names with `past_key_value` in them."""
 
 
 def key_path(path: tuple[Any, ...]) -> Path:
@@ -60,10 +60,10 @@ def judged(path: Path) -> bool:
 
 
 def float_outputs(output: Any) -> dict[str, Tensor]:
-    """Return the floating-point tensors of an output by name, losses and caches apart, `logits` first.
+    """Return the floating-point tensors of an output by name, no losses or caches, `logits` first.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the output holds none.
     """
     leaves = {
         path: leaf
@@ -90,7 +90,7 @@ def main_output(output: Any) -> Tensor:
 
 
 def per_sample(output: Tensor, samples: int) -> Tensor:
-    """An output with one row a sample: several rows in a row of one sample are joined."""
+    """Return an output with one row a sample: consecutive rows of one sample are joined."""
     if output.ndim and len(output) != samples and samples and len(output) % samples == 0:
         return output.reshape(samples, -1, *output.shape[1:])
     return output

@@ -1,4 +1,4 @@
-"""What is done to a network, and why: a `Plan`, without tensors, that reads and writes JSON."""
+"""Plans: the changes to a network and their reasons, without tensors, read and written as JSON."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Branch(Frozen):
 
     path: ModulePath
     scale: str | None = None
-    """A parameter (d,), the layer scale."""
+    """Name of the layer scale, a parameter (d,); None where there is none."""
     norm: str | None = None
-    """A LayerNorm that the sum goes through, where it stands behind the sum."""
+    """Path of the LayerNorm behind the sum; None where there is none."""
 
 
 class Offer(Cost):
-    """Cost that is left of a block which a unit cuts, its map aside."""
+    """Remaining cost of a block that a unit cuts, without the unit's map."""
 
     unit: UnitName
     narrow: bool
-    """Whether for the positions that the output reads alone."""
+    """True for a block that computes only the positions that the output reads."""
 
 
 class Site(NamedTuple):
-    """A place where something may be done, and the unit that does it."""
+    """Blocks `start:stop` of a chain, and a unit that may be applied there."""
 
     chain: int
     start: int
@@ -44,27 +44,27 @@ class Site(NamedTuple):
 
 
 class Block(Frozen):
-    """A replaceable block: its module path, and how it is wired."""
+    """Replaceable block: its module path, and its connections."""
 
     path: ModulePath
     type: str
     signature: Signature = Signature()
-    """How it is called; in a GraphModule, as a module that takes the stream and `sides`."""
+    """Call signature; in a GraphModule, that of a module that takes the stream and `sides`."""
     variants: tuple[Signature, ...] = ()
-    """Other ways in which it is called, with a mask or without say."""
+    """Other call signatures of the block, for example with and without a mask."""
     nodes: tuple[str, str] | None = None
-    """In a GraphModule: the fx nodes of the stream before and after it."""
+    """Names of the fx nodes of the stream before and after the block, in a GraphModule."""
     sides: tuple[str, ...] = ()
-    """In a GraphModule: the other fx nodes outside of it that it reads."""
+    """Names of the other fx nodes outside of the block that it reads, in a GraphModule."""
     branches: tuple[Branch, ...] = ()
-    """Its residual branches in order; empty where they cannot be told apart."""
+    """Residual branches in order; empty where they cannot be told apart."""
     units: tuple[Offer, ...] = ()
-    """What units can cut it down to."""
+    """Offers of the units that can cut the block."""
 
     @field_validator("signature", mode="before")
     @classmethod
     def _schema_1(cls, value: Any) -> Any:
-        """Plans of schema 1 had none in a GraphModule."""
+        """Accept plans of schema 1, whose blocks of a GraphModule have no signature."""
         return Signature() if value is None else value
 
     def offer(self, unit: str, *, narrow: bool = False) -> Offer | None:
@@ -73,7 +73,7 @@ class Block(Frozen):
 
 
 class Chain(Frozen):
-    """Blocks in sequence: each one's stream input is the one before's output, read by nobody else."""
+    """Sequence of blocks: the output stream of each is read by the next one, and by nothing else."""
 
     name: str
     blocks: tuple[Block, ...]
@@ -82,20 +82,21 @@ class Chain(Frozen):
     ndim: int
     """Dimensions of the stream."""
     axis: int
-    """Its channel axis."""
+    """Channel axis of the stream."""
     positions: int
     """Positions of the stream in one sample: tokens, or pixels."""
     sample_axis: int = 0
     """The axis of the stream that counts samples: 1 of (T, N, d)."""
     rows: int = 1
-    """Rows along that axis for each sample, one behind the other: the frames of a video, say; 0 where
-    no rows are those of one sample."""
+    """Consecutive rows of each sample along that axis, such as the frames of a video; 0 where no rows
+    are those of one sample."""
     class_tokens: tuple[int, ...] = ()
     """Token positions that are selected one by one after the chain; empty where there are none."""
     reads: int = 0
-    """Behind the chain the first so many positions are read, and no others; 0 where others are."""
+    """Number of positions, the first ones, that are the only ones read behind the chain; 0 where others
+    are read."""
     unread: str = ""
-    """Why no position is left uncomputed."""
+    """Reason why every position is computed; empty where `reads` limits them."""
     macs: tuple[int, ...] = ()
     """Multiply-accumulates of each block, for one sample."""
     params: tuple[int, ...] = ()
@@ -106,11 +107,11 @@ class Chain(Frozen):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Module paths of its blocks, in order."""
+        """Module paths of the chain's blocks, in order."""
         return tuple(block.path for block in self.blocks)
 
     def spans(self, window: int | None = None) -> list[tuple[int, int]]:
-        """Every span (start, stop) of at most `window` blocks."""
+        """Return every span (start, stop) of at most `window` blocks."""
         longest = len(self) if window is None else window
         return [
             (start, stop)
@@ -120,13 +121,13 @@ class Chain(Frozen):
 
 
 def listed(paths: Sequence[str]) -> str:
-    """Paths of consecutive blocks for a person; of more than three, the first and the last."""
+    """Return paths of consecutive blocks as text; of more than three, the first and the last."""
     return ", ".join(paths) if len(paths) <= 3 else f"{paths[0]} to {paths[-1]}"
 
 
 def boundary_names(paths: Sequence[str]) -> list[str]:
-    """Short names of a chain's boundaries in a figure: `in`, then the block that puts the stream out,
-    by its path without the parents that all blocks share.
+    """Return short names of a chain's boundaries for a figure: `in`, then the path of the block that
+    outputs the stream, without the parents that all blocks share.
     """
     split = [path.split(".") for path in paths]
     while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
@@ -135,7 +136,7 @@ def boundary_names(paths: Sequence[str]) -> list[str]:
 
 
 class Replacement(Frozen):
-    """The span `start:stop` of a chain replaced by one map, or a block of it thinned."""
+    """Replacement of the span `start:stop` of a chain by one map, or of one block by a thinned one."""
 
     chain: str
     start: int
@@ -148,14 +149,15 @@ class Replacement(Frozen):
     ndim: int
     """Dimensions of the stream."""
     axis: int
-    """Its channel axis."""
+    """Channel axis of the stream."""
     unit: UnitName = "span"
     level: float | None = None
-    """The setting of a unit that has no map."""
+    """Numeric setting of a unit that has no map."""
     reads: int = 0
-    """In a read-out: how many positions are computed in full, the first ones."""
+    """Number of positions, the first ones, that a read-out computes in full."""
     exact: bool = False
-    """Whether the others are not computed at all, for nothing reads them; the map is unused then."""
+    """True where the other positions are not computed at all, since nothing reads them; the map is then
+    unused."""
     diagnostics: Diagnostics | None = None
 
     @model_validator(mode="after")
@@ -173,7 +175,7 @@ class Replacement(Frozen):
 
     @property
     def key(self) -> str:
-        """Prefix of its tensors in a state dict of the compressed model."""
+        """Prefix of the map's tensors in a state dict of the compressed model."""
         return f"{self.blocks[0].path}.map."
 
     def __str__(self) -> str:
@@ -184,28 +186,28 @@ _WIDEST = 1 << 24
 
 
 _CHANNELS_SECOND = {(1, 3), (1, 4), (1, 5)}
-"""Axis and dimensions of the streams that 1x1 convolutions are for."""
+"""Channel axis and number of dimensions of streams whose maps are 1x1 convolutions."""
 
 
 class Refit(Frozen):
-    """A kept linear layer with a new weight and bias, solved towards the original stream; or a
-    BatchNorm with running statistics of what reaches it by now."""
+    """Kept linear layer with a new weight and bias, solved towards the original stream; or BatchNorm
+    with running statistics of its inputs in the compressed network."""
 
     chain: str = ""
-    """Of a linear layer, as is its block."""
+    """Chain of a linear layer; like `block`, not set for a BatchNorm."""
     block: int = -1
     path: ModulePath
     damping: float = 0.0
     step: float
-    """Share of the correction that was taken; of the last, where the layer was re-solved again."""
+    """Share of the correction that was taken; of the last one, where the layer was re-solved again."""
     folded: bool = False
-    """Whether it stands in for the span right behind its block."""
+    """True where the correction replaces the span right behind the layer's block."""
     statistics: bool = False
-    """Whether it is a BatchNorm."""
+    """True for a BatchNorm."""
 
     @property
     def key(self) -> str:
-        """Prefix of its tensors in a state dict."""
+        """Prefix of the layer's tensors in a state dict."""
         return f"{self.path}."
 
     def __str__(self) -> str:
@@ -233,22 +235,23 @@ Divergence = Literal["kl", "bernoulli", "nse", "cosine", "given"]
 
 
 class JudgedOutput(Frozen):
-    """An output of the network, and the divergence that it is judged by."""
+    """Output of the network, and the divergence by which it is evaluated."""
 
     name: str
     divergence: Divergence
     probabilities: bool = False
-    """Whether it holds probabilities, behind a softmax or a sigmoid, and no scores."""
+    """True where the output holds probabilities, behind a softmax or a sigmoid, instead of scores."""
     scale: float | None = None
-    """The variance of one number of the output on calibration samples, around the mean of its channel,
-    which squared errors are divided by; None divides by the mean square of each sample."""
+    """Divisor of squared errors: the variance of one number of the output on calibration samples,
+    around the mean of its channel. None divides by the mean square of each sample."""
 
 
 class EvaluatedCandidate(Frozen):
-    """One change that the search evaluated on all validation samples."""
+    """Change that the search evaluated on all validation samples."""
 
     step: int
-    """Decisions before it. To settle or swap a span, others were judged with that span undone."""
+    """Number of decisions before the evaluation. To settle or swap a span, candidates were evaluated
+    with that span undone."""
     chain: str
     start: int
     stop: int
@@ -256,50 +259,50 @@ class EvaluatedCandidate(Frozen):
     map: MapSpec
     level: float | None = None
     divergence: float
-    """Of the output, with the change."""
+    """Divergence of the output with the change."""
     macs: int
     params: int
 
 
 Action = Literal["take", "settle", "swap", "refit", "statistics", "stop"]
-"""What a search decides; to stop, before a step that breaks a limit of quality."""
+"""Kinds of decisions of a search; "stop" is taken before a step that breaks a limit of quality."""
 
 
 class Step(Frozen):
-    """One decision of the search, and what it came to."""
+    """Decision of the search, and its result."""
 
     action: Action
     change: str
     divergence: float
-    """Of the output behind it."""
+    """Divergence of the output after the decision."""
     margin: float
-    """How far the divergence would be above at the price of the next best span, or without the change;
-    where the search stopped, how far the step that was not taken raised it. Where it is nothing beside
-    the divergence, the choice was a tie: see `rba_compress.planning.search`."""
+    """Increase of the divergence at the price of the next best span, or without the change; where the
+    search stopped, increase by the step that was not taken. A margin that is negligible beside the
+    divergence means a tie: see `rba_compress.planning.search`."""
     macs: int
     params: int
 
 
 class Healed(Frozen):
-    """That a network was trained after it was spliced: how, on what, and what came of it."""
+    """Record of a training after splicing: settings, samples and result."""
 
     healing: Healing
     data: str
-    """SHA-256 of the samples that it was trained on."""
+    """SHA-256 of the training samples."""
     samples: int
     rate: float | None = None
-    """The peak of the learning rate, as it was chosen."""
+    """Peak learning rate that was chosen."""
     steps: int
     """Optimiser steps to the state that was kept."""
     before: float
-    """The objective on held-out samples, of what went in."""
+    """Objective on held-out samples before the training."""
     after: float
     keys: tuple[str, ...] = ()
-    """Parameters that were trained, now or in an earlier training."""
+    """Names of the parameters that were trained, in this training or an earlier one."""
 
 
 class Plan(Frozen):
-    """What is replaced by what, and why the rest was not. Holds no tensors."""
+    """Replacements in a network, and the reasons for what is not replaced. Holds no tensors."""
 
     replacements: tuple[Replacement, ...] = ()
     refits: tuple[Refit, ...] = ()
@@ -307,20 +310,20 @@ class Plan(Frozen):
     steps: tuple[Step, ...] = ()
     """The decisions, in order."""
     candidates: tuple[EvaluatedCandidate, ...] = ()
-    """Every finalist that was judged for them."""
+    """Every finalist that was evaluated for the decisions."""
     budget: Budget | None = None
     config: Config = Field(default_factory=Config)
     divergence: Divergence = "nse"
-    """The divergence that was minimised, of the main output."""
+    """Divergence of the main output, which was minimised."""
     outputs: tuple[JudgedOutput, ...] = ()
-    """The outputs that were judged, the main one first; their divergences were summed up."""
+    """Outputs that were evaluated, the main one first; their divergences were added up."""
     forward_passes: float = 0.0
-    """Samples that the search sent through a whole network's worth of blocks, over the loader's."""
+    """Samples that the search ran through a whole network's worth of blocks, over the loader's."""
     healed: Healed | None = None
 
     @property
     def in_order(self) -> list[Replacement]:
-        """The replacements as they lie in the network, chain by chain."""
+        """Replacements in the order of the network, chain by chain."""
         return sorted(self.replacements, key=lambda r: (r.chain, r.start))
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Registry of units, by name: plans and settings read here what a unit is, `units/` fills it."""
+"""Registry of units by name: plans and settings look units up here, `units/` registers them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pydantic import AfterValidator
 
 
 class PlannedUnit(Protocol):
-    """The part of a unit's contract that plans need; all of it is in `units.base`."""
+    """The part of a unit's contract that plans need; the whole contract is in `units.base`."""
 
     name: ClassVar[str]
     searched: ClassVar[bool]
-    """False where no search may choose it."""
+    """True where a search may choose the unit."""
     removes: ClassVar[bool]
-    """Whether nothing is left of the blocks."""
+    """True where nothing is left of the blocks."""
 
     def require(self, replacement: Any) -> None:
-        """
+        """Check that a replacement is one of this unit.
+
         Args:
             replacement: a `core.plan.Replacement`, which knows units by name alone.
 
@@ -26,7 +27,7 @@ class PlannedUnit(Protocol):
         """
 
     def describe(self, replacement: Any) -> str:
-        """Return the replacement as one line for a person."""
+        """Return the replacement as one line of text."""
 
 
 UNITS: dict[str, PlannedUnit] = {}

@@ -1,4 +1,4 @@
-"""What every schema here is made of: frozen values that read and write JSON."""
+"""Base of every schema of this package: frozen values that read and write JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Path = tuple[str | int, ...]
-"""Where a tensor sits in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
+"""Place of a tensor in a call: ("args", 0), ("kwargs", "mask"), ("args", 0, 1), ..."""
 
 
 def _dtype(name: str) -> str:
@@ -21,14 +21,14 @@ def _dtype(name: str) -> str:
 
 
 Dtype = Annotated[str, AfterValidator(_dtype)]
-"""As torch calls it: float32."""
+"""Name of a dtype of torch, such as float32."""
 
 ModulePath = Annotated[str, Field(min_length=1)]
-"""Of a module below the model itself."""
+"""Path of a module below the model itself."""
 
 
 def nested(path: str, other: str) -> bool:
-    """Whether one module path is the other, or inside of it."""
+    """Return True if two module paths are equal, or one is inside of the other."""
     return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
 
 
@@ -38,7 +38,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     former: ClassVar[Mapping[str, str]] = {}
-    """Names that fields had in earlier schemas, and their names of today."""
+    """Present names of fields, by their names in earlier schemas."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Tables: for a terminal, and for notebooks, where `_repr_html_` shows them."""
+"""Tables for a terminal, and for notebooks, which show `_repr_html_`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, the first column to the left, the others to the right."""
+    """Return the lines of a table, the first column left-aligned, the others right-aligned."""
     cells = [[*head], *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -21,7 +21,7 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a caption; whatever is in it is escaped."""
+    """Return an HTML table with a caption; all contents are escaped."""
 
     def line(tag: str, cells: Iterable[object]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"

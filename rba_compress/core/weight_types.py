@@ -1,8 +1,8 @@
-"""The refusal of weights that are no plain tensors: quantised, packed, sharded or without a value.
+"""Refusal of weights that are not plain tensors: quantised, packed or sharded ones.
 
 Moments, fits and fingerprints read weights as numbers of an ordinary dtype. A tensor of a class of its
-own (torchao, DTensor) or a packed parameter (bitsandbytes, GGUF) fails somewhere in between, or gives
-its codes for values.
+own (torchao, DTensor) or a packed parameter (bitsandbytes, GGUF) would fail in the middle of a run, or
+have its codes read as values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _REMEDY = (
 
 
 def require_plain_weights(model: nn.Module) -> None:
-    """
+    """Check that all weights of a model are plain tensors.
+
     Raises:
         ModelError: a parameter or buffer is no plain tensor, or a module holds packed weights.
     """
@@ -31,12 +32,12 @@ def require_plain_weights(model: nn.Module) -> None:
 
 
 def of_peft(module: nn.Module) -> bool:
-    """Whether a module is of PEFT: a layer with adapters, or a network around them."""
+    """Return True if a module is of PEFT: a layer with adapters, or a network around them."""
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and kinds of what is no plain weight."""
+    """Yield the names and kinds of weights that are not plain tensors."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind, dtype = type(tensor), str(tensor.dtype).removeprefix("torch.")
         own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -70,8 +70,10 @@ def refuse_writers(model: nn.Module, plan: Plan) -> None:
     """Let no module around a replaced block write itself as a stock network; PEFT writes adapters."""
     replaced = [block.path for replacement in plan.replacements for block in replacement.blocks]
     for path, module in model.named_modules():
+        if not hasattr(type(module), "from_pretrained") or of_peft(module):
+            continue
         inside = [each for each in replaced if not path or each.startswith(f"{path}.")]
-        if inside and hasattr(type(module), "from_pretrained") and not of_peft(module):
+        if inside:
             for method in ("save_pretrained", "push_to_hub"):
                 if hasattr(type(module), method):
                     setattr(module, method, RefusedWriter(module, method, inside))

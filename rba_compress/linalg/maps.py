@@ -1,4 +1,4 @@
-"""Closed-form maps y ~ W x + b from second moments alone: what replaces a span of blocks.
+"""Closed-form maps y ~ W x + b from second moments alone, which replace spans of blocks.
 
 With n rows, means m_x, m_y and centred sums G = C_xx (d, d), R = C_xy (d, d) of `PairMoments`, and
 the uncentred sums G0, R0:
@@ -55,7 +55,7 @@ class _Solution:
 
 
 def solve_gram(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(gram + ridge I)^-1 target, or the minimum-norm solution where that matrix is singular.
+    """Return (gram + ridge I)^-1 target, or the minimum-norm solution where that matrix is singular.
 
     Args:
         gram: (d, d) symmetric, positive semi-definite, float64.
@@ -110,10 +110,10 @@ def _with_bias(pair: PairMoments, weight: Tensor, ridge: float = 0.0) -> _Soluti
 
 
 def _ridge_regression(pair: PairMoments, damping: float) -> tuple[Tensor, float]:
-    """(C_xx + l I)^-1 C_xy, and l.
+    """Return (C_xx + l I)^-1 C_xy, and l.
 
-    A channel whose spread is no more than the rounding of its mean is constant and predicts nothing:
-    before the first block, a class token is such a vector.
+    A channel whose spread does not exceed the rounding error of its mean is constant and predicts
+    nothing. All channels of a class token before the first block are constant.
     """
     noise = 64 * torch.finfo(pair.xx.dtype).eps * pair.mean_x
     varies = pair.xx.diagonal() > pair.n * noise.square()
@@ -177,11 +177,12 @@ def fit_map(spec: MapSpec, pair: PairMoments) -> Fit:
 
 
 def correction(pair: PairMoments, damping: float, *, bias: bool = True) -> tuple[Tensor, Tensor]:
-    """What a linear layer's weight and bias have to change by, to close a gap in its output.
+    """Return the change of a linear layer's weight and bias that closes a gap in its output.
 
-    With x the layer's inputs and y the gap (the target minus what the layer gives now), the ridge
-    solution around the present weights: D = (G + l m I)^-1 R, m the mean of G's diagonal. Far from 0
-    only where the data says so: `damping` l is about 1, not a rounding's size.
+    With x the layer's inputs and y the gap (the target minus the layer's present output), the change is
+    the ridge solution around the present weights: D = (G + l m I)^-1 R, m the mean of G's diagonal. The
+    `damping` l is about 1, far above rounding errors, so that the change is large only where the data
+    support it.
 
     Returns:
         (d_y, d_x) in torch's layout, and (d_y,), zero where `bias` is false.
@@ -214,7 +215,7 @@ def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
 
 
 class ChannelScale(nn.Module):
-    """x times one factor a channel."""
+    """Module that multiplies each channel of x by a factor."""
 
     def __init__(self, width: int, spread: int) -> None:
         super().__init__()
@@ -232,9 +233,9 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 
 
 def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
-    """The module of a map, with unset weights, for streams of `ndim` dimensions.
+    """Build the module of a map, with unset weights, for streams of `ndim` dimensions.
 
-    A channel axis that is the last one takes `nn.Linear`, axis 1 of (N, C, ...) a 1x1 convolution.
+    The module is `nn.Linear` for channels on the last axis, a 1x1 convolution for axis 1 of (N, C, ...).
     """
     last = axis in (-1, ndim - 1)
 
@@ -258,7 +259,7 @@ def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
 def map_shapes(
     spec: MapSpec, width: int, *, ndim: int = 2, axis: int = -1
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a map by name: the state dict of `build_map`, without building it."""
+    """Return the shapes of a map's tensors by name: those of `build_map`, without building the module."""
     last = axis in (-1, ndim - 1)
     kernel = () if last else (1,) * (ndim - 2)
     match spec.kind:
@@ -276,9 +277,9 @@ def map_shapes(
 
 
 def map_macs(spec: MapSpec, width: int) -> int:
-    """Multiply-accumulates per position of the map."""
+    """Return the multiply-accumulates of the map per position."""
     match spec.kind:
-        case "identity" | "folded" | "scale":  # as torch counts: products of matrices only
+        case "identity" | "folded" | "scale":  # torch counts matrix products only
             return 0
         case "low_rank":
             assert spec.rank is not None
@@ -288,5 +289,5 @@ def map_macs(spec: MapSpec, width: int) -> int:
 
 
 def map_parameters(spec: MapSpec, width: int) -> int:
-    """Parameters of the map."""
+    """Return the number of parameters of the map."""
     return sum(math.prod(shape) for shape in map_shapes(spec, width).values())

@@ -12,8 +12,8 @@ Batches are folded in as they are seen and two states merge exactly (Chan, Golub
 
 so the memory does not depend on the number of rows, and the order of batches does not matter.
 Products are taken in float32 (float64 for float64 streams) on the batch's centred rows, whatever the
-model's dtype; everything is accumulated in float64. Where squares would leave the range of the dtype
-the rows of a boundary are first brought to about 1 by a power of two, which rounds nothing.
+model's dtype; everything is accumulated in float64. Where squares would leave the range of the dtype,
+the rows of a boundary are first scaled to about 1 by a power of two, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import Tensor
 _FLOAT64 = torch.float64
 
 _HELD = 4
-"""Rows a channel that are folded in together."""
+"""Number of rows per channel that are buffered and folded in together."""
 
 Total = Callable[[Tensor], Tensor]
-"""The sum over several processes of a tensor that each of them has."""
+"""Function that returns the sum over several processes of a tensor that each of them has."""
 
 
 def pooled(total: Total, n: float, mean: Tensor) -> tuple[float, Tensor, Tensor]:
-    """The count and the means (..., d) of all processes' rows, and how far this one's are from them."""
+    """Return count and means (..., d) of all processes' rows, and this process's means minus those."""
     rows = float(total(mean.new_tensor(n)))
     whole = total(n * mean) / max(rows, 1.0)
     return rows, whole, mean - whole
@@ -68,7 +68,7 @@ class Spread:
         return Spread(self.n * len(self.mean), mean, squares[None])
 
     def __add__(self, other: Spread) -> Spread:
-        if len(self.mean) != len(other.mean):  # sequences of another length, say
+        if len(self.mean) != len(other.mean):  # for example sequences of another length
             return self.flat() + other.flat()
         n, gap = self.n + other.n, other.mean - self.mean
         share = other.n / n
@@ -87,8 +87,8 @@ class Spread:
 class PairMoments:
     """Weighted first and second moments of paired rows x (rows, d_x) and y (rows, d_y), float64.
 
-    `xx` (d_x, d_x), `xy` (d_x, d_y) and `yy` (d_y,), of which fits need the diagonal alone, are
-    centred sums, not divided by n. Moments of disjoint rows add up.
+    `xx` (d_x, d_x), `xy` (d_x, d_y) and `yy` (d_y,), the diagonal that fits need, are centred sums, not
+    divided by n. Moments of disjoint rows add up.
     """
 
     n: float
@@ -102,10 +102,10 @@ class PairMoments:
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairMoments:
-        """The moments of rows x (rows, d_x) and y (rows, d_y), one row or more."""
+        """Return the moments of rows x (rows, d_x) and y (rows, d_y), one row or more."""
         x, y = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, y))
         mean_x, mean_y = x.mean(0, dtype=_FLOAT64), y.mean(0, dtype=_FLOAT64)
-        # The mean, rounded: what that leaves is in the products and taken out again.
+        # The mean is rounded; the share of the rounding error in the products is subtracted below.
         shift_x, shift_y = mean_x.to(x.dtype), mean_y.to(y.dtype)
         rest_x, rest_y = mean_x - shift_x, mean_y - shift_y
         x, y, n = x - shift_x, y - shift_y, float(len(x))
@@ -124,7 +124,7 @@ class PairMoments:
         )
 
     def __add__(self, other: PairMoments) -> PairMoments:
-        """The moments of both sets of rows."""
+        """Return the moments of both sets of rows."""
         n = self.n + other.n
         if self.n == 0 or other.n == 0:
             return other if self.n == 0 else self
@@ -140,7 +140,7 @@ class PairMoments:
         )
 
     def merged(self, total: Total) -> PairMoments:
-        """The moments of all processes' rows."""
+        """Return the moments of all processes' rows."""
         n, means, gap = pooled(total, self.n, torch.cat([self.mean_x, self.mean_y]))
         (mean_x, mean_y), (gap_x, gap_y) = (
             both.split([len(self.mean_x), len(self.mean_y)]) for both in (means, gap)
@@ -155,11 +155,11 @@ class PairMoments:
         )
 
     def with_spectrum(self) -> PairMoments:
-        """The same, with the eigenvalues of xx: for fits of several maps or targets."""
+        """Return these moments with the eigenvalues of xx, for fits of several maps or targets."""
         return replace(self, spectrum=torch.linalg.eigvalsh(self.xx))
 
     def weighted(self, weight: float) -> PairMoments:
-        """The moments with every row counted `weight` times."""
+        """Return the moments with every row counted `weight` times."""
         return replace(
             self,
             n=self.n * weight,
@@ -170,23 +170,23 @@ class PairMoments:
         )
 
     def targets(self, columns: slice) -> PairMoments:
-        """The moments of x and some of y's columns."""
+        """Return the moments of x and some of y's columns."""
         return replace(self, mean_y=self.mean_y[columns], xy=self.xy[:, columns], yy=self.yy[columns])
 
     @property
     def raw_xx(self) -> Tensor:
-        """sum x^T x, not centred: (d_x, d_x)."""
+        """Sum of x^T x, not centred: (d_x, d_x)."""
         return self.xx + self.n * torch.outer(self.mean_x, self.mean_x)
 
     @property
     def raw_xy(self) -> Tensor:
-        """sum x^T y, not centred: (d_x, d_y)."""
+        """Sum of x^T y, not centred: (d_x, d_y)."""
         return self.xy + self.n * torch.outer(self.mean_x, self.mean_y)
 
 
 def _power(peak: Tensor) -> float:
-    """The power of two that brings rows of a largest absolute value to about 1; 1 where their squares
-    lie well within the range of their dtype.
+    """Return the power of two that scales rows with this largest absolute value to about 1; 1 where their
+    squares lie well within the range of their dtype.
     """
     limits, value = torch.finfo(peak.dtype), float(peak)
     if limits.tiny**0.25 < value < limits.max**0.25 or not 0 < value < math.inf:
@@ -198,11 +198,11 @@ def _power(peak: Tensor) -> float:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products are float32: no tf32, no bfloat16 passes, no autocast of the caller's.
+    """Compute float32 products in float32: no tf32, no bfloat16 passes, no autocast of the caller's.
 
-    Only the settings of matrix products are touched: `torch.backends.mkldnn.fp32_precision` is that of
+    Only the settings of matrix products are changed: `torch.backends.mkldnn.fp32_precision` applies to
     all backends and operations, and while it is set torch cannot tell whether cuDNN may use TF32, which
-    ends every trace.
+    makes every trace fail.
     """
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     known = [b for b in backends if hasattr(b, "fp32_precision")]
@@ -226,8 +226,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
-    """What `Moments` take: 8 d^2 bytes for each pair, B (B + 1) / 2 of them without a window; rows that
-    are held, twice while they are folded in; and a product.
+    """Return the bytes that `Moments` take: 8 d^2 for each pair, B (B + 1) / 2 pairs without a window; the
+    buffered rows, twice while they are folded in; and a product.
     """
     window = boundaries - 1 if window is None else min(window, boundaries - 1)
     pairs = sum(min(j, window) + 1 for j in range(boundaries))
@@ -236,16 +236,16 @@ def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
 
 
 class Moments:
-    """The joint second moments of `boundaries` streams of `width` channels.
+    """Joint second moments of `boundaries` streams of `width` channels.
 
-    Rows are held until there are four a channel and folded in together: a sum in float64 takes as long
-    as the products of so many.
+    Rows are buffered until there are four per channel, then folded in together: adding to the float64
+    sums takes as long as the products of that many rows.
 
     Args:
         boundaries: number of streams B (blocks + 1).
         width: channels d.
         window: the largest j - i for which C_ij is kept; None keeps all pairs.
-        device: where products and sums live; see `moment_bytes`.
+        device: of the products and sums; see `moment_bytes`.
     """
 
     def __init__(
@@ -265,23 +265,23 @@ class Moments:
             for j in range(boundaries)
         ]
         self._held: list[tuple[Tensor, Tensor | None]] = []  # (B, rows, d) and (rows,)
-        self._spectra: dict[int, Tensor] = {}  # of C_ii
+        self._spectra: dict[int, Tensor] = {}  # eigenvalues of C_ii
 
     @property
     def n(self) -> float:
-        """Rows, by their weight."""
+        """Total weight of the rows."""
         self._fold()
         return self._n
 
     @property
     def mean(self) -> Tensor:
-        """(B, d)."""
+        """Means of the streams, (B, d)."""
         self._fold()
         return self._mean
 
     @property
     def comoment(self) -> list[Tensor]:
-        """For each j: C_ij of every i that is kept, (i, d, d), that of j itself last."""
+        """List over j of C_ij for every i that is kept, (i, d, d), C_jj last."""
         self._fold()
         return self._comoment
 
@@ -298,10 +298,10 @@ class Moments:
 
     @torch.no_grad()
     def update(self, streams: Sequence[Tensor], weights: Tensor | None = None) -> None:
-        """Fold in one batch: `boundaries` tensors (rows, d) with the same rows. No rows, no change.
+        """Fold in one batch: `boundaries` tensors (rows, d) of the same rows, which may be none.
 
         Args:
-            weights: how often each row counts, (rows,), on the CPU; once by default.
+            weights: weight of each row, (rows,), on the CPU; 1 by default.
         """
         if len(streams[0]):
             with full_precision(streams[0].device):
@@ -331,7 +331,7 @@ class Moments:
         scaled = any(power != 1 for power in by)
         if scaled:
             rows *= torch.tensor(by, dtype=dtype, device=rows.device)[:, None, None]
-        # What rounding the mean to `dtype` left is in the products and is taken out again.
+        # The mean is rounded to `dtype`; the share of the rounding error in the products is subtracted.
         rest, gap, total = mean - shift.to(_FLOAT64), mean - self._mean, self._n + n
         left = torch.stack([self._n * n / total * gap, -n * rest], dim=-1)  # (B, d, 2)
         right = torch.stack([gap, rest], dim=-2)  # (B, 2, d)
@@ -349,11 +349,11 @@ class Moments:
         self._spectra.clear()
 
     def _held_weights(self) -> Tensor:
-        """Of all rows that are held, on the CPU."""
+        """Return the weights of all buffered rows, on the CPU."""
         return torch.cat([torch.ones(h.shape[1]) if w is None else w.float() for h, w in self._held])
 
     def state(self) -> dict[str, Tensor]:
-        """All that it holds, to go on with in another process; `restore` takes it."""
+        """Return all sums and buffered rows, to continue in another process with `restore`."""
         named = {"n": torch.tensor(self._n, dtype=_FLOAT64), "mean": self._mean}
         named |= {f"comoment.{j}": comoment for j, comoment in enumerate(self._comoment)}
         if self._held:
@@ -362,10 +362,10 @@ class Moments:
         return named
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what another of the same boundaries, width and window held.
+        """Take over the `state` of other moments of the same boundaries, width and window.
 
         Raises:
-            KeyError, ValueError: it is of no such one.
+            KeyError, ValueError: the state is not of such moments.
         """
         device, own = self._mean.device, {"mean": self._mean}
         own |= {f"comoment.{j}": comoment for j, comoment in enumerate(self._comoment)}
@@ -388,7 +388,7 @@ class Moments:
         return copy
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets of rows.
+        """Return the moments of both sets of rows.
 
         Raises:
             ValueError: the two differ in boundaries, width or window.
@@ -410,7 +410,7 @@ class Moments:
         return both
 
     def merged(self, total: Total) -> Moments:
-        """The moments of all processes' rows."""
+        """Return the moments of all processes' rows."""
         merged = self._copy()
         merged._n, merged._mean, gap = pooled(total, self.n, self.mean)
         for j, own in enumerate(self.comoment):
@@ -419,14 +419,14 @@ class Moments:
         return merged
 
     def weighted(self, weight: float) -> Moments:
-        """The moments with every row counted `weight` times."""
+        """Return the moments with every row counted `weight` times."""
         scaled = self._copy()
         scaled._n *= weight
         scaled._comoment = [c * weight for c in self.comoment]
         return scaled
 
     def comoments(self, i: int, j: int) -> Tensor:
-        """C_ij (d, d) for any order of i and j.
+        """Return C_ij (d, d) for any order of i and j.
 
         Raises:
             ValueError: the pair lies outside the window.
@@ -438,10 +438,10 @@ class Moments:
         return self.comoment[j][i - self._first(j)]
 
     def pair(self, i: int, j: int, *, spectrum: bool = False) -> PairMoments:
-        """The moments of (h_i, h_j), from which any map h_i -> h_j is fitted.
+        """Return the moments of (h_i, h_j), from which any map h_i -> h_j is fitted.
 
         Args:
-            spectrum: with the eigenvalues of C_ii, which are kept for the next pair.
+            spectrum: include the eigenvalues of C_ii, which are cached for the next pair.
         """
         if spectrum and i not in self._spectra:
             self._spectra[i] = torch.linalg.eigvalsh(self.comoments(i, i))
@@ -456,7 +456,7 @@ class Moments:
         )
 
     def mean_square_distance(self, i: int, j: int) -> float:
-        """E ||h_i - h_j||^2, the mean over rows."""
+        """Return E ||h_i - h_j||^2, the mean over rows."""
         spread = (
             self.comoments(i, i).trace()
             + self.comoments(j, j).trace()

@@ -1,4 +1,4 @@
-"""How alike the boundaries of a chain are: (B, B) matrices, all from one pass over the data.
+"""Similarity of the boundaries of a chain: (B, B) matrices, all from one pass over the data.
 
     redundancy  -mean ||h_j - h_i||^2 on the rows the head reads (class tokens, otherwise pooled
                 features). Its entries (b-1, b) are the Block Redundancy of the paper, equation 1.
@@ -6,11 +6,11 @@
     angular     mean over rows of arccos(cos(h_i, h_j)) / pi, 0 is the same direction
     cka         linear CKA ||C_ij||_F^2 / (||C_ii||_F ||C_jj||_F), Kornblith et al. 2019
     r2          R^2 of the best affine map h_i -> h_j, i <= j; tr(C_ij^T C_ii^+ C_ij) / tr(C_jj)
-    relative_*  correlation of the relative spaces of the rows the head reads: 1 wherever a map of the
-                class that the metric does not see connects the two; see `relative_similarity`
+    relative_*  correlation of the relative spaces of the rows the head reads: 1 where a map to which
+                the metric is invariant connects the two; see `relative_similarity`
 
-What a window left out, and r2 below the diagonal, is NaN. `relative_similarity` takes the spaces of
-several networks just as well.
+Entries outside the window, and r2 below the diagonal, are NaN. `relative_similarity` also takes the
+spaces of several networks.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ TITLES: dict[Metric, str] = {
 }
 
 KEPT = 256
-"""Read-out rows of the first samples, of which relative similarity is taken."""
+"""Number of samples, the first ones, whose read-out rows are kept for relative similarity."""
 
 
 def check_space(space: Tensor, name: str) -> None:
-    """That a space is a matrix of finite floats, with something in it.
+    """Check that a space is a non-empty matrix of finite floats.
 
     Raises:
-        SpaceError: what is wrong with it.
+        SpaceError: the space is something else; the message says what.
     """
     if space.ndim != 2 or not space.numel() or not space.is_floating_point():
         raise SpaceError(
@@ -69,7 +69,7 @@ def check_space(space: Tensor, name: str) -> None:
 
 
 def check_spaces(spaces: Sequence[Tensor]) -> None:
-    """That spaces are of the same samples, as far as can be told, and on one device.
+    """Check that spaces are of the same samples, as far as can be told, and on one device.
 
     Raises:
         SpaceError: they are not.
@@ -89,17 +89,17 @@ def check_spaces(spaces: Sequence[Tensor]) -> None:
 
 
 def require(value: str, known: Sequence[str], what: str) -> None:
-    """That a name is one of those that are known.
+    """Check that a name is a known one.
 
     Raises:
-        SpaceError: it is not.
+        SpaceError: the name is not known.
     """
     if value not in known:
         raise SpaceError(f"{what} {value!r} is not known: choose one of {', '.join(known)}")
 
 
 def relative(x: Tensor, anchors: Tensor, metric: Invariant) -> Tensor:
-    """Vectors (..., d) by their similarity to anchors (K, d): (..., K).
+    """Return the similarities of vectors (..., d) to anchors (K, d): (..., K).
 
     Raises:
         SpaceError: the vectors have another width, or are on another device, than the anchors.
@@ -113,7 +113,7 @@ def relative(x: Tensor, anchors: Tensor, metric: Invariant) -> Tensor:
         unit = torch.nn.functional.normalize
         return unit(x, dim=-1) @ unit(anchors, dim=-1).mT
     flat = x.reshape(-1, x.shape[-1])
-    # By products, sums of squares that cancel would lose the small distances.
+    # Computed by matrix products, small distances would be lost to cancellation.
     how = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(flat, anchors.to(flat), p=NORMS[metric], compute_mode=how)
     return distance.reshape(*x.shape[:-1], len(anchors))
@@ -122,12 +122,12 @@ def relative(x: Tensor, anchors: Tensor, metric: Invariant) -> Tensor:
 def relative_similarity(
     spaces: Sequence[Tensor], metric: Invariant = "cosine", *, anchors: Sequence[int] | None = None
 ) -> Tensor:
-    """How alike spaces are by what each says of its own samples: (S, S), float64, -1..1.
+    """Return the similarity of each pair of spaces, by their relative spaces: (S, S), float64, -1..1.
 
-    Pearson's correlation of the spaces' similarities of samples to anchors, which are the same samples
-    everywhere (representational similarity analysis, Kriegeskorte et al. 2008; as relative spaces,
-    Cannistraci et al. 2024). It is 1 where a map of the class that the metric does not see leads from
-    the one space to the other, whatever their coordinates:
+    The similarity is Pearson's correlation of the spaces' similarities of samples to anchors, which are
+    the same samples everywhere (representational similarity analysis, Kriegeskorte et al. 2008; as
+    relative spaces, Cannistraci et al. 2024). It is 1 where a map to which the metric is invariant leads
+    from the one space to the other, whatever their coordinates:
 
         cosine      an orthogonal map, times a scale
         euclidean   an orthogonal map, times a scale, and a shift
@@ -136,7 +136,7 @@ def relative_similarity(
     Args:
         spaces: (N, d_s) each, of any widths, with the same samples in the same order: boundaries of one
             network, or several networks.
-        anchors: rows that are anchors; every one by default, which takes S N^2 numbers.
+        anchors: rows that are anchors; every row by default, which takes S N^2 numbers.
 
     Raises:
         SpaceError: an unknown metric; spaces of other samples, with NaN, or on two devices.
@@ -144,7 +144,7 @@ def relative_similarity(
     require(metric, INVARIANTS, "the metric")
     check_spaces(spaces)
     rows = torch.arange(len(spaces[0])) if anchors is None else torch.tensor([*anchors])
-    # What a sample is to itself is the same everywhere.
+    # The similarity of a sample to itself is the same in every space.
     others = torch.arange(len(spaces[0]))[:, None] != rows
     seen = []
     for space in spaces:
@@ -156,24 +156,24 @@ def relative_similarity(
 
 
 class RowSimilarity:
-    """Streaming sums of what joint moments do not hold: cosines, angles, distances of read-out rows.
+    """Streaming sums that joint moments do not hold: cosines, angles, distances of read-out rows.
 
-    `kept` are the read-out rows of the first samples, each in the place that its number has, so that
-    they add up as sums do. Where two loaders' profiles add up, a place holds the mean of two samples,
-    which an affine map takes to the mean of what it takes them to.
+    `kept` holds the read-out rows of the first samples, each at the place of its number, so that they
+    add up like the other sums. Where the profiles of two loaders add up, a place stands for the mean of
+    two samples; an affine map takes this mean to the mean of the two samples' images.
     """
 
     _SUMS = ("cosine", "angle", "distance", "rows", "read_rows", "kept", "places")
 
     def __init__(self, boundaries: int, width: int, device: torch.device | str = "cpu") -> None:
         self.rows = 0.0
-        """By their weight."""
+        """Total weight of the rows."""
         self.read_rows = 0.0
         zeros = torch.zeros(boundaries, boundaries, dtype=torch.float64, device=device)
         self.cosine, self.angle, self.distance = zeros, zeros.clone(), zeros.clone()
         self.kept = zeros.new_zeros(boundaries, KEPT, width)
         self.places = zeros.new_zeros(KEPT)
-        """How many rows each place of `kept` is the sum of."""
+        """Number of rows whose sum each place of `kept` holds."""
 
     def update(
         self,
@@ -186,7 +186,7 @@ class RowSimilarity:
         """Fold in one batch: each boundary's rows (rows, d) and its read-out rows (samples, d).
 
         Args:
-            weights: how often each row counts, (rows,), on the CPU; once by default.
+            weights: weight of each row, (rows,), on the CPU; 1 by default.
             first: the number of the first read-out row.
         """
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
@@ -208,7 +208,7 @@ class RowSimilarity:
             self.places[places] += 1
 
     def spaces(self) -> tuple[Tensor, ...]:
-        """The read-out rows that were kept, (samples, d) of each boundary."""
+        """Return the read-out rows that were kept, (samples, d) of each boundary."""
         seen = self.places > 0
         return (self.kept[:, seen] / self.places[seen, None]).unbind(0)
 
@@ -216,15 +216,15 @@ class RowSimilarity:
         return self._with(lambda name: getattr(self, name) + getattr(other, name))
 
     def merged(self, total: Total) -> RowSimilarity:
-        """The sums over all processes' rows."""
+        """Return the sums over all processes' rows."""
         return self._with(lambda name: total(self.state()[name]))
 
     def state(self) -> dict[str, Tensor]:
-        """All that it holds, float64; `restore` takes it."""
+        """Return all sums, float64; `restore` takes them."""
         return {name: torch.as_tensor(getattr(self, name), dtype=torch.float64) for name in self._SUMS}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what another one held."""
+        """Take over the `state` of another one."""
         for name in self._SUMS:
             old, new = getattr(self, name), state[name]
             setattr(self, name, new.to(old.device) if isinstance(old, Tensor) else float(new))
@@ -236,7 +236,7 @@ class RowSimilarity:
 
 
 def matrix(metric: Metric, moments: Moments, rows: RowSimilarity) -> Tensor:
-    """The (B, B) matrix of one metric, float64, on the CPU."""
+    """Return the (B, B) matrix of one metric, float64, on the CPU."""
     match metric:
         case "redundancy":
             return (-rows.distance / rows.read_rows).cpu()
@@ -253,7 +253,7 @@ def matrix(metric: Metric, moments: Moments, rows: RowSimilarity) -> Tensor:
 
 
 def linear_cka(moments: Moments) -> Tensor:
-    """Linear CKA of every pair of boundaries inside the window: (B, B)."""
+    """Return linear CKA of every pair of boundaries inside the window: (B, B)."""
     b = moments.boundaries
     power = torch.full((b, b), torch.nan, dtype=torch.float64)
     for j in range(b):
@@ -264,7 +264,7 @@ def linear_cka(moments: Moments) -> Tensor:
 
 
 def linear_r2(moments: Moments) -> Tensor:
-    """R^2 of the best affine map of every pair i <= j inside the window: (B, B)."""
+    """Return R^2 of the best affine map of every pair i <= j inside the window: (B, B)."""
     b = moments.boundaries
     r2 = torch.full((b, b), torch.nan, dtype=torch.float64)
     for i in range(b):

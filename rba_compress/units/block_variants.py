@@ -50,13 +50,36 @@ class Cut(Protocol):
         """Edit the graph and return its output."""
 
 
+class Body:
+    """The compiled graph of a cut block for one way of calling it; holds no tensors.
+
+    Args:
+        names: parameters and buffers of the block, in the order of the graph's first inputs.
+    """
+
+    def __init__(self, signature: Signature, names: Sequence[str], graph: fx.Graph) -> None:
+        self.signature, self.names = signature, tuple(names)
+        self._paths = tuple(tuple(name.split(".")) for name in names)
+        self._compiled = fx.GraphModule(nn.ModuleDict({"map": nn.Identity()}), graph)
+
+    def __deepcopy__(self, memo: Any) -> Body:
+        """Return the same body: a search copies networks hundreds of times, and compiling is slow."""
+        return self
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run on a block's tensors and its `map`."""
+        values = [_tensor(block, path) for path in self._paths]
+        stream = type(self._compiled).forward(block, *values, *self.signature.tensors(args, kwargs))
+        return self.signature.rebuild(stream, args, kwargs)
+
+
 class Thinned(BlockModule):
-    """What is left of a block: its own submodules, run by a graph instead of its own code."""
+    """The rest of a block: its own submodules, run by a graph instead of its own code."""
 
     def __init__(
         self,
         block: nn.Module,
-        bodies: Sequence[tuple[Signature, tuple[str, ...], fx.GraphModule]],
+        bodies: Sequence[Body],
         map: nn.Module,  # noqa: A002
     ) -> None:
         super().__init__()
@@ -68,19 +91,15 @@ class Thinned(BlockModule):
             kept = name not in block._non_persistent_buffers_set
             self.register_buffer(name, buffer, persistent=kept)
         self.map = map
-        # No submodules: they hold the map, whose weights a state dict shall list once.
-        self._bodies = tuple((way, [n.split(".") for n in names], body) for way, names, body in bodies)
+        self._bodies = tuple(bodies)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for signature, names, body in self._bodies:
-            if signature.mismatch(args, kwargs) is None:
-                values = [_tensor(self, name) for name in names]
-                stream = body.forward(*values, *signature.tensors(args, kwargs))
-                return signature.rebuild(stream, args, kwargs)
-        signature = self._bodies[0][0]
+        for body in self._bodies:
+            if body.signature.mismatch(args, kwargs) is None:
+                return body(self, args, kwargs)
         raise ModelError(
             f"a thinned block is called in another way than on calibration data: "
-            f"{signature.mismatch(args, kwargs)}"
+            f"{self._bodies[0].signature.mismatch(args, kwargs)}"
         )
 
 
@@ -118,15 +137,12 @@ def thin(
     """
     module = undispatched(model, block.path)
     traced = traces.of(model, block)
-    bodies = []
-    for each in traced:
-        names, graph = each.body(unit, reads, exact)
-        bodies.append((each.signature, names, fx.GraphModule(nn.ModuleDict({"map": map}), graph)))
+    bodies = [each.body(unit, reads, exact) for each in traced]
     thinned = Thinned(module, bodies, map)
     for each in traced:
         for name, tensor in each.constants.items():
             thinned.register_buffer(name, tensor.clone(), persistent=False)
-    _prune(thinned, {name for _, names, _ in bodies for name in names}, keep=("map",))
+    _prune(thinned, {name for body in bodies for name in body.names}, keep=("map",))
     return thinned.train(module.training)
 
 
@@ -171,10 +187,10 @@ class Traced:
     """Placeholder of the stream."""
     middle: str | None
     """The stream between the block's two sublayers; None where it is no such block."""
-    _bodies: dict[Any, tuple[tuple[str, ...], fx.Graph]] = field(default_factory=dict)
+    _bodies: dict[Any, Body] = field(default_factory=dict)
 
-    def body(self, unit: Cut, reads: int, exact: bool) -> tuple[tuple[str, ...], fx.Graph]:
-        """Return the tensors of the block that a cut one uses, and its graph, which calls `map`.
+    def body(self, unit: Cut, reads: int, exact: bool) -> Body:
+        """Return the block cut by a unit, compiled once.
 
         Raises:
             ModelError: the unit needs two sublayers, and the block is not made of such.
@@ -186,7 +202,8 @@ class Traced:
             for placeholder, _ in weights:
                 if not placeholder.users:
                     graph.erase_node(placeholder)
-            self._bodies[key] = tuple(name for node, name in weights if node.users), graph
+            used = [name for node, name in weights if node.users]
+            self._bodies[key] = Body(self.signature, used, graph)
         return self._bodies[key]
 
     def _cut(self, unit: Cut, reads: int, exact: bool) -> fx.Graph:

@@ -160,15 +160,17 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
         wanted |= set(expected)
-    wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)
+    wanted |= _check_refits(model, modules, plan, tensors) | _check_healed(model, plan, tensors)
     stray = sorted(set(tensors) - wanted)
     if stray:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
 
 
-def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
+def _check_refits(
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, tensors: Mapping[str, Tensor]
+) -> set[str]:
     """The keys of the refitted layers' tensors."""
-    modules, wanted = dict(model.named_modules()), set()
+    wanted: set[str] = set()
     spans = [block.path for r in plan.replacements if unit_of(r.unit).removes for block in r.blocks]
     for refit in plan.refits:
         if any(f"{refit.path}.".startswith(f"{path}.") for path in spans):
@@ -186,9 +188,11 @@ def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
 
 def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
     """The keys of the trained tensors, those of maps excepted, which are checked already."""
+    if plan.healed is None:
+        return set()
     own = dict(model.named_parameters())
     maps = tuple(r.key for r in plan.replacements)
-    trained = {} if plan.healed is None else dict.fromkeys(plan.healed.keys)
+    trained = dict.fromkeys(plan.healed.keys)
     wanted = {key for key in trained if not maps or not key.startswith(maps)}
     for key in sorted(wanted):
         if key not in own or key not in tensors or tensors[key].shape != own[key].shape:
