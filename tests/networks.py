@@ -23,6 +23,17 @@ LIGHT = Config(maps=("folded",), shrinks=(0.6,), units=("span",), swaps=0, refit
 """A quick search, for tests of what comes before and behind it."""
 
 
+BRIEF_SEARCH = Config(
+    units=("span", "mlp_free", "read_out_mlp"),
+    window=2,
+    swaps=0,
+    shrinks=(0.7,),
+    refit_dampings=(1.0,),
+    refit_steps=(0.5,),
+)
+"""A search with spans, cut blocks and re-solved layers in a quarter of the time."""
+
+
 class Block(nn.Module):
     """x + W2 relu(W1 x)."""
 

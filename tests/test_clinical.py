@@ -232,6 +232,7 @@ def test_acting_is_worth_what_the_formula_says() -> None:
     assert net_benefit(y, scores, 0.25) == pytest.approx(2 / 5 - 1 / 5 / 3)
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_repeats_itself_and_has_blocks_to_replace(tmp_path: Path) -> None:
     table = clean(records(2000), codes_of(tmp_path)).table
     found = parts(table["patient"].to_numpy())

@@ -19,8 +19,15 @@ from tests.networks import seeded
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"vit_small_patch16_224": "test_vit"}
-SLOW = {"ecosystem": ("torchao", "peft", "lightning")}
-"""Pages that need packages which are large, or take long."""
+SLOW: dict[str, tuple[str, ...]] = {
+    "ecosystem": ("torchao", "peft", "lightning"),
+    "latent": (),
+    "onnx-runtime": (),
+    "budgets": (),
+    "quick-start": (),
+    "report": (),
+}
+"""Pages that take long, and the packages that they need."""
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     assert all(name.startswith(".") for name in left)
 
 
+@pytest.mark.slow
 def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
     assert script(KILLS, tmp_path, 4).startswith("4 ")
 
@@ -159,6 +160,7 @@ except RBAError as error:
 """
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_named_with_what_was_wanted() -> None:
     wanted = f"{of_moments.moment_bytes(13, 1024):,}"
     printed = script(STARVED, 10**12)  # more than there is, as if nothing else used it
@@ -276,6 +278,7 @@ for name, job in jobs.items():
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_takes_nothing(tmp_path: Path) -> None:
     lines = script(FULL, tmp_path).strip().splitlines()
     assert [line.partition(" |")[0] for line in lines] == [
@@ -321,6 +324,7 @@ except LoaderError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["fast", "slow"])
 def test_a_worker_that_dies_is_named(model: str) -> None:
     # In a process of its own: torch raises its word of it anywhere, in a later test, too.

@@ -42,6 +42,7 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device",
     [

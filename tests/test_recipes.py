@@ -60,6 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_to_onnx_prints_one_json_line(work: Path) -> None:
     line = json.loads((work / "line.json").read_text())
     assert line["file"] == str(work / "compressed" / "model.onnx")
@@ -76,6 +77,7 @@ def test_to_onnx_prints_one_json_line(work: Path) -> None:
     assert out.is_file()
 
 
+@pytest.mark.slow
 def test_to_safetensors_writes_the_whole_state(work: Path) -> None:
     out = work / "compressed.safetensors"
     line = json.loads(recipe(EXPORT / "to_safetensors.py", work / "compressed", "--out", out).stdout)
@@ -176,6 +178,7 @@ def test_the_dockerfile_builds() -> None:
     subprocess.run([docker, "build", "-q", str(EXPORT / "serve")], check=True)
 
 
+@pytest.mark.slow
 def test_a_delta_becomes_one_file(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "test_vit")  # the recipe builds a network by its name alone
     save_file(model.state_dict(), tmp_path / "dense.safetensors")

@@ -118,7 +118,7 @@ ALONE = Ranks()
 
 
 def current() -> Ranks:
-    """Return the ranks of `torch.distributed` where it runs; all ranks must make the first call."""
+    """Return the ranks of `torch.distributed`, or `ALONE`; all ranks must make the first call."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
     if dist.get_world_size() == 1:

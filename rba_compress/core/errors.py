@@ -32,7 +32,7 @@ class ConfigError(RBAError):
 
 
 class FidelityError(RBAError):
-    """The compressed network is too far from the original, and no budget asked for such a network."""
+    """The compressed network's output is not finite, or too far from the original's with no budget."""
 
 
 class MemoryLimitError(RBAError):

@@ -22,7 +22,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is a ScriptModule, which cannot be rewritten: pass the original")
-    if not isinstance(model, nn.Module):  # whatever the annotation says, users pass it
+    if not isinstance(model, nn.Module):  # users pass other types despite the annotation
         kind = type(model).__name__  # type: ignore[unreachable]
         hint = ": pass its .module()" if kind == "ExportedProgram" else ": pass an nn.Module"
         raise ModelError(f"the model is a {kind}{hint}")
@@ -60,7 +60,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    """Set the flags that differ: a module's `__setattr__` is slow, and searches do this a thousand times."""
+    """Set only the flags that differ: a module's `__setattr__` is slow, and a search calls it often."""
     for module, mode in modes.items():
         if module.training is not mode:
             module.training = mode

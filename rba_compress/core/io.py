@@ -243,8 +243,8 @@ def sibling(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Make a temporary sibling of `target` to write into; at the end rename it to `target`, or remove it
-    after an error.
+    """Make a temporary sibling of `target` to write into; rename it to `target` at the end, or remove
+    it after an error.
 
     Raises:
         ArtifactError: something cannot be written.

@@ -261,7 +261,7 @@ class Split:
         return next(self._read(ALONE, form if form_of else None))[1]
 
     def order(self) -> tuple[int, ...]:
-        """Digests of the loader's batches, once it was read to its end."""
+        """Return digests of the loader's batches, known after a whole read."""
         known = torch.tensor(sorted(self._digests.items()))
         return tuple(dict(sorted(torch.cat(self.ranks.gathered(known)).tolist())).values())
 

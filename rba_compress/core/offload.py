@@ -156,8 +156,8 @@ def _above(path: str) -> list[str]:
 def undispatched(model: nn.Module, path: str = "") -> nn.Module:
     """Return the module at `path` without accelerate's hooks, in a new tree over the same tensors.
 
-    All tensors are on one device; offloaded ones, and those of other devices, become `Offloaded`. If
-    the network is not dispatched, the module itself is returned.
+    All tensors are on one device; offloaded ones, and those of other devices, become `Offloaded`. If no
+    hook is on the module, inside or around it, the module itself is returned.
 
     Raises:
         ModelError: a meta tensor is loaded by no hook, or a GraphModule has a hook.

@@ -1,12 +1,12 @@
-"""The recorded graph of a network: what is in it, and how it is rewritten.
+"""Recording, analysis and rewriting of a network's graph.
 
 tracer               the fx graph of one forward pass
 liveness             which positions of a tensor reach the output: a rule for each operation
-slice_propagation    slices moved to where they save the most
-few_query_attention  attention of few queries
+slice_propagation    slices propagated upstream through the graph
+few_query_attention  attention of few queries, without keys and values
 rewrite              modules in place of blocks
-activations          the streams between blocks
+activations          streams between blocks, read during a forward pass
 block_analysis       chains of replaceable blocks, and refusals
-independence         whether samples see each other
-discovery            verified chains
+independence         check that the samples of a batch are independent
+discovery            chains of replaceable blocks, verified
 """

@@ -1,4 +1,4 @@
-"""Reading the stream at every boundary of chains during one forward pass."""
+"""Streams at every boundary of chains, read during one forward pass."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from rba_compress.graph.tracer import graph_arguments
 
 
 class _Reached(BaseException):
-    """Ends a pass that has seen enough: no error, so nothing on the way out takes it for one."""
+    """Signal that ends a forward pass early; no `Exception`, so no handler takes it for an error."""
 
 
 @dataclass
 class Observed:
-    """What one forward pass showed."""
+    """Observations of one forward pass."""
 
     output: Any = None
-    """None where the pass was stopped early."""
+    """Output of the model; None where the pass was stopped early."""
     streams: list[dict[int, Tensor]] = field(default_factory=list)
-    """For each chain: boundary -> stream. In a rewritten GraphModule, not those inside of a span."""
+    """Streams of each chain by boundary; in a rewritten GraphModule, without those inside of a span."""
     layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """For each layer that ran as a module: its input and its output."""
+    """Input and output of each layer that ran as a module, by path."""
     times: list[dict[int, float]] = field(default_factory=list)
-    """For each chain: boundary -> what the clock showed there."""
+    """Readings of the clock for each chain, by boundary."""
 
 
 def observe(
@@ -43,7 +43,7 @@ def observe(
     stop: tuple[int, int] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Observed:
-    """Run a model, rewritten or not, and keep the streams of its chains as the model made them.
+    """Run a model, rewritten or not, and keep the streams of its chains without copying them.
 
     Args:
         layers: paths of modules whose inputs and outputs are kept, too.
@@ -51,8 +51,8 @@ def observe(
         clock: read at every boundary.
 
     Raises:
-        ModelError: the forward pass fails; a block runs twice, or writes into its input, so that a
-            boundary is gone when it is read.
+        ModelError: the forward pass fails; a block runs twice, or writes into its input, so that the
+            stream at a boundary is overwritten.
     """
     seen = Observed(streams=[{} for _ in chains], times=[{} for _ in chains])
     versions: list[tuple[Tensor, int, str]] = []
@@ -64,7 +64,7 @@ def observe(
         seen.streams[chain][boundary] = tensor
         if clock is not None:
             seen.times[chain][boundary] = clock()
-        if boundary < len(blocks) and not tensor.is_inference():  # which have no versions
+        if boundary < len(blocks) and not tensor.is_inference():  # inference tensors have no version
             versions.append((tensor, tensor._version, blocks[boundary].path))
         if stop == (chain, boundary):
             raise _Reached
@@ -97,7 +97,7 @@ def observe(
 def run_with_streams(
     model: nn.Module, chains: Sequence[Chain], batch: Batch
 ) -> tuple[Any, list[list[Tensor]]]:
-    """The output of a model that is not rewritten, and each chain's streams h_0 .. h_L.
+    """Return the output of a model that is not rewritten, and each chain's streams h_0 .. h_L.
 
     Raises:
         ModelError: as `observe`; a block did not run.
@@ -166,11 +166,11 @@ def _run_graph(
 def as_rows(
     stream: Tensor, axis: int, mask: Tensor | None = None, taken: Tensor | None = None
 ) -> Tensor:
-    """The positions of a stream as rows (N * positions, d).
+    """Return the positions of a stream as rows (N * positions, d).
 
     Args:
-        mask: (N, positions), true at the positions that count; of those taken.
-        taken: the positions that are taken; all by default.
+        mask: (N, positions), true at the positions to keep, among those taken.
+        taken: indices of the positions that are taken; all by default.
     """
     rows = stream.movedim(axis, -1)
     if taken is not None:

@@ -1,9 +1,10 @@
-"""The pass over a recorded graph that finds chains of replaceable blocks.
+"""Pass over a recorded graph that finds chains of replaceable blocks.
 
 A *block* is a module that is called once and maps a tensor, the stream, to one of the same shape with
 a residual addition inside. A *chain* is blocks of one class in sequence, where each one's stream is
-read by the next one alone. Whatever else a block lets out (a tensor collected for the output, say) is a
-leak, and refuses it: replacing it would take that value away. Refusals carry their reason.
+read by the next one alone. Any other value of a block that is read outside of it (a tensor collected
+for the output, for example) is a leak, and the block is refused: a replacement would not compute that
+value. Refusals carry their reason.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Candidate:
 
 @dataclass
 class _Flow:
-    """What crosses the border of every call."""
+    """Values that enter and leave every call."""
 
     leaks: dict[Call, dict[fx.Node, list[fx.Node]]] = field(default_factory=dict)
     reads: dict[Call, dict[fx.Node, None]] = field(default_factory=dict)
@@ -78,13 +79,13 @@ class _Flow:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the pass found: chains that may overlap, the finer choice first, and all candidates."""
+    """Result of the pass: chains that may overlap, in order of preference, and all candidates."""
 
     chains: tuple[Chain, ...]
     candidates: tuple[_Candidate, ...]
 
     def refusals(self, taken: Iterable[str]) -> list[Refusal]:
-        """The candidates that are neither in `taken` nor above or below it, by class and reason."""
+        """Return the candidates neither in `taken` nor above or below it, by class and reason."""
         paths = tuple(taken)
         groups: dict[tuple[str, str], list[str]] = {}
         for c in self.candidates:
@@ -99,12 +100,12 @@ class Analysis:
 
 
 def analyse(model: nn.Module, recording: Recording) -> Analysis:
-    """The chains of a recorded forward pass of `model`, and every candidate with its reason."""
+    """Find the chains of a recorded forward pass of `model`, and every candidate with its reason."""
     flow = _Flow.of(recording.graph)
     candidates = _candidates(model, recording, flow)
     _link(candidates)
     runs = [run for run in _runs(candidates) if run]
-    # Shallower first, and containers last: their blocks are the finer choice.
+    # Shallower chains first, and chains of containers last: the blocks inside are the finer choice.
     runs.sort(key=lambda run: (run[0].call.type == "Sequential", run[0].call.path.count(".")))
     chains: list[Chain] = []
     for run in runs:
@@ -118,7 +119,7 @@ def analyse(model: nn.Module, recording: Recording) -> Analysis:
 
 
 def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Candidate]:
-    """Every module with parameters and children; one that changes the shape may head a chain."""
+    """Return every module with parameters and children; one that changes the shape may head a chain."""
     times = Counter(call.path for call in recording.calls)
     sharing = _shared_weights(model)
     modules = dict(model.named_modules())
@@ -178,13 +179,14 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _ancestors(path: str) -> list[str]:
-    """The path and every module above it, the innermost first."""
+    """Return the path and the paths of all modules above it, the innermost first."""
     parts = path.split(".")
     return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
 
 
 def _shared_weights(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Modules that share a parameter with one outside of them: path -> (the weight, the other)."""
+    """Return the modules that share a parameter with a module outside of them: path -> (the weight, the
+    other)."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -217,7 +219,7 @@ def _link(candidates: list[_Candidate]) -> None:
 def _common_reader(
     a: _Candidate, readers: list[fx.Node], by_path: dict[str, _Candidate]
 ) -> _Candidate | None:
-    """The one candidate of the class of `a` that holds every reader of its stream."""
+    """Return the candidate of the class of `a` that holds every reader of its stream, or None."""
     for call in readers[0].meta["calls"]:
         b = by_path.get(call.path)
         if (
@@ -239,7 +241,7 @@ def _output_path(candidate: _Candidate) -> Path | None:
 
 
 def _runs(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
-    """Linked candidates in sequence, cut where one has no residual addition."""
+    """Yield linked candidates in sequence, cut where one has no residual addition."""
     for head in candidates:
         if head.previous is not None or head.next is None:
             continue
@@ -263,12 +265,12 @@ def _runs(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
 
 
 def _entry(candidate: _Candidate) -> fx.Node | None:
-    """The stream that the first block of a chain reads: the one input of its stream's shape."""
+    """Return the stream that a chain's first block reads: the one input of its shape, or None."""
     assert candidate.stream is not None
     shape = candidate.stream.meta["shape"]
     follower = candidate.next
     if candidate.call.inputs and follower is not None:
-        # Where the next block takes the stream, this one does too.
+        # The block takes the stream at the same place as the next block.
         places = follower.call.inputs
         path = next((p for p, node in places.items() if node is candidate.stream), None)
         node = candidate.call.inputs.get(path) if path else None
@@ -292,9 +294,9 @@ def _has_residual(candidate: _Candidate) -> bool:
 
 
 def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
-    """The block as a sum: stream + linear layers' outputs, or nothing where it is no such sum.
+    """Return the branches of a block that is its stream plus linear layers' outputs; else nothing.
 
-    Where a LayerNorm stands behind each sum (BERT), the stream of the next sum is what it gives.
+    Where a LayerNorm stands behind each sum (BERT), the stream of the next sum is the norm's output.
     """
     assert member.entry is not None
     assert member.stream is not None
@@ -322,7 +324,7 @@ def _branches(model: nn.Module, member: _Candidate) -> tuple[Branch, ...]:
 
 
 def _terms(summed: fx.Node, derived: set[fx.Node]) -> list[fx.Node]:
-    """The operands of additions of what comes from the stream."""
+    """Return the operands of a sum, with additions of values that come from the stream expanded."""
     terms, wanted = [], [summed]
     while wanted:
         node = wanted.pop()
@@ -334,7 +336,7 @@ def _terms(summed: fx.Node, derived: set[fx.Node]) -> list[fx.Node]:
 
 
 def _norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module of a LayerNorm over the last axis, with a weight, that a node is the output of."""
+    """Return the path of the LayerNorm over the last axis, with a weight, whose output a node is."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or packet_of(source) is not _aten.native_layer_norm:
         return None
@@ -345,7 +347,7 @@ def _norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | None:
-    """The linear layer whose output a term is, times a layer scale (one of `tensors`) or not."""
+    """Return the linear layer whose output a term is, times a layer scale (one of `tensors`) or not."""
     scale = None
     node: Any = term
     while packet_of(node) in _PASSED:
@@ -365,7 +367,7 @@ def _branch(term: fx.Node, linears: set[str], tensors: set[str]) -> Branch | Non
 
 
 def _derived(member: _Candidate) -> set[fx.Node]:
-    """Nodes of the block that come from its stream, and the stream."""
+    """Return the nodes of the block that come from its stream, and the stream."""
     assert member.entry is not None
     derived = {member.entry}
     for node in _inside(member.call, member.entry.graph):
@@ -375,7 +377,7 @@ def _derived(member: _Candidate) -> set[fx.Node]:
 
 
 def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Chain | str:
-    """The chain of a run, or the reason why there is none."""
+    """Return the chain of a run, or the reason why there is none."""
     head, tail = run[0], run[-1]
     assert head.entry is not None
     assert tail.stream is not None
@@ -408,7 +410,7 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
 
 
 def _named(chains: list[Chain]) -> tuple[Chain, ...]:
-    """Chains of one parent are told apart by their first block."""
+    """Name chains of one parent by their first block."""
     count = Counter(chain.name for chain in chains)
     return tuple(
         c if count[c.name] == 1 else c.model_copy(update={"name": c.blocks[0].path}) for c in chains
@@ -456,7 +458,8 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
 
 
 def _outer(graph: fx.Graph, group: set[fx.Node], recording: Recording) -> list[fx.Node]:
-    """Tensors outside of a group of nodes that it reads, weights aside; of a size, what has it."""
+    """Return the tensors outside of a group of nodes that the group reads, without weights; for a size,
+    the tensor that has it."""
     found: dict[fx.Node, None] = {}
     wanted = [n for node in graph.nodes if node in group for n in node.all_input_nodes]
     while wanted:
@@ -471,7 +474,7 @@ def _outer(graph: fx.Graph, group: set[fx.Node], recording: Recording) -> list[f
 
 
 def _encoded(value: Any, leaf: Callable[[Any, Any], JsonValue], key: Any = None) -> JsonValue:
-    """A template for a `Signature`: containers as they are, their leaves by `leaf(value, key)`.
+    """Return a template for a `Signature`: containers as they are, leaves by `leaf(value, key)`.
 
     Raises:
         TypeError: a leaf is neither a tensor's node nor a simple value.
@@ -488,14 +491,14 @@ def _encoded(value: Any, leaf: Callable[[Any, Any], JsonValue], key: Any = None)
 
 
 def _template(call: Call, stream: fx.Node) -> JsonValue:
-    """The output's structure for a `Signature`: the stream, inputs, constants, None elsewhere."""
+    """Return the output's template for a `Signature`: stream, inputs, constants, None elsewhere."""
 
     def leaf(value: Any, key: Any) -> Any:
         if value is stream:
             return "stream"
         if isinstance(value, fx.Node):
             return next((list(path) for path, node in call.inputs.items() if node is value), None)
-        # A size that is handed on, most likely; of several equal ones, that in the same place.
+        # Most likely a size that is passed on; of several equal ones, the one in the same place.
         same = [p for p, v in call.constants.items() if type(v) is type(value) and v == value]
         same.sort(key=lambda path: path[-1] != key)
         return list(same[0]) if same else {"value": value}
@@ -507,7 +510,7 @@ def _template(call: Call, stream: fx.Node) -> JsonValue:
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    """What a block is called with, for a `Signature`; nothing where it cannot be written down."""
+    """Return a call's template and inputs for a `Signature`; empty where no template can express it."""
     places = {node: index for index, node in enumerate(call.inputs.values())}
 
     def leaf(value: Any, _: Any) -> JsonValue:
@@ -527,7 +530,7 @@ def _input(path: Path, node: fx.Node) -> Input:
 
 
 def _graph_signature(recording: Recording, names: list[str]) -> Signature:
-    """Of a call with the values of a GraphModule's nodes, in order, the stream first."""
+    """Return the signature of a call with the values of a GraphModule's nodes, the stream first."""
     places: list[JsonValue] = []
     inputs: list[Input] = []
     for i, name in enumerate(names):
@@ -544,7 +547,7 @@ def _graph_signature(recording: Recording, names: list[str]) -> Signature:
 
 
 def _channel_axis(candidate: _Candidate) -> int | None:
-    """The stream's channel axis, by the first operation in the block that tells it.
+    """Return the stream's channel axis, by the first operation in the block that determines it.
 
     Convolutions and batch norms have channels second, layer norms over one axis and matrix products
     last. `axes` follows the stream's axes through permutations; None marks an axis that is lost.
@@ -594,7 +597,7 @@ def _follow(
 
 
 def _read_positions(recording: Recording, stream: fx.Node, axis: int) -> tuple[int, str]:
-    """How many positions of a stream are read, the first ones; or 0, and why all are."""
+    """Return the number of positions of a stream that are read, the first ones; or 0, and a reason."""
     shape = stream.meta["shape"]
     if len(shape) != 3 or axis != 2 or shape[0] % recording.samples:
         return 0, "its positions are not tokens"
@@ -610,7 +613,7 @@ def _read_positions(recording: Recording, stream: fx.Node, axis: int) -> tuple[i
 
 
 def _class_tokens(stream: fx.Node) -> tuple[int, ...]:
-    """Positions of a (N, T, d) stream that are selected one by one somewhere behind it."""
+    """Return the positions of a (N, T, d) stream that are selected one by one somewhere behind it."""
     shape = stream.meta["shape"]
     if len(shape) != 3:
         return ()

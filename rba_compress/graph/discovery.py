@@ -1,7 +1,7 @@
-"""The replaceable blocks of any network, each chain verified by surgery.
+"""Discovery of the replaceable blocks of any network, each chain verified by rewriting the network.
 
-What the analysis finds is rewritten and run before it is reported, so that no chain is reported that
-cannot be replaced exactly.
+Every chain of the analysis is rewritten and run before it is reported, so that no chain is reported
+that cannot be replaced exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rba_compress.graph.tracer import Recording, graph_arguments, record
 
 @dataclass(frozen=True)
 class Support:
-    """What of a model can be replaced, and why the rest cannot."""
+    """Replaceable chains of a model, and refusals with their reasons."""
 
     chains: tuple[Chain, ...]
     refusals: tuple[Refusal, ...]
@@ -57,9 +57,9 @@ class Support:
 
 @torch.inference_mode(False)
 def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Batch]:
-    """Find the chains of `model`, without what units offer there.
+    """Find the chains of `model`, without the offers of units.
 
-    A second recording of other samples drops what depends on the input's values.
+    Recordings of other samples drop chains that depend on the input's values.
 
     Returns:
         The chains and the refusals, the recording they were found in, and its two samples.
@@ -101,7 +101,7 @@ def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Bat
 
 
 def _with_samples(model: nn.Module, chains: list[Chain], batch: Batch, first: Batch) -> list[Chain]:
-    """Tell where a stream counts samples, by its shapes and values for batches of two sizes."""
+    """Return the chains with the axis along which streams count samples, found on two batch sizes."""
     others = ([0], list(range(min(4, len(batch)))))  # an exported program may take no batch of one
     for rows in (rows for rows in others if len(rows) != len(first)):
         try:
@@ -131,7 +131,8 @@ def _samples(a: Tensor, b: Tensor, sizes: tuple[int, int]) -> dict[str, int]:
 
 
 def _require_weights(model: nn.Module) -> None:
-    """
+    """Check that every weight has a value and is a plain tensor.
+
     Raises:
         ModelError: a weight has no value yet, or is no plain tensor.
     """
@@ -146,13 +147,13 @@ def _require_weights(model: nn.Module) -> None:
 
 
 def _others(batch: Batch) -> list[Batch]:
-    """Batches of two that may take other ways through the model than the first two samples."""
+    """Return batches of two that may take other control flow in the model than the first two."""
     found = []
     if len(batch) > 2:
         found.append(batch.select([len(batch) - 2, len(batch) - 1]))
     mask = batch.kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        # A mask of ones is often dropped on the way, one with a zero is not.
+        # Models often drop a mask of ones, but not one with a zero.
         for last in (0, 1):
             full = torch.ones_like(mask)
             full[0, -1] = last
@@ -162,7 +163,7 @@ def _others(batch: Batch) -> list[Batch]:
 
 
 def _joined(chain: Chain, others: Sequence[Chain]) -> Chain | None:
-    """The chain, where it is among others, with every way in which its blocks are called there."""
+    """Return the chain with its blocks' call signatures in `others`; None where it is not there."""
     other = next((o for o in others if [*map(_core, o.blocks)] == [*map(_core, chain.blocks)]), None)
     if other is None:
         return None
@@ -192,7 +193,7 @@ def _with_variant(block: Block, other: Signature) -> Block:
 
 
 def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain], list[Refusal]]:
-    """The chain where it can be rewritten, without its first block where that alone is in the way."""
+    """Return the chain if it can be rewritten, without its first block if only that prevents it."""
     reason = _verify(model, chain, batch)
     if reason is None:
         return [chain], []
@@ -210,7 +211,7 @@ def _verified(model: nn.Module, chain: Chain, batch: Batch) -> tuple[list[Chain]
 
 
 def why_none(support: Support, model: nn.Module) -> str:
-    """One sentence on why nothing of a model can be replaced; empty where something can."""
+    """Return a message on why nothing of a model can be replaced; empty where something can."""
     if support.chains:
         return ""
     said = (
@@ -227,7 +228,8 @@ def why_none(support: Support, model: nn.Module) -> str:
 
 
 def require_chains(support: Support, model: nn.Module) -> None:
-    """
+    """Check that a model has a chain.
+
     Raises:
         NoChainError: there is none; the message lists the refusals.
     """
@@ -239,7 +241,7 @@ def _refuse(chain: Chain, reason: str) -> Refusal:
     return Refusal(paths=tuple(b.path for b in chain.blocks), type=chain.blocks[0].type, reason=reason)
 
 
-# --- verification by surgery -----------------------------------------------------------------
+# --- verification by rewriting ---------------------------------------------------------------
 
 
 class _Half(nn.Module):
@@ -248,7 +250,7 @@ class _Half(nn.Module):
 
 
 class _Rebuilt(nn.Module):
-    """The block itself, its output rebuilt from its stream by the signature's template."""
+    """Module that runs a block and rebuilds its output from the stream by the signature's template."""
 
     def __init__(self, block: nn.Module, signature: Signature) -> None:
         super().__init__()
@@ -260,11 +262,11 @@ class _Rebuilt(nn.Module):
 
 
 def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
-    """Why the chain cannot be rewritten, or None: it was rewritten and did what it should.
+    """Return why the chain cannot be rewritten; None where it was rewritten and passed these checks.
 
     1. Two runs agree. 2. The blocks' outputs, rebuilt from their streams, change nothing (plain
     modules). 3. With every block skipped, the output keeps its shape. 4. `0.5 x` spliced in place of an
-    interior block gives, bit for bit, what the untouched model gives with that value put in by hand.
+    interior block gives, bit for bit, the output of the untouched model with that value substituted.
     """
     try:
         with evaluating(model):
@@ -295,7 +297,7 @@ def _verify(model: nn.Module, chain: Chain, batch: Batch) -> str | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit-equal, NaN included: what a network computes is for calibration to judge."""
+    """Return True if tensors are bit-equal, NaN included; calibration refuses NaN, not this check."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -309,7 +311,7 @@ def _rebuilt(model: nn.Module, chain: Chain) -> nn.Module:
 
 
 def with_value(model: nn.Module, block: Block, batch: Batch, stream: Tensor) -> Any:
-    """The output of the untouched model where `stream` takes the place of what `block` puts out."""
+    """Return the untouched model's output with `stream` in place of the output stream of `block`."""
     if isinstance(model, fx.GraphModule):
 
         class Replaying(fx.Interpreter):

@@ -4,9 +4,9 @@ With k = x W_k + b_k and v = x W_v + b_v
 
     softmax(q k^T + m) v = softmax((q W_k^T) x^T + m) x W_v + b_v
 
-for q b_k^T is the same for every key, and the rows of a softmax sum to one. To project T keys and
-values costs 2 T width^2 multiply-accumulates; to do without costs 2 T width (heads * queries), which is
-less by the factor of a head's channels over the queries.
+since q b_k^T is the same for every key, and the rows of a softmax sum to one. Projecting T keys and
+values costs 2 T width^2 multiply-accumulates. The right-hand side costs 2 T width (heads * queries)
+instead, less by the factor of a head's channels over the queries.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ def attend(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attention of few queries, in which the projections change sides.
+    """Compute attention of few queries, with the key projection applied to the queries and the value
+    projection applied to the result.
 
     Args:
         q: (N, heads, queries, d).
         keys: (N, heads, T, d), or (x, weight) with x (N, T, width) and weight (heads * d, width).
         values: likewise, with a bias (heads * d,) or None behind the weight.
         mask: boolean (true where a key counts) or additive, broadcast to (N, heads, queries, T).
-        scale: of the products.
+        scale: factor of the products of queries and keys.
 
     Returns:
         (N, heads, queries, d).
     """
     n, heads, queries, d = q.shape
-    # Products by head, for a weight that is broadcast over samples is copied for each of them.
+    # Products per head, since broadcasting a weight over samples copies it for each of them.
     if isinstance(keys, tuple):
         x, weight = keys
         moved = torch.bmm(_by_head(q * scale), weight.reshape(heads, d, -1))
@@ -59,12 +60,12 @@ def attend(
 
 
 def _by_head(tensor: Tensor) -> Tensor:
-    """(N, heads, queries, d) as (heads, N * queries, d)."""
+    """Reshape (N, heads, queries, d) to (heads, N * queries, d)."""
     _, heads, _, d = tensor.shape
     return tensor.transpose(0, 1).reshape(heads, -1, d)
 
 
 def _by_sample(tensor: Tensor, n: int, queries: int) -> Tensor:
-    """(heads, N * queries, d) as (N, heads, queries, d)."""
+    """Reshape (heads, N * queries, d) to (N, heads, queries, d)."""
     heads, _, d = tensor.shape
     return tensor.reshape(heads, n, queries, d).transpose(0, 1)

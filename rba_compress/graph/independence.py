@@ -1,7 +1,7 @@
-"""Independence of samples: the first dimension of a batch counts samples that do not see each other.
+"""Independence check: the first dimension of a batch counts samples that do not affect each other.
 
-Everything here rests on it: parts are dealt sample by sample, and divergences are means over samples. A
-network whose first dimension is time (`batch_first=False`), or which compares the samples of a batch,
+The package relies on it: the loader is split sample by sample, and divergences are means over samples.
+A network whose first dimension is time (`batch_first=False`), or which compares the samples of a batch,
 gives a sample another output alone than in its batch.
 """
 
@@ -17,7 +17,7 @@ from rba_compress.core.memory import out_of_memory
 from rba_compress.core.outputs import float_outputs, per_sample
 
 _TOGETHER, _ALONE = 8, 3
-"""Samples of a batch, and how many of them are run alone."""
+"""Number of samples of a batch, and number of those that are run alone."""
 _ADVICE = (
     "rows of a batch depend on each other, so its first dimension does not count samples. Where that "
     "is time (batch_first=False), wrap the model so that samples come first; where a batch is one "
@@ -37,7 +37,7 @@ def require_independent(model: nn.Module, batch: Batch) -> None:
     try:
         _compare(model, batch)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):  # calibration says what it wanted
+        if not out_of_memory(error):  # calibration raises a more specific error
             raise
 
 
@@ -46,7 +46,7 @@ def _compare(model: nn.Module, batch: Batch) -> None:
     with evaluating(model):
         together, again = (float_outputs(ran(model, whole)) for _ in range(2))
         if any(_apart(together[name], again[name]) for name in together):
-            return  # random in eval mode, which is refused by its own name
+            return  # random in eval mode, which has a refusal of its own
         for row in _spread(len(whole), _ALONE):
             alone, rows = _ran_alone(model, whole, row)
             for name, output in together.items():
@@ -65,7 +65,7 @@ def _ran_alone(model: nn.Module, whole: Batch, row: int) -> tuple[dict[str, Tens
     for rows in ([row], sorted({row, (row + 1) % len(whole)})):
         try:
             return float_outputs(whole.select(rows).run(model)), rows
-        except Exception as error:  # noqa: BLE001  whatever a model raises at a part of its batch
+        except Exception as error:  # noqa: BLE001  a model may raise anything on a part of its batch
             failure = failure or error
     raise ModelError(
         f"{type(model).__name__} runs on a batch of {len(whole)} samples and not on one of them alone "
@@ -75,7 +75,7 @@ def _ran_alone(model: nn.Module, whole: Batch, row: int) -> tuple[dict[str, Tens
 
 def _require_same(name: str, together: Tensor, alone: Tensor, rows: list[int], samples: int) -> None:
     if not together.ndim or len(together) % samples:
-        return  # no row a sample
+        return  # its rows are not those of samples
     wanted = per_sample(together, samples)[rows]
     found = per_sample(alone, len(rows)) if alone.ndim else alone
     if wanted.shape != found.shape:
@@ -94,7 +94,7 @@ def _require_same(name: str, together: Tensor, alone: Tensor, rows: list[int], s
 def _apart(a: Tensor, b: Tensor) -> float:
     """Return the largest difference relative to the largest value; 0 where that is rounding."""
     if not bool(torch.isfinite(a).all()) or not a.numel():
-        return 0.0  # calibration judges what is not finite
+        return 0.0  # calibration refuses values that are not finite
     allowed = 4 * torch.finfo(a.dtype).eps ** 0.5
     share = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
     return 0.0 if share <= allowed else share

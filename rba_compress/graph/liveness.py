@@ -1,19 +1,21 @@
-"""What of a graph is read.
+"""Backward liveness analysis: which positions of each tensor reach the output.
 
 A head that reads one token leaves most of the last blocks unread. This pass goes backwards from the
-output of an aten graph and works out, for each value, the part that somebody reads: all of it, or the
-first `count` positions along one dimension. With P the selection of the first positions of x (n, ..):
+output of an aten graph and determines, for each value, the part that is read: all of it, or the first
+`count` positions along one dimension. With P the selection of the first positions of x (n, ..):
 
-    P f(x) = f(P x)                 for every f that treats positions alike and apart: activations,
-                                    norms over other dimensions, x W + b, sums, products, scales
+    P f(x) = f(P x)                 for every f that acts on each position separately and alike:
+                                    activations, norms over other dimensions, x W + b, sums, products,
+                                    scales
     P softmax(q k^T + m) v = softmax((P q) k^T + P m) v     attention reads all keys and values
     P view(x) = view'(P x)          where the positions are a dimension before and after
     P cat(x, y) = P x               where x has enough of them
 
-Each operation's rule is one entry of `_RULES`; what has none reads everything, and says so. The rewrite
-that follows from it is in `narrowing`.
+Each operation's rule is one entry of `_RULES`; an operation without a rule reads everything, and is
+named as the reader. The rewrite that applies the analysis is in `slice_propagation`.
 
-Nodes carry `meta["shape"]`, integers; where a graph is traced for several sizes, those of its example.
+Nodes carry `meta["shape"]`, integers; where a graph is traced for several sizes, the shape is that of
+the example.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Need:
-    """The first `count` positions along `dim`; by default all there is."""
+    """Part of a value that is read: the first `count` positions along `dim`; by default all of it."""
 
     dim: int = -1
     count: int = 0
@@ -46,7 +48,7 @@ ALL = Need()
 
 @dataclass(frozen=True)
 class Want:
-    """An operand of a rewritten operation: what of a node it is."""
+    """Operand of a rewritten operation: a node, and the part of it that is needed."""
 
     node: fx.Node
     need: Need = ALL
@@ -56,11 +58,12 @@ Operands = tuple[tuple[Any, ...], dict[str, Any]]
 """args and kwargs with a `Want` in place of every node."""
 
 Rule = Callable[[fx.Node, Need], Operands | None]
-"""The operands that give just the needed part of a node; None where that cannot be had apart."""
+"""Function that returns the operands for just the needed part of a node; None where that part cannot be
+computed alone."""
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node], Any]:
-    """A copy without its output node, its nodes by the old ones, and what was put out."""
+    """Return a copy without its output node, its nodes by the old ones, and the output's value."""
     copy = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph, values)
@@ -70,7 +73,7 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node], Any]:
 
 
 def packet_of(node: fx.Node) -> Any:
-    """The operation of a node, whatever its overload."""
+    """Return the operation of a node, whatever its overload."""
     return getattr(node.target, "_overloadpacket", node.target)
 
 
@@ -84,7 +87,7 @@ def wanted(tree: Any, need: Callable[[fx.Node], Need] = lambda _: ALL) -> Any:
 
 
 def _with(node: fx.Node, changes: dict[int, Any]) -> Operands:
-    """The node's operands, some positional ones changed."""
+    """Return the node's operands, some positional ones changed."""
     args = [*node.args, *[None] * (max(changes) + 1 - len(node.args))]
     for index, value in changes.items():
         args[index] = value
@@ -99,7 +102,8 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def _pointwise(node: fx.Node, need: Need) -> Operands | None:
-    """Operands are broadcast from the right; one that has no such dimension is read whole."""
+    """Rule of pointwise operations: operands are broadcast from the right, and one without the needed
+    dimension is read whole."""
     ndim = len(shape_of(node))
 
     def of(operand: fx.Node) -> Need:
@@ -115,7 +119,7 @@ def _first_operand(node: fx.Node, need: Need) -> Operands:
 
 
 def _cast_like(node: fx.Node, need: Need) -> Operands:
-    """Of the other tensor just the dtype counts: one position of it does."""
+    """Rule of casts to another tensor's dtype, of which one position is enough."""
     x, other = node.args
     assert isinstance(x, fx.Node)
     assert isinstance(other, fx.Node)
@@ -130,13 +134,13 @@ def _layer_norm(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _along(node: fx.Node, need: Need) -> Operands | None:
-    """Softmax and its like: apart but for their own dimension."""
+    """Rule of softmax and similar operations, which act along one dimension only."""
     dim = int(argument(node, 1, "dim")) % len(shape_of(node))
     return _first_operand(node, need) if need.dim != dim else None
 
 
 def _reduction(node: fx.Node, need: Need) -> Operands | None:
-    """Mean, sum, norm over `dim`."""
+    """Rule of mean, sum and norm over `dim`."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
     ndim = len(shape_of(x))
@@ -168,13 +172,14 @@ def _matmul(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _mask_rows(mask: fx.Node, count: int) -> Want:
-    """Of an attention mask, those of the first queries; one row may stand for all."""
+    """Return the rows of an attention mask for the first queries; a single row applies to all."""
     rows = len(shape_of(mask)) - 2
     return Want(mask, Need(rows, count) if shape_of(mask)[rows] > 1 else ALL)
 
 
 def _attention(node: fx.Node, need: Need) -> Operands | None:
-    """Queries and the rows of the mask. A causal one counts from the first query and the first key."""
+    """Rule of attention: the queries and the mask's rows. A causal mask counts from the first query and
+    the first key."""
     ndim = len(shape_of(node))
     if need.dim != ndim - 2:
         return None
@@ -201,7 +206,7 @@ def _attend(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _view(node: fx.Node, need: Need) -> Operands | None:
-    """The positions must be a dimension of their own before the view, too."""
+    """Rule of views: the positions must be a dimension of their own before the view, too."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
     before, after = shape_of(x), shape_of(node)
@@ -232,7 +237,7 @@ def _permute(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _order(node: fx.Node, ndim: int) -> list[int]:
-    """Which dimension of its input each dimension of a permutation is."""
+    """Return the input's dimension for each dimension of a permutation."""
     if packet_of(node) is _aten.permute:
         return [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     order = list(range(ndim))
@@ -288,7 +293,7 @@ def _cat(node: fx.Node, need: Need) -> Operands | None:
         assert isinstance(tensor, fx.Node)
         value = tensor.meta.get("val")
         if value is not None and not isinstance(value.shape[dim], int):
-            return None  # of another size with other inputs
+            return None  # its size depends on the inputs
         size = shape_of(tensor)[dim]
         wants.append(Want(tensor, Need(dim, left) if left < size else ALL))
         left -= size
@@ -306,7 +311,7 @@ def _stack(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _parts(node: fx.Node, need: Need) -> Operands | None:
-    """Unbind, split, chunk: `need` is of every part."""
+    """Rule of unbind, split and chunk: `need` is of every part."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
     unbound = packet_of(node) is _aten.unbind
@@ -317,7 +322,7 @@ def _parts(node: fx.Node, need: Need) -> Operands | None:
 
 
 def _convolution(node: fx.Node, need: Need) -> Operands | None:
-    """A 1x1 convolution without stride or padding is a linear layer over positions."""
+    """Rule of convolutions: a 1x1 one without stride or padding is a linear layer over positions."""
     x, weight = node.args[:2]
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -370,7 +375,7 @@ _RULES: dict[Any, Rule] = {
 
 def _rule(node: fx.Node) -> Rule | None:
     if node.target is operator.getitem or (node.op == "call_module"):
-        return _first_operand  # a part of a split or norm; a map over positions
+        return _first_operand  # a result of a split or norm; a map of each position
     rule = _RULES.get(packet_of(node))
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _pointwise
@@ -378,7 +383,7 @@ def _rule(node: fx.Node) -> Rule | None:
 
 
 def operands_of(node: fx.Node, need: Need) -> Operands | None:
-    """The operands behind the needed part of a node; None where it reads everything."""
+    """Return the operands for the needed part of a node; None where the node reads everything."""
     rule = _rule(node)
     if rule is None or (need == ALL and rule not in (_select, _slice, _cast_like)):
         return None
@@ -391,13 +396,13 @@ def leaves(operands: Operands) -> Iterator[Want]:
 
 @dataclass(frozen=True)
 class Demand:
-    """What of each node of a graph is read."""
+    """Result of the liveness analysis: the part of each node that is read."""
 
     needs: dict[fx.Node, Need]
-    """Nodes that nothing reads are not in it."""
+    """Needed part of each node; nodes that nothing reads are absent."""
 
     def reader(self, node: fx.Node, dim: int) -> str:
-        """What reads every position of a value along a dimension, in words."""
+        """Return, in words, what reads every position of a value along a dimension."""
         seen, frontier = {node}, [(node, dim)]
         while frontier:
             value, dim = frontier.pop()
@@ -407,7 +412,7 @@ class Demand:
                     return "it is an output of the model"
                 taken = operands_of(user, ALL)
                 if taken is not None and all(w.need != ALL for w in leaves(taken)):
-                    continue  # a selection of some of them
+                    continue  # it selects some positions
                 moved = _moved(user, value, dim)
                 if moved is None:
                     calls = user.meta.get("calls") or ()
@@ -418,7 +423,7 @@ class Demand:
 
 
 def _moved(user: fx.Node, value: fx.Node, dim: int) -> int | None:
-    """Which dimension of what `user` gives the positions of its operand are; None if they are lost."""
+    """Return the dimension of `user` that its operand's positions become; None if they are lost."""
     rule = _rule(user)
     shape = user.meta["shape"] or shape_of(value)  # several results are read one by one
     for out in range(len(shape) if rule is not None else 0):
@@ -431,12 +436,12 @@ def _moved(user: fx.Node, value: fx.Node, dim: int) -> int | None:
 
 
 def demand(graph: fx.Graph) -> Demand:
-    """Work backwards from the graph's outputs."""
+    """Determine the part of each node that is read, backwards from the graph's outputs."""
     needs: dict[fx.Node, Need] = {}
 
     def join(node: fx.Node, need: Need) -> None:
         shape = node.meta.get("shape")
-        # What was written through a view has the view's shape, whatever the shape it is read in.
+        # A tensor written through a view has the view's shape, whatever the shape it is read in.
         if need != ALL and shape and (need.dim >= len(shape) or need.count >= shape[need.dim]):
             need = ALL
         known = needs.get(node, need)

@@ -2,10 +2,9 @@
 
 In a plain module the first block of a span becomes a `Spliced` module that holds the map, the others
 `Spliced` pass-throughs: both take and ignore side inputs and keep the block's output structure, so the
-network's own code runs unchanged. In a GraphModule one `call_module` takes the stream before the span
-to where the stream after it was read, and the span's nodes are erased. Both forms name the map
-`<first block>.map`, so their state dicts agree. A `BlockModule` is called as the block was, in either
-form.
+network's own code runs unchanged. In a GraphModule one `call_module` maps the stream before the span to
+the stream after it, and the span's nodes are erased. Both forms name the map `<first block>.map`, so
+their state dicts agree. A `BlockModule` is called as the block was, in either form.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from rba_compress.graph.tracer import module_stack
 
 
 class BlockModule(nn.Module):
-    """A module in the place of one block that is called as the block was, side inputs included."""
+    """Base of modules that replace one block and are called as the block was, side inputs included."""
 
 
 class Spliced(nn.Module):
-    """Stands where a block stood: its stream goes through `map`, side inputs pass by."""
+    """Module in place of a block: the stream goes through `map`, side inputs are passed through."""
 
     def __init__(self, map: nn.Module, signature: Signature | None = None) -> None:  # noqa: A002
         super().__init__()
@@ -41,9 +40,9 @@ class Spliced(nn.Module):
 
 
 class RefusedWriter:
-    """A method that writes a stock network, in its place on the instance that is none any more.
+    """Replacement for a method that writes a stock network, set on an instance that is none any more.
 
-    A class attribute would change the class that the compressed network shares with its original.
+    A class attribute would change the class, which the compressed network shares with its original.
     """
 
     def __init__(self, module: nn.Module, method: str, replaced: Sequence[str]) -> None:
@@ -67,7 +66,7 @@ class RefusedWriter:
 
 
 def refuse_writers(model: nn.Module, plan: Plan) -> None:
-    """Let no module around a replaced block write itself as a stock network; PEFT writes adapters."""
+    """Keep modules around replaced blocks from writing stock networks; PEFT may write its adapters."""
     replaced = [block.path for replacement in plan.replacements for block in replacement.blocks]
     for path, module in model.named_modules():
         if not hasattr(type(module), "from_pretrained") or of_peft(module):
@@ -80,7 +79,7 @@ def refuse_writers(model: nn.Module, plan: Plan) -> None:
 
 
 def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A deep copy; with `share`, a new module tree over the same parameters and buffers.
+    """Return a deep copy; with `share`, a new module tree over the same parameters and buffers.
 
     Raises:
         ModelError: the model cannot be copied.
@@ -110,7 +109,7 @@ def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module)
 
 
 def _keep_padded(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Let encoders around replaced blocks pass padded tensors on.
+    """Make encoders around replaced blocks pass padded tensors on.
 
     On torch's fast path an `nn.TransformerEncoder` turns its input into a nested tensor, which a map or
     a traced block does not take.
@@ -149,7 +148,7 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
     after.replace_all_uses_with(spliced)
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
-            # What only the span read, a bias table say, is dead with it.
+            # A value that only the span read, such as a bias table, is dead, too.
             dead.update(n for n in node.all_input_nodes if n.op != "placeholder")
             graph.erase_node(node)
     spliced.name = name  # the stream after the span keeps its name, which is free now
@@ -160,7 +159,7 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
 
 
 def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
-    """Let a kept layer take the cache index of the first one, where that is gone.
+    """Give a kept layer the cache index of the first layer, where the first layer is removed.
 
     The key-value cache of a language model of transformers takes its length from the first layer of
     each kind (`layer_types`: full or sliding attention): without that layer a cached step would take
@@ -187,8 +186,8 @@ def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
 
 
 def replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a model new parameters in place of some, wherever it holds them; the old ones may be shared
-    with another model, and keep their values.
+    """Replace some parameters of a model wherever it holds them; the old ones, which may be shared with
+    another model, keep their values.
     """
     named = dict(model.named_parameters())
     new = {

@@ -1,9 +1,10 @@
-"""Slices moved up to where they save the most.
+"""Propagate slices upstream through the graph.
 
-What `demand` finds, made: each operation of the new graph computes the part of its value that is read.
-A projection to queries, keys and values in one is split between its rows first, so that queries can be
-computed for fewer positions than keys: [P x W_q, x W_k, x W_v] (weights are sliced, not copied). Where
-fewer positions are asked than a head has channels, `attend` does without keys and values.
+The rewrite applies the liveness analysis of `demand`: each operation of the new graph computes only the
+part of its value that is read. A joint projection to queries, keys and values is first split between
+its rows, so that queries can be computed for fewer positions than keys: [P x W_q, x W_k, x W_v]
+(weights are sliced, not copied). Where fewer positions are read than a head has channels, `attend`
+replaces attention and needs no keys and values.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _aten = torch.ops.aten
 
 
 def narrow(graph: fx.Graph) -> fx.Graph:
-    """A new graph with the same output that computes what is read, and no more."""
+    """Return a new graph with the same output that computes only what is read."""
     split, _, output = copy_graph(graph)
     split.output(output)
     _move_projections(split, demand(split).needs)
@@ -77,7 +78,7 @@ def narrow(graph: fx.Graph) -> fx.Graph:
         target = _aten.reshape.default if packet_of(node) in SIZED else node.target
         made[node] = compressed.create_node(node.op, target, args, kwargs, name=node.name)
         if node.target is operator.getitem and needs[node.args[0]] != needs[node]:
-            # Another of the results is read whole.
+            # Another result of the operation is read whole.
             part = (made[node], needs[node].dim, 0, needs[node].count)
             made[node] = compressed.call_function(_aten.slice.Tensor, part)
     compressed.lint()
@@ -85,7 +86,7 @@ def narrow(graph: fx.Graph) -> fx.Graph:
 
 
 def _move_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:
-    """Let attention of few queries project them instead of the keys and values, in place."""
+    """Replace attention of few queries by `attend`, which projects no keys and values, in place."""
     for node in list(graph.nodes):
         if packet_of(node) is not _aten.scaled_dot_product_attention or node not in needs:
             continue
@@ -120,9 +121,9 @@ def _move_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:
 
 
 def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """x, weight and bias where heads (N, heads, T, d) are rows of a linear layer of x (N, T, width).
+    """Return x, weight and bias where heads (N, heads, T, d) are rows of a linear layer of x (N, T, w).
 
-    The views on the way are tried on the numbers of the layer's outputs.
+    The views between are verified on a tensor that numbers the layer's outputs.
     """
     path, linear = [], node
     while packet_of(linear) is not _aten.linear:
@@ -158,7 +159,7 @@ def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
 
 
 def _takes_nothing_away(node: fx.Node, operands: Operands) -> bool:
-    """Whether a slice takes all that its operand is, or is narrowed to."""
+    """Return True if a slice takes all of its operand, or of what the operand is narrowed to."""
     want: Want = operands[0][0]
     if argument(node, 2, "start") or argument(node, 4, "step", 1) != 1:
         return False
@@ -169,7 +170,7 @@ def _takes_nothing_away(node: fx.Node, operands: Operands) -> bool:
 
 
 def _split_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:
-    """Give a part of a projection that is not read as the others are a linear layer of its own."""
+    """Give each part of a joint projection its own linear layer, where reads of the parts differ."""
     for node in list(graph.nodes):
         if packet_of(node) not in SPLITS or len({needs.get(part) for part in node.users}) < 2:
             continue

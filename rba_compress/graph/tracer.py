@@ -1,4 +1,4 @@
-"""One real forward pass, recorded as an fx graph of aten operations with module stacks.
+"""Recording of one real forward pass as an fx graph of aten operations with module stacks.
 
 Symbolic tracing fails on a third of real networks; a real pass fails on none. Every module call is
 seen by hooks and every operation by a `TorchDispatchMode`; each operation becomes one fx node with
@@ -38,12 +38,12 @@ _aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module."""
+    """Call of a module during the recorded pass."""
 
     path: str
     type: str
     start: int
-    """Index of the first node that could belong to it."""
+    """Index of the first node that could belong to the call."""
     end: int = -1
     inputs: dict[Path, fx.Node] = field(default_factory=dict)
     """Tensor leaves of (args, kwargs); empty in a GraphModule, whose calls have no arguments."""
@@ -65,10 +65,10 @@ class Recording:
     outputs: dict[Path, fx.Node]
     """Tensor leaves of the model's output."""
     values: dict[str, fx.Node]
-    """For a GraphModule: the recorded node of each of its own nodes' tensors, by name."""
+    """Recorded node of the tensor of each node of a GraphModule, by name; empty for a plain module."""
     samples: int
     constants: dict[str, Any] = field(default_factory=dict)
-    """For a GraphModule: its inputs that are no tensors, by name."""
+    """Inputs of a GraphModule that are not tensors, by name."""
 
     @property
     def macs(self) -> int:
@@ -77,7 +77,7 @@ class Recording:
         return round(total / self.samples)
 
     def macs_of(self, path: str) -> int:
-        """Multiply-accumulates of one sample inside the calls of the module at `path`."""
+        """Return the multiply-accumulates of one sample inside the calls of the module at `path`."""
         inside: Iterator[int] = (
             n.meta["macs"]
             for n in self.graph.nodes
@@ -87,9 +87,9 @@ class Recording:
 
 
 def op_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Multiply-accumulates of one aten operation, by torch's own formulas.
+    """Return the multiply-accumulates of one aten operation, by torch's own formulas.
 
-    Those count two FLOPs for each, and know no formula for attention on the CPU.
+    The formulas count two FLOPs for each multiply-accumulate, and lack attention on the CPU.
     """
     packet = func._overloadpacket
     if packet in _CPU_ATTENTION:
@@ -131,22 +131,22 @@ class _Recorder(TorchDispatchMode):
             if isinstance(t, Tensor)
         }
         self.written: dict[str, tuple[Tensor, Tensor]] = {}
-        """Tensors of the state dict that the pass writes into, and what they held before."""
+        """Tensors of the state dict that the pass writes into, and copies of their former values."""
 
     def place(self, tensor: Tensor, node: fx.Node) -> None:
-        """`node` now produces the value of `tensor`."""
+        """Record that `node` now produces the value of `tensor`."""
         if id(tensor) not in self._kept:
             self._kept[id(tensor)] = tensor
             self._on_storage.setdefault(_storage(tensor), []).append(id(tensor))
         self._node[id(tensor)] = node
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The producer of a tensor's current value; one never seen before is a weight or constant."""
+        """Return the producer of a tensor's current value; an unseen tensor is a weight or constant."""
         node = self._node.get(id(tensor))
         if node is None:
             name = self._names.get(id(tensor), f"constant_{len(self._kept)}")
             node = self._add(self.graph.create_node("get_attr", name), tensor)
-            node.meta["calls"] = ()  # reading a weight belongs to nobody
+            node.meta["calls"] = ()  # reading a weight belongs to no call
             self.place(tensor, node)
         return node
 
@@ -174,7 +174,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func._can_decompose():
-            # There whole layers come here, which are taken apart elsewhere.
+            # In inference mode, composite operations arrive here before torch has decomposed them.
             with self:
                 return func.decompose(*args, **kwargs)
         node_args, node_kwargs = self._as_fx(args), self._as_fx(kwargs)
@@ -246,7 +246,7 @@ def record(model: nn.Module, batch: Batch) -> Recording:
     """Record one forward pass of `model` (any mode; it runs in eval mode) on a batch on its device.
 
     Raises:
-        ModelError: the forward pass fails, or writes into what the state dict holds, which is put back.
+        ModelError: the forward pass fails, or writes into the state dict, whose values are restored.
     """
     recorder = _Recorder(model)
     for name, tensor in batch.tensors.items():
@@ -309,7 +309,7 @@ def _run_module(recorder: _Recorder, model: nn.Module, batch: Batch) -> Any:
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str, str]]:
-    """(call key, path, type name) of the modules a GraphModule's node came from, outermost first."""
+    """Return (call key, path, type name) of the modules of a GraphModule's node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return [(str(key), path, type_name(kind)) for key, (path, kind) in stack.items() if path]
 
@@ -346,7 +346,7 @@ def _run_graph(
 
 
 def graph_arguments(model: fx.GraphModule, batch: Batch) -> tuple[Any, ...]:
-    """The batch as positional arguments for an `fx.Interpreter`: keywords by placeholder name."""
+    """Return a batch as positional arguments for an `fx.Interpreter`, keywords by placeholder name."""
     given = list(batch.args)
     arguments: list[Any] = []
     for node in model.graph.nodes:

@@ -1,4 +1,4 @@
-"""Similarity between networks, where the rest of this package uses similarity within one.
+"""Similarity of latent spaces between networks; the rest of this package uses similarity within one.
 
 Two networks that were trained apart rarely agree on coordinates, and often on distances: a space that
 is described by each sample's similarity to the same anchors can be read by a head of another network.

@@ -1,7 +1,7 @@
-"""Several networks' spaces as one: relative spaces of the same anchors, averaged.
+"""Aggregation of several networks' spaces: the mean of relative spaces about the same anchors.
 
-Crisostomi et al. 2023 (arXiv 2311.06547): networks that were trained on parts of a task see a sample in
-coordinates of their own; what they say of it beside the same anchors can be averaged.
+Crisostomi et al. 2023 (arXiv 2311.06547): networks that were trained on parts of a task represent a
+sample in coordinates of their own; its similarities to the same anchors can be averaged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Id = str | int
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One space of all samples that any network saw."""
+    """Joint space of all samples that any network saw."""
 
     space: Tensor
-    """(N, K)."""
+    """Mean relative space, (N, K)."""
     ids: tuple[Id, ...]
-    """Of its rows, in the order in which the spaces first hold them."""
+    """Sample ids of the rows, in the order in which the spaces first hold them."""
     held: Tensor
-    """How many spaces hold each sample, (N,)."""
+    """Number of spaces that hold each sample, (N,)."""
 
 
 def aggregate(
@@ -48,21 +48,21 @@ def aggregate(
     metric: Invariant = "cosine",
     weights: Sequence[float] | None = None,
 ) -> Aggregate:
-    """Relative spaces, then the mean over the spaces that hold a sample.
+    """Compute relative spaces, and each sample's mean over the spaces that hold it.
 
     Args:
         spaces: (N_s, d_s) each, of any widths.
         anchors: the same samples in every space.
-        ids: which sample each row of each space is; without them all spaces hold the same samples in
-            the same order.
+        ids: sample ids of the rows of each space; without them all spaces hold the same samples in the
+            same order.
         metric: of the relative spaces.
-        weights: of each space in the mean, once by default.
+        weights: of each space in the mean, 1 by default.
 
     Raises:
-        SpaceError: no spaces; as many anchors, ids or weights as there are not spaces; a weight that is
-            no positive number; anchors that are not parallel; as many ids as there are not samples, or
-            one twice; without ids, spaces of different sample counts; NaN, two devices, an unknown
-            metric.
+        SpaceError: no spaces; another number of anchors, ids or weights than of spaces; a weight that
+            is no positive number; anchors that are not parallel; another number of ids than of
+            samples, or an id twice; without ids, spaces of different sample counts; NaN, two devices,
+            an unknown metric.
     """
     require(metric, INVARIANTS, "the metric")
     given: dict[str, Sequence[object] | None] = {"anchors": anchors, "ids": ids, "weights": weights}
@@ -100,7 +100,7 @@ def aggregate(
 
 
 def class_separability(space: Tensor, labels: Tensor) -> float:
-    """How far apart classes are for how wide they are: the mean over pairs of classes a, b of
+    """Return the distance of classes relative to their width: the mean over pairs of classes a, b of
 
         ||m_a - m_b|| / ((s_a + s_b) / 2)
 
@@ -111,7 +111,7 @@ def class_separability(space: Tensor, labels: Tensor) -> float:
         labels: (N,) of two classes or more.
 
     Raises:
-        SpaceError: fewer classes, or as many labels as there are not samples.
+        SpaceError: fewer classes, or another number of labels than of samples.
     """
     check_space(space, "the space")
     found = labels.unique()

@@ -1,4 +1,4 @@
-"""Anchors: the samples that a space is described by, the same ones in every space.
+"""Anchors: the samples by which a space is described, the same ones in every space.
 
 A selector returns rows, not vectors, so that the same samples are taken from each space. None of them
 touches torch's global random state.
@@ -16,7 +16,7 @@ from rba_compress.core.errors import SpaceError
 from rba_compress.linalg.similarity import check_space
 
 ROUNDS = 100
-"""Of k-means, at the most."""
+"""Largest number of k-means iterations."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Anchors:
 
     Args:
         vectors: (K, d), one or more, of floats.
-        ids: what each one is a picture of, the same in every space; without them the order is trusted.
+        ids: sample ids of the anchors, the same in every space; without them the order is trusted.
 
     Raises:
-        SpaceError: not a matrix of numbers, or as many ids as there are not anchors, or one twice.
+        SpaceError: no matrix of numbers, another number of ids than of anchors, or an id twice.
     """
 
     vectors: Tensor
@@ -49,11 +49,11 @@ class Anchors:
 
     @classmethod
     def of(cls, space: Tensor, rows: Sequence[int]) -> Anchors:
-        """These rows of a space (N, d), with the rows as ids."""
+        """Return rows of a space (N, d) as anchors, with the row numbers as ids."""
         return cls(space[list(rows)], tuple(int(row) for row in rows))
 
     def require_parallel(self, other: Anchors) -> None:
-        """That both are the same samples in the same order.
+        """Check that both are the same samples in the same order.
 
         Raises:
             SpaceError: they are not, as far as can be told.
@@ -86,7 +86,7 @@ def _enough(space: Tensor, count: int) -> None:
 
 
 def random_points(space: Tensor, count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """`count` rows of (N, d), uniformly, without replacement.
+    """Draw `count` rows of (N, d), uniformly, without replacement.
 
     Raises:
         SpaceError: fewer samples than anchors.
@@ -97,9 +97,9 @@ def random_points(space: Tensor, count: int, *, seed: int = 0) -> tuple[int, ...
 
 
 def farthest_points(space: Tensor, count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """`count` rows, each the one farthest from those before it, from a random one on (Gonzalez 1985).
+    """Select `count` rows from a random one on, each the farthest from those before (Gonzalez 1985).
 
-    Its largest distance from a sample to the nearest anchor is at most twice the least possible.
+    The largest distance from a sample to the nearest anchor is at most twice the least possible.
 
     Raises:
         SpaceError: fewer different samples than anchors.
@@ -117,10 +117,10 @@ def farthest_points(space: Tensor, count: int, *, seed: int = 0) -> tuple[int, .
 
 
 def k_means(space: Tensor, count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """`count` rows, each the sample nearest to the mean of one cluster (Lloyd 1982).
+    """Select `count` rows, each the sample nearest to the mean of one cluster (Lloyd 1982).
 
-    Starts from `farthest_points`. Of two means that are nearest to the same sample the second takes its
-    next nearest.
+    The clustering starts from `farthest_points`. Where two means are nearest to the same sample, the
+    second takes its next nearest.
 
     Raises:
         SpaceError: fewer different samples than anchors.

@@ -1,8 +1,8 @@
-"""Parallel anchors from a few pairs: which sample of one space is which of another.
+"""Parallel anchors of two spaces from a few known pairs of samples.
 
 Cannistraci et al. 2023 (arXiv 2303.00721): the anchors of one space are samples of it, those of the
-other are free vectors on the sphere, moved until both relative spaces are the same cloud of points, as
-optimal transport matches them. A few pairs that are known, the seeds, are where that starts.
+other are free vectors on the sphere, optimised until both relative spaces are the same cloud of points
+under the matching of optimal transport. The optimisation starts from a few known pairs, the seeds.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from rba_compress.linalg.similarity import check_space, check_spaces, require
 Solver = Literal["adam", "least_squares"]
 STEPS: dict[Solver, int] = {"adam": 250, "least_squares": 40}
 EPSILON: dict[Solver, float] = {"adam": 1e-4, "least_squares": 1e-3}
-"""What the entropy of the transport falls to. A jump to the best vectors takes a softer match."""
+"""Final entropic regularisation of the transport. Least squares jumps to the best vectors, and needs a
+softer match."""
 
 START = 1e-2
-"""What it falls from."""
+"""Initial entropic regularisation of the transport."""
 
 SWEEPS = 5
-"""Of Sinkhorn in a step, from the potentials of the one before; ten times as many in the first."""
+"""Sinkhorn sweeps in a step, from the potentials of the step before; ten times as many in the first."""
 
 DAMPING = 0.1
-"""Of the least squares, as a share of the mean power of a channel."""
+"""Ridge of the least squares, as a share of the mean power of a channel."""
 
 
 @dataclass(frozen=True)
 class Bootstrapped:
     """Anchors of two spaces that are taken to be parallel.
 
-    `x_vectors` and `y_vectors` are unit vectors about the centres: the relative spaces
-    `cos(x - x_centre, x_vectors)` and `cos(y - y_centre, y_vectors)` are what was made alike. `x_rows`
-    are samples of x, `y_rows` the samples nearest to `y_vectors`, each taken once; `x` and `y` are
-    these as anchors, for `stitch` and `aggregate`, their ids the rows of x.
+    `x_vectors` and `y_vectors` are unit vectors about the centres: the optimisation matched the
+    relative spaces `cos(x - x_centre, x_vectors)` and `cos(y - y_centre, y_vectors)`. `x_rows` are
+    samples of x, `y_rows` the samples nearest to `y_vectors`, each taken once. `x` and `y` are these
+    rows as anchors, for `stitch` and `aggregate`, with the rows of x as ids.
     """
 
     x: Anchors
@@ -56,13 +57,13 @@ class Bootstrapped:
     x_centre: Tensor  # (d_x,)
     y_centre: Tensor  # (d_y,)
     losses: tuple[float, ...] = field(repr=False)
-    """Mean squared difference of y's relative space to what it was matched with, of every step."""
+    """Mean squared difference between y's relative space and its match, at every step."""
 
 
 def sinkhorn(
     cost: Tensor, epsilon: float, *, sweeps: int, potential: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The transport of uniform masses over a cost (N, M) with entropy epsilon (Cuturi 2013), (N, M).
+    """Compute the transport (N, M) of uniform masses over a cost with entropy epsilon (Cuturi 2013).
 
     In the log domain: u_i = -log N - logsumexp_j(v_j - c_ij / epsilon), v_j likewise.
 
@@ -80,7 +81,7 @@ def sinkhorn(
 
 
 def _swept(scaled: Tensor, v: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """The potentials u and v after so many updates, of -c / epsilon."""
+    """Return the potentials u and v after `sweeps` updates, for `scaled` = -c / epsilon."""
     rows, columns = scaled.shape
     for _ in range(sweeps):
         u = -math.log(rows) - torch.logsumexp(scaled + v, dim=1)
@@ -109,10 +110,10 @@ def bootstrap_anchors(
     X A_x^T and Y A_y^T, by optimal transport (`sinkhorn`, the first time by the seeds' columns alone),
     and brings Y A_y^T nearer to what it was matched with:
 
-        adam            a step of Adam on A_y, then back onto the sphere: the paper's
+        adam            a step of Adam on A_y, then back onto the sphere, as in the paper
         least_squares   the A_y that is the best for this match, put onto the sphere
 
-    The paper keeps epsilon as it is (`start=epsilon`); here it falls from `start`, without which spaces
+    The paper keeps epsilon constant (`start=epsilon`); here it falls from `start`, without which spaces
     that are not close to each other are matched wrongly from the first step on. The paper reports that
     15 seeds take the place of 300 pairs, on word vectors and on images; `benchmarks/results/anchors.md`
     says what they recover here.
@@ -121,12 +122,12 @@ def bootstrap_anchors(
         x_space, y_space: (N, d_x) and (M, d_y): samples of the same kind in no common order. A step
             takes N M numbers: pass some thousand of each.
         seeds: pairs (row of x, row of y), two or more; the paper takes 15.
-        n_anchors: how many to end with, seeds included.
+        n_anchors: number of anchors, seeds included.
         solver: see above; `least_squares` takes an eighth of the time.
         steps: 250 of Adam and 40 of least squares by default.
-        lr: of Adam.
-        epsilon: what the entropy ends at, 1e-4 and 1e-3 by default, in squared cosines.
-        seed: draws the other anchors and where the free vectors start.
+        lr: learning rate of Adam.
+        epsilon: final entropy, 1e-4 for Adam and 1e-3 for least squares by default, in squared cosines.
+        seed: of the draw of the other anchors and the initial free vectors.
 
     Raises:
         SpaceError: a space that is no matrix of numbers; the two on two devices; fewer than two seeds,
@@ -154,7 +155,7 @@ def bootstrap_anchors(
         sweeps = 10 * SWEEPS if step == 0 else SWEEPS
         scaled = -cost / eased
         _, potential = _swept(scaled, potential, sweeps)
-        # Each row of the transport over its sum, which may be too small a number to divide by.
+        # Normalise each row of the transport by softmax: its sum may be too small to divide by.
         matched = torch.softmax(scaled + potential, dim=1) @ target
         losses.append(float((seen - matched).square().mean()))
         free = moved(matched[:, known:])
@@ -201,7 +202,7 @@ def _checked(
 
 
 def _adam(y: Tensor, free: Tensor, lr: float) -> Callable[[Tensor], Tensor]:
-    """Steps from `free` by the gradient of the mean squared error, each back onto the sphere."""
+    """Return a function that takes Adam steps from `free` on the mean squared error, on the sphere."""
     vectors = free.clone().requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=lr)
 
@@ -218,7 +219,7 @@ def _adam(y: Tensor, free: Tensor, lr: float) -> Callable[[Tensor], Tensor]:
 
 
 def _least_squares(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The best vectors of a match, damped, onto the sphere."""
+    """Return a function that solves for the damped best vectors of a match, put onto the sphere."""
     power = y.T @ y
     power.diagonal().add_(DAMPING * power.trace() / len(power))
     inverse = torch.linalg.solve(power, y.T)
@@ -226,7 +227,7 @@ def _least_squares(y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _nearest(vectors: Tensor, space: Tensor, taken: Sequence[int]) -> list[int]:
-    """The row of a space nearest to each vector, each once, with the largest sum of cosines."""
+    """Assign each vector a row of a space that is not taken, with the largest sum of cosines."""
     cosines = (vectors @ space.T).cpu()
     cosines[:, [*taken]] = -torch.inf
     left = [row for row in range(len(space)) if row not in set(taken)]
@@ -236,7 +237,7 @@ def _nearest(vectors: Tensor, space: Tensor, taken: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well y's relative space finds x's, each sample its own counterpart, means over samples.
+    """Quality of retrieval: y's relative space finds each sample's counterpart in x's. Sample means.
 
     `jaccard` compares the ten nearest neighbours of y's sample in x's space with those of its
     counterpart there; `mrr` is the mean reciprocal rank of the counterpart by cosine; `cosine` is the
@@ -249,7 +250,7 @@ class Retrieval:
 
 
 def retrieval(x_relative: Tensor, y_relative: Tensor, *, neighbours: int = 10) -> Retrieval:
-    """Of relative spaces (N, K) of the same samples in the same order, about parallel anchors.
+    """Measure retrieval of relative spaces (N, K) of the same samples in order, about parallel anchors.
 
     Raises:
         SpaceError: they are not of the same samples.

@@ -1,8 +1,8 @@
-"""Relative representations: a sample by its similarity to anchors, and products of such spaces.
+"""Relative representations: samples by their similarities to anchors, and products of such spaces.
 
-Moschella et al. 2023 (arXiv 2209.15430) describe a sample by its cosines to anchors, which an
-orthogonal map and a rescaling of the space leave as they are. Cannistraci et al. 2024 (2310.01211) put
-several such spaces side by side, for which map connects two networks is not known beforehand.
+Moschella et al. 2023 (arXiv 2209.15430) describe a sample by its cosines to anchors, which are
+invariant to an orthogonal map and a rescaling of the space. Cannistraci et al. 2024 (2310.01211)
+combine several such spaces, because the map that connects two networks is not known beforehand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Aggregation = Literal["concatenation", "sum", "attention"]
 
 
 def _vectors(anchors: Anchors | Tensor, metrics: Sequence[Invariant]) -> Tensor:
-    """Of anchors that every one of these metrics takes."""
+    """Return a copy of the anchors' vectors, after checking them for the metrics."""
     vectors = (anchors if isinstance(anchors, Anchors) else Anchors(anchors)).vectors.detach().clone()
     none = (vectors.norm(dim=1) == 0).nonzero().flatten()
     if "cosine" in metrics and len(none):
@@ -33,16 +33,16 @@ def _vectors(anchors: Anchors | Tensor, metrics: Sequence[Invariant]) -> Tensor:
 
 
 class RelativeProjection(nn.Module):
-    """A space (..., d) by each vector's similarity to K anchors (K, d): (..., K).
+    """Similarities of vectors (..., d) to K anchors (K, d): (..., K).
 
-        cosine      cos(x, a): left as it is by orthogonal maps and by rescaling
-        euclidean   ||x - a||_2: by orthogonal maps and translations
-        l1, linf    ||x - a||_1, max |x - a|: by signed permutations and translations
+        cosine      cos(x, a): invariant to orthogonal maps and rescaling
+        euclidean   ||x - a||_2: invariant to orthogonal maps and translations
+        l1, linf    ||x - a||_1, max |x - a|: invariant to signed permutations and translations
 
-    where samples and anchors go through the map together.
+    where the map is applied to samples and anchors together.
 
     Raises:
-        SpaceError: an unknown metric; anchors that are no matrix of finite numbers; of the cosine, an
+        SpaceError: an unknown metric; anchors that are no matrix of finite numbers; for the cosine, an
             anchor of length zero, which has no direction. In a forward pass, vectors of another width
             or on another device than the anchors.
     """
@@ -77,10 +77,10 @@ class _Attention(nn.Module):
 
 
 class InvarianceProduct(nn.Module):
-    """Several relative spaces of the same anchors as one: M tensors (N, K) -> (N, width).
+    """Combination of several relative spaces of the same anchors: M tensors (N, K) -> (N, width).
 
-    What it learns never sees the space that the anchors are from, so that it, and the head behind it,
-    serve every space: `bind` it to the anchors of one, train, and bind it to those of another.
+    The learned weights never see the space of the anchors, so that the product, and the head behind it,
+    serve every space: `bind` it to the anchors of one space, train, and bind it to those of another.
 
         concatenation   the branches side by side, (N, M K); nothing is learned
         sum             LayerNorm, Linear, Tanh on each branch, then the sum: the paper's best
@@ -90,8 +90,8 @@ class InvarianceProduct(nn.Module):
         metrics: the invariances, one or more.
         aggregation: one of the above.
         anchors: their number K.
-        width: of what comes out, K by default; `concatenation` has its own.
-        heads: of the attention; they divide `width`.
+        width: of the output, K by default; `concatenation` has its own.
+        heads: of the attention; they must divide `width`.
 
     Raises:
         SpaceError: an unknown metric or aggregation, no metric, or one twice; a width that `heads` does
@@ -137,7 +137,7 @@ class InvarianceProduct(nn.Module):
         return mixed
 
     def bind(self, anchors: Anchors | Tensor) -> BoundProduct:
-        """This product, its weights shared, in the space of these anchors: (N, d) -> (N, width).
+        """Return this product, its weights shared, in the space of these anchors: (N, d) -> (N, width).
 
         Raises:
             SpaceError: another number of anchors; and see `RelativeProjection`.
@@ -146,7 +146,7 @@ class InvarianceProduct(nn.Module):
 
 
 class BoundProduct(nn.Module):
-    """An `InvarianceProduct` in the space of its anchors; both are in its state."""
+    """`InvarianceProduct` in the space of its anchors; the state dict holds both."""
 
     anchors: Tensor
 

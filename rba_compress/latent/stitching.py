@@ -14,11 +14,11 @@ from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.similarity import Invariant
 
 BETWEEN = ("linear", "affine", "orthogonal")
-"""Maps between spaces of any widths. An orthogonal one is as orthogonal as two widths allow."""
+"""Kinds of maps between spaces of any widths; an orthogonal one is so as far as widths allow."""
 
 
 class Stitched(nn.Module):
-    """`encoder`, then the bridge between the spaces, then `head`: a network like any other."""
+    """Network of `encoder`, the bridge between the spaces, and `head`, in sequence."""
 
     def __init__(self, encoder: nn.Module, bridge: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -41,21 +41,21 @@ def stitch(
     """Put an encoder before a head that was trained on another space.
 
     Args:
-        encoder: gives (N, d) of its inputs.
-        head: reads what `bridge` makes of its own space: K similarities, what the product gives, or
-            for a map the space as it is.
+        encoder: maps its inputs to (N, d).
+        head: reads the output of `bridge` on the head's own space: K similarities, the product's
+            output, or for a map the space itself.
         encoder_anchors, head_anchors: the same samples in both spaces, (K, d) and (K, d').
         bridge: an invariance that the head was trained on; or the product, with the weights that were
-            trained with the head (they are copied to no one: the two share them); or a map, fitted in
-            closed form from the anchors of the one space to those of the other.
-        classes: how many the head tells apart: fewer anchors cannot, and are refused.
+            trained with the head (the weights are shared, not copied); or a map, fitted in closed form
+            from the anchors of the one space to those of the other.
+        classes: number of classes of the head; fewer anchors are refused.
 
     Returns:
         The network, in eval mode where both were; the parts are the caller's own.
 
     Raises:
         SpaceError: the anchors are not parallel, or on two devices; too few; the map is of a kind that
-            does not lead from one space to another; the head does not take what comes of the bridge.
+            does not lead from one space to another; the head does not take the output of the bridge.
     """
     encoder_anchors.require_parallel(head_anchors)
     source, target = encoder_anchors.vectors, head_anchors.vectors
@@ -84,7 +84,7 @@ def stitch(
 def bridge_between(
     source: Anchors, target: Anchors, bridge: Invariant | InvarianceProduct | MapSpec
 ) -> nn.Module:
-    """What leads from the space of `source` to what a head on the space of `target` reads."""
+    """Return the module from the space of `source` to the input of a head on the space of `target`."""
     if isinstance(bridge, InvarianceProduct):
         return bridge.bind(source)
     if isinstance(bridge, str):
@@ -96,7 +96,7 @@ def bridge_between(
         )
     fit = fit_map(bridge, PairMoments.from_rows(source.vectors, target.vectors))
     widths = source.vectors.shape[1], target.vectors.shape[1]
-    # Its first weights would be drawn from the global random state.
+    # Initial weights would be drawn from the global random state.
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, *widths, bias="bias" in fit.tensors).to(
         source.vectors
     )

@@ -235,7 +235,7 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
     """Build the module of a map, with unset weights, for streams of `ndim` dimensions.
 
-    The module is `nn.Linear` for channels on the last axis, a 1x1 convolution for axis 1 of (N, C, ...).
+    It is `nn.Linear` for channels on the last axis, a 1x1 convolution for channels on axis 1.
     """
     last = axis in (-1, ndim - 1)
 
@@ -259,7 +259,7 @@ def build_map(spec: MapSpec, width: int, *, ndim: int, axis: int) -> nn.Module:
 def map_shapes(
     spec: MapSpec, width: int, *, ndim: int = 2, axis: int = -1
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a map's tensors by name: those of `build_map`, without building the module."""
+    """Return the shapes of a map's tensors by name: those of `build_map`, without building a module."""
     last = axis in (-1, ndim - 1)
     kernel = () if last else (1,) * (ndim - 2)
     match spec.kind:

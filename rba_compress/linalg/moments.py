@@ -185,8 +185,8 @@ class PairMoments:
 
 
 def _power(peak: Tensor) -> float:
-    """Return the power of two that scales rows with this largest absolute value to about 1; 1 where their
-    squares lie well within the range of their dtype.
+    """Return the power of two that scales rows with this largest absolute value to about 1; 1 where the
+    squares of the rows lie well within the range of their dtype.
     """
     limits, value = torch.finfo(peak.dtype), float(peak)
     if limits.tiny**0.25 < value < limits.max**0.25 or not 0 < value < math.inf:
@@ -226,8 +226,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def moment_bytes(boundaries: int, width: int, window: int | None = None) -> int:
-    """Return the bytes that `Moments` take: 8 d^2 for each pair, B (B + 1) / 2 pairs without a window; the
-    buffered rows, twice while they are folded in; and a product.
+    """Return the bytes that `Moments` take: 8 d^2 for each pair, B (B + 1) / 2 pairs without a window;
+    the buffered rows, twice while they are folded in; and a product.
     """
     window = boundaries - 1 if window is None else min(window, boundaries - 1)
     pairs = sum(min(j, window) + 1 for j in range(boundaries))

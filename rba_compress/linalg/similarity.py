@@ -126,8 +126,8 @@ def relative_similarity(
 
     The similarity is Pearson's correlation of the spaces' similarities of samples to anchors, which are
     the same samples everywhere (representational similarity analysis, Kriegeskorte et al. 2008; as
-    relative spaces, Cannistraci et al. 2024). It is 1 where a map to which the metric is invariant leads
-    from the one space to the other, whatever their coordinates:
+    relative spaces, Cannistraci et al. 2024). It is 1 where a map to which the metric is invariant
+    leads from the one space to the other, whatever their coordinates:
 
         cosine      an orthogonal map, times a scale
         euclidean   an orthogonal map, times a scale, and a shift

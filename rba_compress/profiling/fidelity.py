@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from scipy import stats
 from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
@@ -507,6 +506,8 @@ def interval(values: Tensor) -> tuple[float | None, float | None]:
     """The 95 % percentile bootstrap interval of a mean over samples (Efron 1979); 2,000 resamples."""
     if len(values) < 2 or not bool(torch.isfinite(values).all()):
         return None, None
+    from scipy import stats  # slow to import
+
     found = stats.bootstrap(
         (values.numpy(),),
         np.mean,

@@ -1,14 +1,14 @@
-"""Units: anything that the search may do to the blocks of a network, one file each.
+"""Units: the changes that a search may make to the blocks of a network, one file each.
 
 base            the contract of a unit
-registry        the list of them, one line each
+registry        the list of units, one line each
 span            consecutive blocks replaced by one map
 read_out        a block for the positions that the output reads
 attention_free  a block without its attention
 mlp_free        a block without its MLP
 read_out_mlp    a block whose MLP is for the read positions alone
-whole           a block as it is, to look between its sublayers
+whole           a block as it is, to read the stream between its sublayers
 block_variants  a block traced into a graph, cut by a unit, and run
-offers          which units a network's blocks offer, each tried
-splice          a plan carried out
+offers          offers of units on a network's blocks, each tried
+splice          execution of a plan
 """

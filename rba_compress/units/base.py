@@ -1,8 +1,9 @@
-"""The contract of a unit: anything that the search may do to the blocks of a network.
+"""The contract of a unit: a change that the search may make to the blocks of a network.
 
-A unit is one file of this folder and one line of `registry`. It says where it may be applied, with
-which settings (levels), which statistics a fit needs, how it is fitted, what is left to pay, and how a
-network is rewritten. The search, the plan and the artefact know this contract and no unit by name.
+A unit is one file of this folder and one line of `registry`. The contract covers where a unit may be
+applied, with which settings (levels), which statistics a fit needs, how the unit is fitted, which cost
+remains, and how a network is rewritten. The search, the plan and the artefact know this contract and no
+unit by name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Level = MapSpec | float
 
 
 class Trial:
-    """A block of a model and a batch on which a unit is tried before it is offered there."""
+    """Block of a model, and a batch on which units are tried before they are offered there."""
 
     def __init__(
         self, model: nn.Module, chain: Chain, b: int, batch: Batch, traces: Traces, *, divisible: bool
@@ -41,13 +42,13 @@ class Trial:
         self.model, self.chain, self.block = model, chain, chain.blocks[b]
         self.batch, self.traces = batch, traces
         self.divisible = divisible
-        """Whether the block consists of two sublayers, and runs from its graph as before."""
+        """True where the block consists of two sublayers, and its graph computes the same output."""
 
     def offers(self, unit: Unit, *, narrow: bool, exact: bool = False) -> Iterator[Offer]:
-        """Yield the cost that is left of the block, its map aside; nothing where it cannot be cut so.
+        """Yield the remaining cost of the block, without the map; nothing where the unit cannot cut it.
 
         Args:
-            narrow: for the positions that the output reads alone.
+            narrow: only the positions that the output reads are computed.
             exact: the unit itself leaves the other positions out; otherwise the blocks before did.
         """
         copy, reads = copy_model(self.model, share=True), self.chain.reads
@@ -74,34 +75,34 @@ class Unit(ABC):
 
     name: ClassVar[str]
     searched: ClassVar[bool] = True
-    """Whether the search may choose it."""
+    """True where the search may choose the unit."""
     removes: ClassVar[bool] = False
-    """Whether nothing is left of the blocks."""
+    """True where nothing is left of the blocks."""
     mixes: ClassVar[bool] = True
-    """Whether what is left lets a position read others."""
+    """True where the rest of the block lets a position read others."""
     unread: ClassVar[bool] = False
-    """Whether its map acts on the positions that the output does not read, and on no others."""
+    """True where the map acts on the positions that the output does not read, and on no others."""
 
     # --- where
 
     @abstractmethod
     def offers(self, trial: Trial) -> Iterable[Offer]:
-        """Return what a block can be cut to, each verified on the trial; empty where it cannot."""
+        """Return the unit's offers for a block, each verified on the trial; empty without any."""
 
     def sites(self, chain: Chain, window: int | None) -> list[tuple[int, int]]:
         """Return every (start, stop) of a chain where the unit may be applied."""
         return [(b, b + 1) for b, block in enumerate(chain.blocks) if block.offer(self.name)]
 
     def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether it cannot take the place of what is at the same blocks already."""
-        # The stream between the sublayers of a block that was cut is not seen any more.
+        """Return whether the unit cannot replace `other`, which is at the same blocks already."""
+        # The stream between the sublayers of a cut block cannot be read any more.
         between = self.source(site.start) % 1 > 0
         return between or UNITS[other.unit].removes
 
     # --- with which settings
 
     def levels(self, config: Config, width: int) -> Sequence[Level]:
-        """Return the settings that it offers, the one that saves most first: for maps the identity."""
+        """Return the unit's settings, the one that saves most first: for maps the identity."""
         return [spec for spec in config.specs(width) if spec.kind != "folded"]
 
     def choice(self, chain: Chain, start: int, stop: int, level: Level = IDENTITY) -> Replacement:
@@ -128,11 +129,11 @@ class Unit(ABC):
     # --- from which statistics
 
     def source(self, start: int) -> float:
-        """Return the boundary that its map reads; halves lie between the sublayers of a block."""
+        """Return the boundary that the map reads; halves lie between the sublayers of a block."""
         return start
 
     def target(self, stop: int) -> float:
-        """Return the boundary that its map is fitted to."""
+        """Return the boundary that the map is fitted to."""
         return stop
 
     def fit(self, new: Replacement, moments: PairMoments) -> tuple[Replacement, dict[str, Tensor]]:
@@ -152,10 +153,10 @@ class Unit(ABC):
     # --- at which cost
 
     def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
-        """Return the cost of each of its blocks, and the positions that are left behind it.
+        """Return the remaining cost of each block, and the number of positions left behind them.
 
         Args:
-            positions: of the stream before it, in one sample.
+            positions: number of positions before the blocks, in one sample.
         """
         read = chain.reads * max(chain.rows, 1)
         narrow = new.exact or positions < chain.positions
@@ -164,24 +165,25 @@ class Unit(ABC):
         return [Cost(macs=left.macs, params=left.params) + self.map_cost(new, positions)], positions
 
     def map_cost(self, new: Replacement, positions: int) -> Cost:
-        """Return the cost of its map."""
+        """Return the cost of the map."""
         macs = positions * map_macs(new.map, new.width)
         return Cost(macs=macs, params=map_parameters(new.map, new.width))
 
     def exact(self, chain: Chain, old: Replacement) -> Replacement | None:
-        """Return the decision of which the positions that nothing reads are not computed, and that
-        keeps the fitted tensors; None where it has none of its own.
+        """Return a decision with the same fitted tensors that leaves out the positions that nothing
+        reads; None where the unit has none of its own.
         """
         return None
 
     def unfoldable(self, new: Replacement) -> str | None:
-        """Return why the decision is no stock network with fewer blocks; None where it is one."""
+        """Return why the decision gives no stock network with fewer blocks; None where it gives one."""
         return "a thinned block is not a block of the architecture"
 
     # --- how the network is rewritten
 
     def require(self, new: Replacement) -> None:
-        """
+        """Check that the decision is of one block.
+
         Raises:
             ValueError: the decision is of several blocks.
         """
@@ -199,13 +201,13 @@ class Unit(ABC):
     def rewrite(
         self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
     ) -> nn.Module:
-        """Return what takes the place of the blocks; the model is left as it is.
+        """Return the module that replaces the blocks; the model is left as it is.
 
         Args:
-            module: of `build`, with its tensors.
+            module: the module of `build`, with its tensors.
 
         Raises:
-            ModelError: the block cannot be cut so.
+            ModelError: the unit cannot cut the block.
         """
         return thin(model, new.blocks[0], module, traces, unit=self, reads=new.reads, exact=new.exact)
 
@@ -220,10 +222,10 @@ class Unit(ABC):
 
     @abstractmethod
     def describe(self, new: Replacement) -> str:
-        """Return the decision as one line for a person."""
+        """Return the decision as one line of text."""
 
 
 def built(unit: Unit, new: Replacement) -> nn.Module:
-    """Build a unit's module without storage, so that no random state is drawn from."""
+    """Build a unit's module on the meta device, so that no random numbers are drawn."""
     with torch.device("meta"):
         return unit.build(new)

@@ -1,8 +1,8 @@
-"""A block traced into an aten graph, cut down to what a unit leaves of it, and run.
+"""Blocks traced into aten graphs, cut by a unit, and run from the graph.
 
-A block of two sublayers is x -> m = mix(x) -> y = f(m), where f treats positions apart (an MLP) and
-mix does not (attention); m is found on the graph as a value that every path from x to y crosses. A unit
-edits the graph by a node or two; slice propagation then moves the selections upstream.
+A block of two sublayers is x -> m = mix(x) -> y = f(m), where f acts on positions separately (an MLP)
+and mix does not (attention); m is found on the graph as a value that every path from x to y crosses. A
+unit edits the graph by a node or two; slice propagation then moves the selections upstream.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Cut(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the unit, by which edited graphs are kept."""
+        """Name of the unit, the key under which edited graphs are cached."""
 
     def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
         """Edit the graph and return its output."""
 
 
 class Body:
-    """The compiled graph of a cut block for one way of calling it; holds no tensors.
+    """Compiled graph of a cut block for one call signature; it holds no tensors.
 
     Args:
         names: parameters and buffers of the block, in the order of the graph's first inputs.
@@ -67,14 +67,14 @@ class Body:
         return self
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run on a block's tensors and its `map`."""
+        """Run the graph on a block's tensors and its `map`."""
         values = [_tensor(block, path) for path in self._paths]
         stream = type(self._compiled).forward(block, *values, *self.signature.tensors(args, kwargs))
         return self.signature.rebuild(stream, args, kwargs)
 
 
 class Thinned(BlockModule):
-    """The rest of a block: its own submodules, run by a graph instead of its own code."""
+    """Block cut by a unit: its remaining submodules, run by a graph instead of the block's own code."""
 
     def __init__(
         self,
@@ -104,14 +104,14 @@ class Thinned(BlockModule):
 
 
 def _tensor(module: nn.Module, path: Sequence[str]) -> Any:
-    """A parameter or buffer; past `getattr`, which takes microseconds a step of each forward pass."""
+    """Return a parameter or buffer without `getattr`, which would add microseconds a module."""
     for part in path[:-1]:
         module = module._modules[part]  # type: ignore[assignment]
     found = module._parameters.get(path[-1])
     if found is not None:
         return found
     if "base_layer" in module._modules:
-        # Its weight is that of the layer without the adapter, which would be left out in silence.
+        # The weight is that of the layer without the adapter, which would be left out in silence.
         raise ModelError(
             f"{'.'.join(path[:-1])} of a thinned block has an adapter, and the block runs by a graph "
             "that does not: leave it out of the adapter's target_modules, or compress with "
@@ -130,10 +130,10 @@ def thin(
     reads: int = 0,
     exact: bool = False,
 ) -> Thinned:
-    """Return a block of `model` cut by a unit, around its own weights; what is not run is left out.
+    """Return a block of `model` cut by a unit, over its own weights; parts that do not run are dropped.
 
     Raises:
-        ModelError: the block cannot be traced, or cut so.
+        ModelError: the block cannot be traced, or the unit cannot cut it.
     """
     module = undispatched(model, block.path)
     traced = traces.of(model, block)
@@ -147,7 +147,7 @@ def thin(
 
 
 def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> None:
-    """Drop submodules, parameters and buffers that are not used; what is left stays where it is."""
+    """Drop submodules, parameters and buffers that are not used; the others keep their paths."""
     for name, child in list(module.named_children()):
         if name in keep:
             continue
@@ -156,13 +156,13 @@ def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> No
             _prune(child, below)
         else:
             delattr(module, name)
-    # None and not gone: a layer's repr asks for its bias.
+    # Set to None, not deleted: a layer's repr reads its bias.
     for tensors in (module._parameters, module._buffers):
         tensors.update({name: None for name in tensors if name not in used})
 
 
 class _StreamOnly(nn.Module):
-    """A block as a function from tensors to its stream."""
+    """Module of a block as a function from tensors to the stream."""
 
     def __init__(self, block: nn.Module, signature: Signature) -> None:
         super().__init__()
@@ -175,25 +175,25 @@ class _StreamOnly(nn.Module):
 
 @dataclass(frozen=True)
 class Traced:
-    """A block's aten graph for one way of calling it, weights lifted to inputs."""
+    """Aten graph of a block for one call signature, weights lifted to inputs."""
 
     signature: Signature
     graph: fx.Graph
     names: tuple[str, ...]
-    """The first placeholders: parameters and buffers of the block."""
+    """Parameters and buffers of the block, in the order of the first placeholders."""
     constants: dict[str, Tensor]
-    """Tensors among `names` that the block's code makes."""
+    """Tensors among `names` that the block's code creates."""
     entry: str
-    """Placeholder of the stream."""
+    """Name of the stream's placeholder."""
     middle: str | None
-    """The stream between the block's two sublayers; None where it is no such block."""
+    """Name of the stream between the block's two sublayers; None where there are not two."""
     _bodies: dict[Any, Body] = field(default_factory=dict)
 
     def body(self, unit: Cut, reads: int, exact: bool) -> Body:
         """Return the block cut by a unit, compiled once.
 
         Raises:
-            ModelError: the unit needs two sublayers, and the block is not made of such.
+            ModelError: the unit needs two sublayers, and the block does not consist of two.
         """
         key = unit.name, reads, exact
         if key not in self._bodies:
@@ -216,7 +216,7 @@ class Traced:
 
 
 class BlockGraph:
-    """The aten graph of a block while a unit edits it."""
+    """Aten graph of a block while a unit edits it."""
 
     def __init__(
         self, graph: fx.Graph, entry: fx.Node, middle: fx.Node | None, output: fx.Node
@@ -228,7 +228,7 @@ class BlockGraph:
         """The stream between the two sublayers.
 
         Raises:
-            ModelError: the block is not made of two.
+            ModelError: the block does not consist of two.
         """
         if self._middle is None:
             raise ModelError("its sublayers cannot be told apart")
@@ -249,7 +249,7 @@ class BlockGraph:
 
     def joined(self, read: fx.Node, others: fx.Node, reads: int) -> fx.Node:
         """Join the first `reads` positions of a stream and the mapped others of another one."""
-        # All are mapped, the read ones to no use: a part of a stream is not contiguous.
+        # All positions are mapped, also the read ones: a part of a stream is not contiguous.
         halves = [self.part(read, 0, reads), self.part(self.mapped(others), reads, _END)]
         output = self.graph.call_function(_aten.cat.default, (halves, 1))
         output.meta["shape"] = others.meta["shape"]
@@ -265,17 +265,21 @@ class BlockGraph:
 
 
 class Traces:
-    """Blocks traced so far: it takes tenths of a second, and a search splices often."""
+    """Cache of traced blocks: a trace takes tenths of a second, and a search splices often."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[Traced]] = {}
         self._kinds: dict[str, list[list[Traced]]] = {}
 
+    def __reduce__(self) -> Any:
+        """Pickle and copy as an empty cache: nothing is lost but time."""
+        return Traces, ()
+
     def of(self, model: nn.Module, block: Block) -> list[Traced]:
-        """A block of a model that is not rewritten there, traced for each of its signatures.
+        """Return the traces of a block, one for each signature; the model must not be rewritten there.
 
         Raises:
-            ModelError: it cannot be traced, or it writes into tensors.
+            ModelError: the block cannot be traced, or it writes into tensors.
         """
         if block.path not in self._known:
             ways = (block.signature, *block.variants)
@@ -290,7 +294,7 @@ class Traces:
 
 @torch.inference_mode(False)
 def _is_of(model: nn.Module, block: Block, traced: Sequence[Traced]) -> bool:
-    """Whether graphs that were traced of a like block compute, bit for bit, what this one does."""
+    """Return True if the graphs of another block compute, bit for bit, what this block computes."""
     if isinstance(model, fx.GraphModule):
         return False
     module = in_memory(model, block.path)
@@ -309,13 +313,13 @@ def _is_of(model: nn.Module, block: Block, traced: Sequence[Traced]) -> bool:
                 found = fx.GraphModule(nn.Module(), each.graph)(*values, *tensors)
                 if not torch.equal(found, wrapped(*tensors)):
                     return False
-        except Exception:  # noqa: BLE001  whatever is in the way, it is traced anew
+        except Exception:  # noqa: BLE001  after any failure the block is traced anew
             return False
     return True
 
 
 def example_inputs(module: nn.Module, signature: Signature) -> list[Tensor]:
-    """Inputs of a call, zeros."""
+    """Return inputs of a call, filled with zeros."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     return [given.zeros(parameter, like=signature.inputs[0]) for given in signature.inputs]
 
@@ -333,8 +337,8 @@ def _trace(model: nn.Module, block: Block, signature: Signature, constant: str) 
         module, prefix = _cut_out(model, block), f"block.{block.path}."
     auto = torch.export.Dim.AUTO
     tensors = tuple(example_inputs(module, signature))
-    # Batches and lengths of text may change. A size of one is one for good, and so are images': to
-    # reason about windows of any size takes export seconds a block.
+    # Batch sizes and lengths of text are dynamic. Sizes of one are static, and so are those of images:
+    # export would take seconds a block to reason about windows of any size.
     free = 1 if tensors[signature.stream_index].ndim > 3 else 4
     shapes = tuple({d: auto for d, size in enumerate(t.shape[:free]) if size > 1} for t in tensors)
     wrapped = _StreamOnly(module, signature)
@@ -347,7 +351,7 @@ def _trace(model: nn.Module, block: Block, signature: Signature, constant: str) 
 
 
 def _cut_out(model: fx.GraphModule, block: Block) -> fx.GraphModule:
-    """The nodes of a block as a module of their own; its weights keep their paths."""
+    """Return the nodes of a block as a module of their own; its weights keep their paths."""
     assert block.nodes is not None
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -417,10 +421,11 @@ def _hint(size: Any) -> int:
 
 
 def _middle(entry: fx.Node, output: fx.Node) -> str | None:
-    """The stream between two sublayers, of which the second alone treats positions apart.
+    """Return the name of the stream between two sublayers, of which only the second acts on positions
+    separately; None where there is no such stream.
 
-    Cuts are values of the stream's shape that every path from entry to output crosses. What lies
-    between two of them and holds no product of matrices (a norm) belongs to the sublayer before.
+    Cuts are values of the stream's shape that every path from entry to output crosses. Operations
+    between two cuts without a matrix product (a norm) belong to the sublayer before.
     """
     cuts = [
         node
@@ -454,14 +459,14 @@ def _reaches(start: fx.Node, end: fx.Node, *, without: fx.Node | None = None) ->
 
 
 def _between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-    """Nodes on paths from start to end, the end among them."""
+    """Yield the nodes on paths from start to end, the end among them."""
     for node in start.graph.nodes:
         if node is not start and _reaches(start, node) and _reaches(node, end):
             yield node
 
 
 def _treats_apart(start: fx.Node, end: fx.Node) -> bool:
-    """Whether the first position of `end` needs no other position of `start`."""
+    """Return True if the first position of `end` needs no other position of `start`."""
     graph, values, _ = copy_graph(start.graph)
     dim = 1 if len(end.meta["shape"]) == 3 else 2
     first = graph.call_function(_aten.slice.Tensor, (values[end], dim, 0, 1))

@@ -32,7 +32,7 @@ class MlpFree(Unit):
         return old.model_copy(update={"exact": True, "reads": chain.reads})
 
     def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
-        """Put out the mapped stream between the sublayers."""
+        """Return the mapped stream between the sublayers as the output."""
         output = block.mapped(block.middle)
         return block.part(output, 0, reads) if exact else output
 

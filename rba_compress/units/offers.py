@@ -1,4 +1,4 @@
-"""What units offer on the blocks of a network, each tried before it is offered."""
+"""Offers of units on the blocks of a network, each tried before it is offered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rba_compress.units.whole import WHOLE
 
 @torch.inference_mode(False)
 def supports(model: nn.Module, example: Any) -> Support:
-    """Find the chains of replaceable blocks of `model`, each verified by surgery, and every refusal.
+    """Find the chains of replaceable blocks of `model`, each verified by rewriting, and all refusals.
 
     Args:
         model: any `nn.Module` or `fx.GraphModule`; left as it is.
@@ -51,12 +51,12 @@ def discover(
     *,
     read_outs: bool = True,
 ) -> tuple[Support, Recording]:
-    """Find the chains of `model` and what units offer there; return the recording of two samples, too.
+    """Find the chains of `model` with the offers of units; return the recording of two samples, too.
 
     Args:
-        traces: keeps the blocks that are traced.
-        units: which to try; by default all that a search may choose.
-        read_outs: whether exact read-outs are wanted, too.
+        traces: cache of traced blocks.
+        units: names of the units to try; by default all that a search may choose.
+        read_outs: True to try exact read-outs, too.
 
     Raises:
         ModelError: the forward pass fails; rows of a batch depend on each other.
@@ -74,9 +74,9 @@ def discover(
 def _with_offers(
     model: nn.Module, chain: Chain, batch: Batch, traces: Traces, units: Sequence[Unit]
 ) -> Chain:
-    """Return the chain with the offers of its blocks, as far as surgery bears them out.
+    """Return the chain with the verified offers of its blocks.
 
-    Blocks of one kind and size share what is found out about the first of them.
+    Blocks of one kind and size share the offers of the first of them.
     """
     if not units:
         return chain
@@ -101,9 +101,9 @@ def _with_offers(
 def _flaw(
     model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
 ) -> str | None:
-    """Return why a block cannot be run from its graph; None where it was, and the output stayed.
+    """Return why a block cannot be run from its graph; None where it can, with the same output.
 
-    A read-out is tried in its exact form, which leaves the output as it is, too.
+    A read-out is tried in its exact form, which leaves the output unchanged, too.
     """
     exact, block = unit is READ_OUT, chain.blocks[b]
     compressed = copy_model(model, share=True)

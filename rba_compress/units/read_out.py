@@ -1,7 +1,7 @@
 """read_out: a block computes the positions that the output reads; a map passes the others on.
 
-y = [P block(x), T (1 - P) x], with P the read positions. Exact, y = P block(x): the others are not
-computed at all, for nothing reads them behind the last block that mixes positions.
+y = [P block(x), T (1 - P) x], with P the read positions. The exact form is y = P block(x): the others
+are not computed at all, since nothing reads them behind the last block that mixes positions.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rba_compress.units.block_variants import BlockGraph
 
 
 class ReadOut(Unit):
-    """A block for the read positions alone."""
+    """Block that computes the read positions alone."""
 
     name = "read_out"
     unread = True
 
     def offers(self, trial: Trial) -> Iterator[Offer]:
-        """Yield the exact form and the other one."""
+        """Yield the exact form and the mapped form."""
         if trial.chain.reads:
             yield from trial.offers(self, narrow=True, exact=True)
             yield from trial.offers(self, narrow=False)
@@ -33,7 +33,7 @@ class ReadOut(Unit):
         return self.choice(chain, b, b + 1).model_copy(update={"exact": True})
 
     def map_cost(self, new: Replacement, positions: int) -> Cost:
-        """Return nothing for an exact one, whose map is unused."""
+        """Return no cost for an exact read-out, whose map is unused."""
         return Cost() if new.exact else super().map_cost(new, positions)
 
     def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
@@ -43,7 +43,7 @@ class ReadOut(Unit):
         return block.joined(block.output, block.entry, reads)
 
     def describe(self, new: Replacement) -> str:
-        """Return the block, how many positions it computes and what becomes of the others."""
+        """Return the block, the number of positions that it computes, and the others' map, if any."""
         others = "not computed" if new.exact else f"-> {new.map}"
         return f"{new.blocks[0].path} for {new.reads} read, others {others}"
 

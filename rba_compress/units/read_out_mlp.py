@@ -15,7 +15,7 @@ from rba_compress.units.block_variants import BlockGraph
 
 
 class ReadOutMlp(Unit):
-    """A block whose MLP is for the read positions alone."""
+    """Block whose MLP computes the read positions alone."""
 
     name = "read_out_mlp"
     unread = True
@@ -34,5 +34,5 @@ class ReadOutMlp(Unit):
         return block.joined(block.output, block.middle, reads)
 
     def describe(self, new: Replacement) -> str:
-        """Return the block, how many positions its MLP computes and the map of the others."""
+        """Return the block, the number of positions that its MLP computes, and the others' map."""
         return f"{new.blocks[0].path} MLP for {new.reads} read, others -> {new.map}"

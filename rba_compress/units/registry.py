@@ -22,5 +22,5 @@ register(WHOLE)
 
 
 def unit_of(name: str) -> Unit:
-    """Return a registered unit; a plan's names were checked when it was read."""
+    """Return a registered unit; the names in a plan were checked when the plan was read."""
     return cast("Unit", UNITS[name])

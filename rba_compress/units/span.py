@@ -16,14 +16,14 @@ from rba_compress.units.block_variants import Traces
 
 
 class Span(Unit):
-    """Blocks that are gone, and a map in their place."""
+    """Consecutive blocks removed, and one map in their place."""
 
     name = "span"
     removes = True
     mixes = False
 
     def offers(self, trial: Trial) -> Iterable[Offer]:
-        """Return nothing: whatever chain was found is replaceable."""
+        """Return nothing: every chain that was found is replaceable."""
         return ()
 
     def sites(self, chain: Chain, window: int | None) -> list[tuple[int, int]]:
@@ -31,7 +31,7 @@ class Span(Unit):
         return chain.spans(window)
 
     def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether other blocks were replaced there already."""
+        """Return whether `other` removes its blocks, too."""
         return UNITS[other.unit].removes
 
     def levels(self, config: Config, width: int) -> list[MapSpec]:
@@ -48,7 +48,7 @@ class Span(Unit):
         return [self.map_cost(new, positions), *others], positions
 
     def unfoldable(self, new: Replacement) -> str | None:
-        """Return why there is a module where the blocks were."""
+        """Return why the map cannot be folded; None for identities and folded maps."""
         if new.map.kind in ("identity", "folded"):
             return None
         return "a linear map on a residual stream has no place in a stock network"

@@ -1,4 +1,4 @@
-"""A plan carried out: checked against the network and its tensors, then spliced unit by unit.
+"""Execution of a plan: checked against the network and its tensors, then spliced unit by unit.
 
 Nothing is decided here, and nothing is changed before every check has passed.
 """
@@ -27,7 +27,7 @@ from rba_compress.units.block_variants import Traces
 from rba_compress.units.registry import unit_of
 
 STATISTICS = ("running_mean", "running_var")
-"""Buffers of a BatchNorm."""
+"""Names of a BatchNorm's buffers of running statistics."""
 
 
 @torch.inference_mode(False)
@@ -43,11 +43,11 @@ def splice(
 
     Args:
         model: the network that the plan was made for, a plain module or a GraphModule.
-        plan: what is replaced by what.
+        plan: the replacements and refits.
         tensors: the fitted tensors of its maps, by their key in the compressed model's state dict. They
             take the dtype and device of the block that they replace.
         inplace: rewrite `model` itself; otherwise it is left untouched and a deep copy is returned.
-        traces: of the model's blocks, where some were traced before.
+        traces: cache of the model's traced blocks, where there is one.
 
     Raises:
         PlanError: the plan's blocks are not in the model, or the tensors do not fit the plan. The
@@ -61,11 +61,11 @@ def splice(
 def splice_shared(
     model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces | None = None
 ) -> nn.Module:
-    """As `splice`, in a new module tree that shares the weights: for evaluation, not for keeping.
+    """Splice a new module tree that shares the model's weights: for evaluation, not for keeping.
 
     Args:
         model, plan, tensors: as in `splice`.
-        traces: of the model's blocks, kept from splice to splice.
+        traces: cache of the model's traced blocks, kept from splice to splice.
     """
     return _splice(copy_model(model, share=True), plan, tensors, traces or Traces())
 
@@ -93,10 +93,10 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
 def _module(
     model: nn.Module, new: Replacement, tensors: Mapping[str, Tensor], traces: Traces
 ) -> nn.Module:
-    """Return what takes the place of the blocks, its tensors in their dtype and on their device.
+    """Return the module that replaces the blocks, its tensors in their dtype and on their device.
 
     Raises:
-        PlanError: the block cannot be cut so.
+        PlanError: the unit cannot cut the block.
     """
     unit, first = unit_of(new.unit), new.blocks[0].path
     like = next(
@@ -169,7 +169,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
 def _check_refits(
     model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, tensors: Mapping[str, Tensor]
 ) -> set[str]:
-    """The keys of the refitted layers' tensors."""
+    """Check the refits, and return the keys of their tensors."""
     wanted: set[str] = set()
     spans = [block.path for r in plan.replacements if unit_of(r.unit).removes for block in r.blocks]
     for refit in plan.refits:
@@ -187,7 +187,7 @@ def _check_refits(
 
 
 def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The keys of the trained tensors, those of maps excepted, which are checked already."""
+    """Check the trained tensors, and return their keys without those of maps, checked already."""
     if plan.healed is None:
         return set()
     own = dict(model.named_parameters())
@@ -207,7 +207,7 @@ def _refittable(layer: nn.Module, refit: Refit) -> bool:
 
 
 def _moved(layer: nn.Module, refit: Refit) -> list[tuple[str, Tensor]]:
-    """The tensors of a layer that a refit changes."""
+    """Return the tensors of a layer that a refit changes."""
     if refit.statistics:
         return [(name, getattr(layer, name)) for name in STATISTICS]
     return list(layer.named_parameters(recurse=False))

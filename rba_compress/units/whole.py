@@ -1,6 +1,6 @@
-"""whole: a block as it is, with an identity between its sublayers, through which that stream is seen.
+"""whole: a block as it is, with an identity between its sublayers, at which their stream is read.
 
-Nothing is saved; statistics between sublayers and the test whether a block can be cut stand on it.
+The unit saves no cost. It is for statistics between sublayers, and to test whether a block can be cut.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from rba_compress.units.block_variants import BlockGraph
 
 
 class Whole(Unit):
-    """A block that runs from its graph."""
+    """Block that runs from its graph, unchanged."""
 
     name = "whole"
     searched = False
 
     def offers(self, trial: Trial) -> Iterable[Offer]:
-        """Return nothing: it saves nothing."""
+        """Return nothing, because the unit saves no cost."""
         return ()
 
     def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:

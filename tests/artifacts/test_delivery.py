@@ -58,10 +58,11 @@ def alone(code: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folding(digits: nn.Module, digits_loader: list[Any]) -> Result:
-    config = Config(foldable=True, swaps=0, refit=False, shrinks=(0.6,))
-    return compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
+    config = Config(foldable=True, swaps=0, refit=False, shrinks=(0.6,), window=2)
+    return compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
 
 
+@pytest.mark.slow
 @reads_folders
 def test_a_foldable_search_folds_into_a_stock_timm_network(
     folding: Result, held_out: tuple[Tensor, Tensor], tmp_path: Path
@@ -156,6 +157,7 @@ def test_a_hugging_face_network_needs_the_directory_alone(tmp_path: Path) -> Non
     verify(tmp_path / "compressed")
 
 
+@pytest.mark.slow
 def test_a_hugging_face_network_folds(tmp_path: Path) -> None:
     found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(foldable=True, swaps=0))
     found.save(tmp_path / "compressed", fold=True, hub=True)
@@ -182,6 +184,7 @@ with torch.no_grad():
     assert (stock - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_stages_of_blocks_fold(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "resnet26d", num_classes=5)
     data = list(torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
@@ -345,6 +348,7 @@ print(killed, whole)
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_at_any_line_leaves_what_was_there(tmp_path: Path) -> None:
     killed, whole = map(int, script(KILLED, tmp_path).split())
     assert killed > 100  # every line that writes, and some bytes in mid-file
@@ -388,6 +392,7 @@ assert len(list(Path(sys.argv[1]).iterdir())) == 20
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
     script(RACED, tmp_path)
 

@@ -18,7 +18,7 @@ from rba_compress import Budget, compress, heal, profile
 from rba_compress.cli.digits import batches, digits_data, digits_model
 from rba_compress.core.distributed import current, launched
 from rba_compress.healing import distillation as healing
-from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
+from tests.networks import BRIEF, BRIEF_SEARCH, LIGHT, Chain, loader, rows, seeded, to_heal
 
 
 class Deadly:
@@ -49,8 +49,8 @@ def heal_together(*, deadly: bool) -> tuple[str, dict[str, Tensor]]:
 def run(job: str) -> tuple[str, dict[str, Tensor]]:
     if job == "digits":
         (images, labels), _ = digits_data()
-        data: Any = batches((images[:320], labels[:320]), 64)
-        result = compress(digits_model(), data, budget=Budget(macs=0.8))
+        data: Any = batches((images[:192], labels[:192]), 64)
+        result = compress(digits_model(), data, budget=Budget(macs=0.85), config=BRIEF_SEARCH)
         return result.plan.model_dump_json(), result.tensors
     sizes = {"uneven": 9, "empty": 40}
     model = seeded(Chain)

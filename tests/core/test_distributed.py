@@ -79,6 +79,7 @@ def require_same(
         assert float((tensors[key] - tensor).norm()) < 1e-4 * float(tensor.norm())
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(tmp_path: Path, result: Result) -> None:
     first, second = results("digits", tmp_path)
     assert first[0] == second[0]  # to the last digit
@@ -86,7 +87,9 @@ def test_two_processes_make_the_plan_of_one(tmp_path: Path, result: Result) -> N
     require_same(Plan.model_validate_json(first[0]), first[1], result.plan, result.tensors)
 
 
-@pytest.mark.parametrize(("job", "batch", "count"), [("uneven", 9, 3), ("empty", 40, 2)])
+@pytest.mark.parametrize(
+    ("job", "batch", "count"), [pytest.param("uneven", 9, 3, marks=pytest.mark.slow), ("empty", 40, 2)]
+)
 def test_shards_of_any_size(tmp_path: Path, job: str, batch: int, count: int) -> None:
     data = list(rows(40).split(batch))
     alone = compress(seeded(Chain), data, budget=Budget(macs=0.7), config=LIGHT)
@@ -100,6 +103,7 @@ def test_shards_of_any_size(tmp_path: Path, job: str, batch: int, count: int) ->
         assert text == found[0][0]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     start = time.perf_counter()
     first, second, last = together("dies", tmp_path, 3)
@@ -110,12 +114,14 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
         assert "RankError: one of the 3 processes ended or does not answer" in printed
 
 
+@pytest.mark.slow
 def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
     for end, printed in together("other", tmp_path):
         assert end == 1
         assert "RankError: rank 1 has another loader than rank 0" in printed
 
 
+@pytest.mark.slow
 def test_two_processes_heal_together(tmp_path: Path) -> None:
     first, second = results("heal", tmp_path)
     assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
@@ -131,6 +137,7 @@ def test_two_processes_heal_together(tmp_path: Path) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_training_ends_the_others(tmp_path: Path) -> None:
     start = time.perf_counter()
     first, last = together("heal_dies", tmp_path)

@@ -35,7 +35,7 @@ from rba_compress.core import offload
 from rba_compress.core.offload import Offloaded, dispatched, in_memory, undispatched
 from rba_compress.core.plan import Refit
 from rba_compress.profiling.profiler import fingerprint
-from tests.networks import Block, Chain, images, loader, rows, seeded
+from tests.networks import BRIEF_SEARCH, Block, Chain, images, loader, rows, seeded
 from tests.releases import INFERS_ALIKE
 from tests.test_language import ids, llama, texts
 
@@ -97,17 +97,18 @@ def assert_same(found: Result, wanted: Result) -> None:
     assert found.report.fidelity == wanted.report.fidelity
 
 
+@pytest.mark.slow
 def test_a_network_half_on_disk_gets_the_plan_of_the_one_in_memory(
     digits: nn.Module, digits_loader: list[Any], held_out: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    batches, x = [tuple(part[:20] for part in batch) for batch in digits_loader[:3]], held_out[0]
+    batches, x = [tuple(part[:20] for part in batch) for batch in digits_loader], held_out[0]
     model = digits_on_disk(tmp_path / "weights")
     before = places(model)
     assert {"Parameter cpu", "Parameter meta"} == set(before.values())
     assert fingerprint(model) == fingerprint(digits)
 
-    wanted = compress(digits, batches, budget=Budget(macs=0.85))
-    found = compress(model, batches, budget=Budget(macs=0.85))
+    wanted = compress(digits, batches, budget=Budget(macs=0.85), config=BRIEF_SEARCH)
+    found = compress(model, batches, budget=Budget(macs=0.85), config=BRIEF_SEARCH)
     assert_same(found, wanted)
     assert {r.unit for r in wanted.plan.replacements} - {"span"}, "some blocks are thinned"
     assert wanted.plan.refits
@@ -193,13 +194,15 @@ def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
     assert torch.equal(model(rows(5)), compressed(rows(5)))
 
 
-@pytest.mark.parametrize("whole", ["Block", "Attention"])
+@pytest.mark.parametrize("whole", ["Block", pytest.param("Attention", marks=pytest.mark.slow)])
 def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 2}
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
     plain, model = (seeded(timm.create_model, "vit_tiny_patch16_224", **sizes) for _ in range(2))
     accelerate.disk_offload(model, tmp_path, preload_module_classes=[whole])
     data = list(images(30).split(10))
-    wanted, found = (compress(m, data, budget=Budget(macs=0.7)) for m in (plain, model))
+    wanted, found = (
+        compress(m, data, budget=Budget(macs=0.7), config=BRIEF_SEARCH) for m in (plain, model)
+    )
     assert_same(found, wanted)
     assert {r.unit for r in wanted.plan.replacements} - {"span"}
     assert any(place.startswith("Offloaded") for place in places(found.model).values())
@@ -228,7 +231,7 @@ def test_offloaded_buffers(tmp_path: Path) -> None:
     on_disk(model, tmp_path)
     assert "Tensor meta" in places(model).values()
     assert fingerprint(model) == fingerprint(plain)
-    config = Config(refit_steps=(1.0,))
+    config = Config(refit_steps=(1.0,), swaps=0, shrinks=(0.6,), refit_dampings=(1.0,))
     wanted, found = (
         compress(m, loader(), budget=Budget(macs=0.7), config=config) for m in (plain, model)
     )
@@ -240,6 +243,7 @@ def test_offloaded_buffers(tmp_path: Path) -> None:
     assert torch.equal(model(rows(5)), plain(rows(5)))
 
 
+@pytest.mark.slow
 def test_a_language_model_on_disk(tmp_path: Path) -> None:
     plain, model = llama(), accelerate.disk_offload(llama(), tmp_path)
     wanted, found = (compress(m, texts(), budget=Budget(macs=0.7)) for m in (plain, model))
@@ -283,7 +287,8 @@ def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return tensor
 
     monkeypatch.setattr(offload, "_fetch", counted)
-    found = search(model, profile(model, loader()), loader(), budget=Budget(macs=0.7))
+    config = Config(swaps=0, shrinks=(0.6,), refit_dampings=(1.0,), refit_steps=(1.0,))
+    found = search(model, profile(model, loader(), config=config), loader(), budget=Budget(macs=0.7))
     assert found.plan.replacements
     largest, biases = max(p.numel() for p in model.parameters()), 2 * 16
     assert 0 < peak <= largest + biases

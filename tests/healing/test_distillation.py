@@ -101,6 +101,7 @@ def test_a_healed_network_is_closer_to_its_original(
         assert all(torch.linalg.matrix_rank(g, rtol=1e-3) <= 2 for g in grown.values())
 
 
+@pytest.mark.slow
 def test_it_is_saved_reloaded_exported_and_certified_as_any_other(
     tmp_path: Path, digits: nn.Module, digits_loader: list[Any]
 ) -> None:
@@ -245,6 +246,7 @@ heal(compressed, data, original=original, healing=BRIEF, checkpoint=Path(sys.arg
 """A training that is killed in its third epoch, in a process of its own."""
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path: Path) -> None:
     path = tmp_path / "heal.checkpoint"
     ended = subprocess.run([sys.executable, "-c", KILLED, path], check=False)

@@ -121,6 +121,7 @@ def test_tasks_share_what_their_setting_says() -> None:
         assert len(set.intersection(*classes)) == (10 if setting == "shared classes" else 0)
 
 
+@pytest.mark.slow
 def test_networks_that_learned_parts_are_merged() -> None:
     data, how = Data(*digits_data()), AggregationTrial(seeds=(0,), anchors=48, steps=80)
     state = torch.random.get_rng_state()

@@ -291,6 +291,7 @@ def test_what_does_not_fit_is_refused(what: Any, message: str) -> None:
         what(space(4, 6).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "reconstruction"])
 def test_networks_that_were_trained_apart_are_stitched(task: Any) -> None:
     trial = Trial(task=task, seeds=(0,), anchors=48, encoder_steps=150, head_steps=120)

@@ -43,7 +43,7 @@ from rba_compress.planning.state import Candidate, SearchState, Solution, with_c
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.registry import unit_of
-from tests.networks import LIGHT, Block, Chain, images, loader, rows, seeded
+from tests.networks import BRIEF_SEARCH, LIGHT, Block, Chain, images, loader, rows, seeded
 
 
 def test_profile_sees_what_stored_activations_say(digits: nn.Module, digits_loader: list[Any]) -> None:
@@ -133,10 +133,11 @@ def test_the_logged_divergence_is_the_measured_one(
 
 
 def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: list[Any]) -> None:
-    """In held-out divergence, over all 78 spans of the chain."""
-    seen = profile(digits, digits_loader[:2])
-    run = SearchContext(digits, seen, digits_loader[:2], Budget(macs=0.5))
-    spans: list[Site] = [Site(0, *span, "span") for span in seen.chains[0].chain.spans()]
+    """In held-out divergence, over a third of the 78 spans of the chain."""
+    config = Config(units=("span",), keep_features=True)
+    seen = profile(digits, digits_loader[:1], config=config)
+    run = SearchContext(digits, seen, digits_loader[:1], Budget(macs=0.5))
+    spans: list[Site] = [Site(0, *span, "span") for span in seen.chains[0].chain.spans()[::3]]
     moves = run.fitter.candidates(run.start, spans)
     better = 0
     for span in spans:
@@ -145,17 +146,18 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
         (skip,) = (score for score, _, m, _ in results if m.replacement.map.kind == "identity")
         assert results[0][0] <= skip
         better += results[0][0] < skip
-    assert better > 39  # and mostly better
+    assert better > 13  # and mostly better
 
 
 def test_a_folded_plan_is_a_stock_network(digits: nn.Module, digits_loader: list[Any]) -> None:
-    config = Config(maps=("folded",), units=("span",), keep_features=True, refit=False)
-    compressed = compress(digits, digits_loader, budget=Budget(macs=0.8), config=config)
+    config = LIGHT.model_copy(update={"keep_features": True, "window": 2})
+    compressed = compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
     kinds = {r.map.kind for r in compressed.plan.replacements}
     assert kinds <= {"identity", "folded"}
     assert not [k for k in compressed.model.state_dict() if k not in digits.state_dict()]
 
 
+@pytest.mark.slow
 def test_a_loader_sorted_by_class_gives_the_quality_of_a_shuffled_one(digits: nn.Module) -> None:
     (images, labels), (test_images, test_labels) = digits_data()
     orders = {"shuffled": torch.arange(400), "sorted": labels[:400].argsort(stable=True)}
@@ -170,10 +172,10 @@ def test_a_loader_sorted_by_class_gives_the_quality_of_a_shuffled_one(digits: nn
 
 def test_several_chains_share_one_budget() -> None:
     model = seeded(
-        timm.create_model, "convnext_atto", depths=(2, 2, 4, 2), dims=(8, 16, 24, 32), num_classes=5
+        timm.create_model, "convnext_atto", depths=(1, 1, 3, 2), dims=(8, 16, 24, 32), num_classes=5
     )
-    data = list(images(30, 64).split(10))
-    config = Config(shrinks=(0.6,), swaps=0)
+    data = list(images(20, 32).split(10))
+    config = Config(shrinks=(0.6,), swaps=0, units=("span",), window=2)
     compressed = compress(model, data, budget=Budget(params=0.6), config=config)
     assert compressed.report.compressed.params <= 0.6 * compressed.report.original.params
     assert len({c.chain for c in compressed.plan.candidates}) > 1
@@ -182,26 +184,32 @@ def test_several_chains_share_one_budget() -> None:
     assert torch.equal(traced.model(data[0]), compressed.model(data[0]))
 
 
+@pytest.mark.slow
 def test_same_inputs_and_seed_same_plan_byte_for_byte(
     result: Result, digits: nn.Module, digits_loader: list[Any]
 ) -> None:
-    again = compress(digits, digits_loader, budget=Budget(macs=0.8))
+    again = compress(digits, digits_loader, budget=Budget(macs=0.85), config=BRIEF_SEARCH)
     assert again.plan.model_dump_json() == result.plan.model_dump_json()
     assert all(torch.equal(again.tensors[k], v) for k, v in result.tensors.items())
-    seeds = [Config(**(LIGHT.model_dump() | {"seed": seed})) for seed in (0, 1)]
-    budget = Budget(macs=0.9)
-    found = [compress(digits, digits_loader, budget=budget, config=seed) for seed in seeds]
-    assert found[0].plan.steps[-1].divergence != found[1].plan.steps[-1].divergence
 
 
-def test_a_module_and_its_graph_get_the_same_plan(digits: nn.Module, digits_loader: list[Any]) -> None:
-    traced = fx.symbolic_trace(digits)
-    budget, config = Budget(macs=0.8), Config(shrinks=(0.6,), swaps=0)
-    plain = compress(digits, digits_loader[:2], budget=budget, config=config)
-    graph = compress(traced, digits_loader[:2], budget=budget, config=config)
+def test_another_seed_is_another_split() -> None:
+    seeds = [Config(**(LIGHT.model_dump() | {"seed": seed})) for seed in (0, 0, 1)]
+    found = [compress(seeded(Chain), loader(), budget=Budget(macs=0.9), config=seed) for seed in seeds]
+    assert found[0].plan == found[1].plan
+    assert found[0].plan.steps[-1].divergence != found[2].plan.steps[-1].divergence
+
+
+def test_a_module_and_its_graph_get_the_same_plan() -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2}
+    model, data = seeded(timm.create_model, "vit_tiny_patch16_224", **sizes), list(images(20).split(10))
+    budget, config = Budget(macs=0.7), Config(shrinks=(0.6,), swaps=0)
+    plain = compress(model, data, budget=budget, config=config)
+    graph = compress(fx.symbolic_trace(model), data, budget=budget, config=config)
+    assert {r.unit for r in plain.plan.replacements} - {"span"}
     assert isinstance(graph.model, fx.GraphModule)
     assert [str(c) for c in graph.plan.candidates] == [str(c) for c in plain.plan.candidates]
-    x = digits_loader[0][0]
+    x = data[0]
     assert torch.equal(graph.model(x), plain.model(x))
 
 
@@ -328,15 +336,13 @@ def test_loader_errors_reach_the_user_of_compress() -> None:
         compress(seeded(Chain), [rows(10), rows(10).double()])
 
 
-def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same(
-    digits: nn.Module, digits_loader: list[Any]
-) -> None:
-    data = digits_loader[:2]
+def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same() -> None:
+    model, data = seeded(Chain, depth=12), loader()
     plans, kept, passes = [], [], []
-    for memory in (None, 1_500_000, 1):
+    for memory in (None, 4_000, 1):  # of 16 samples, 13 boundaries, 8 channels in float32
         config = Config(units=("span",), swaps=0, memory=memory, window=1)
-        seen = profile(digits, data, config=config.model_copy(update={"memory": None}))
-        run = SearchContext(digits, replace(seen, config=config), data, Budget(macs=0.8))
+        seen = profile(model, data, config=config.model_copy(update={"memory": None}))
+        run = SearchContext(model, replace(seen, config=config), data, Budget(macs=0.8))
         found = search_run(run)
         plans.append(found.plan)
         kept.append(sorted(run.evaluator._streams[0][0]))
