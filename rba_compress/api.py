@@ -1,4 +1,4 @@
-"""The pipeline: profile, search, splice, and the proof of what came out."""
+"""Pipeline: profile, search and splice a network, and measure the result."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ from rba_compress.units.splice import splice, splice_shared
 
 HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}
-"""Largest mean divergence of an output on held-out samples that a network may have where nobody gave a
-budget: half a nat of probabilities, half the variance of the output, 41 degrees."""
+"""Largest mean divergence of an output on held-out samples that a network may have if no budget was
+given: half a nat of probabilities, half the variance of the output, 41 degrees."""
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A compressed network of the original's class, and how it came about."""
+    """Compressed network of the original's class, with its plan, report and profile."""
 
     model: nn.Module
     plan: Plan
     report: Report
     tensors: dict[str, Tensor]
-    """The fitted tensors of the plan's maps, by their key in the compressed state dict."""
+    """Fitted tensors of the plan's maps, by their key in the compressed state dict."""
     profile: Profile
     front: tuple[Point, ...] = ()
-    """The network of every step on the way there; `front[k].splice(model)` builds one."""
+    """Network of every step of the search; `front[k].splice(model)` builds one."""
     usual: Usual | None = None
-    """What `check` compares with; None of a result that was opened again."""
+    """Reference statistics for `check`; None for a result that was opened again."""
 
     def save(
         self,
@@ -80,11 +80,11 @@ class Result:
         fold: bool = False,
         hub: bool = False,
     ) -> None:
-        """As `rba_compress.save(result, directory)`."""
+        """Save the result, as `rba_compress.save(result, directory)`."""
         save(self, directory, architecture=architecture, delta=delta, fold=fold, hub=hub)
 
     def check(self, batch: Any) -> Shift:
-        """Whether a batch is like the data that the network was calibrated on; warns where it is not.
+        """Return the drift of a batch from the calibration data, and warn if the batch has shifted.
 
         Args:
             batch: in any form that a loader may yield. Pass ten samples or more, mixed as they will be
@@ -94,9 +94,10 @@ class Result:
             The distance, and the threshold that one in a hundred batches of held-out samples exceeds.
 
         Raises:
-            LoaderError: it is no batch.
-            ModelError: the network does not take it.
-            ArtifactError: the result was opened from a directory, which holds no moments.
+            LoaderError: `batch` is not a batch.
+            ModelError: the network does not take the batch.
+            ArtifactError: the result was opened from a directory, which holds no moments, or the
+                network's streams have no separate rows for each sample.
         """
         if self.usual is None:
             raise ArtifactError(
@@ -110,7 +111,7 @@ class Result:
         return found
 
     def with_report(self, report: Report) -> Result:
-        """The same result with another report, on a test set say."""
+        """Return the same result with another report, such as one on a test set."""
         details = report.details or self.report.details
         return replace(self, report=report.model_copy(update={"details": details}))
 
@@ -134,19 +135,20 @@ def compress(
     """Rewrite `model` into a cheaper network of the same class, without training.
 
     Args:
-        model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
+        model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; not changed.
             DataParallel, DistributedDataParallel and `torch.compile` wrappers are taken off. Where
-            accelerate has dispatched a module over devices or to disk, the result stays so: kept
-            blocks keep their hooks, maps and re-solved layers lie in memory where the block ran, and
-            what is left of a thinned block is loaded as it runs.
+            accelerate has dispatched a module over devices or to disk, so is the result: kept blocks
+            keep their hooks, maps and re-solved layers lie in memory where the block ran, and the rest
+            of a thinned block is loaded as it runs.
         loader: an iterable of batches that can be read more than once: tensors, tuples of the model's
             inputs by position, the last item integer labels or targets of the output's shape, or dicts
-            of keywords with labels under `labels`; the report's first line says what was read as what.
-            Five samples of ten fit the maps, four choose, one confirms. Several processes (`accelerate
-            launch`) are each given the whole loader and read their share of it.
+            of keywords with labels under `labels`; the report's first line says how items were read.
+            Of ten samples, five are fit samples, four validation samples and one is a test sample.
+            Several processes (`accelerate launch`) are each given the whole loader and read their share
+            of it.
         budget: what the compressed network may cost; by default three quarters of the MACs.
-        config: how to search.
-        divergence: a function of one's own for what the output may not lose, as in `profile`.
+        config: the settings of the search.
+        divergence: a user-defined divergence of the output, as in `profile`.
 
     Raises:
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
@@ -156,7 +158,7 @@ def compress(
     budget, original = Budget.of(budget), unwrap(model)
     seen = profile(original, loader, config=config, divergence=divergence)
     test = list(seen.split(loader).part("test"))
-    # Held-out samples that cannot be judged are told before the search.
+    # Held-out samples that cannot be judged raise an error here, before the search.
     fidelity(original, original, test, seen.criterion)
     found = search(original, seen, loader, budget=budget)
     compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
@@ -199,16 +201,16 @@ def compress(
 
 
 class _Steps:
-    """Steps after a search: one that fails leaves a warning, and not the work of the search undone.
+    """Runner of the steps after a search: a failed step adds a warning and keeps the search's result.
 
-    Several processes must fail together, so there an error ends all of them.
+    Several processes must fail together, so that there an error ends all of them.
     """
 
     def __init__(self) -> None:
         self.failed: list[str] = []
 
     def run(self, what: str, step: Callable[[], Any], otherwise: Any) -> Any:
-        """Return what a step gives, or `otherwise` where it fails."""
+        """Return the result of a step, or `otherwise` if it fails."""
         try:
             return step()
         except Exception as error:
@@ -219,7 +221,7 @@ class _Steps:
 
 
 def _rival(original: nn.Module, seen: Profile, report: Report, test: Sequence[Batch]) -> list[Summary]:
-    """Measure the paper's choice at the cost of a report, where it has one."""
+    """Measure the paper's choice at the cost of a report, if there is one."""
     rival = paper_span(seen, report.compressed.macs)
     if rival is None:
         return []
@@ -229,7 +231,7 @@ def _rival(original: nn.Module, seen: Profile, report: Report, test: Sequence[Ba
 
 
 def _unmeasured(seen: Profile, plan: Plan) -> Report:
-    """A report of a plan's cost alone."""
+    """Return a report of a plan's cost alone."""
     nan = math.nan
     return Report(
         model=seen.model,
@@ -263,15 +265,16 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
 
 
 def _usual(compressed: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
-    """What the held-out samples look like inside of the compressed network."""
+    """Return the reference statistics of held-out samples inside the compressed network."""
     held = (batch for _, _, batch in seen.split(loader).deal("validation", "test"))
     return Usual.of(compressed, plan, seen.chains, held)
 
 
 def _require_near(report: Report, budget: Budget | None, judged: Sequence[JudgedOutput]) -> None:
-    """
+    """Require a network that is near the original, unless a budget was given.
+
     Raises:
-        FidelityError: nobody asked for a network that is so far from the original.
+        FidelityError: the output is not finite, or without a budget further away than `BOUNDS`.
     """
     found = report.fidelity
     if not found.samples:
@@ -296,7 +299,7 @@ def _require_near(report: Report, budget: Budget | None, judged: Sequence[Judged
 
 
 def _options(architecture: Architecture | None) -> str:
-    """Of a shell command, where that can build the network."""
+    """Return the options of a shell command, or an empty string if none can build the network."""
     if architecture is None or architecture.library != "timm":
         return ""
     classes = architecture.arguments.get("num_classes")
@@ -336,24 +339,24 @@ def heal(
     """Train a compressed network towards its original for some minutes, on the original's own outputs.
 
     Args:
-        compressed: what `compress` returned, or a compressed network of one's own; left as it is.
+        compressed: what `compress` returned, or a compressed network alone; not changed.
         loader: batches as for `compress`; labels are read only where `healing.labels` asks for them.
             Seven samples of ten are trained on, two are held out to choose the best state, and one is
             left for the report. Several processes are each given the whole loader.
-        original: the network that the compressed one was made from; left as it is.
-        healing: how; by default for ten epochs.
-        checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
-            the start, the training goes on from it, and ends as if it had never stopped.
+        original: the network that the compressed one was made from; not changed.
+        healing: the settings of the training; by default ten epochs.
+        checkpoint: a file that is written twice a minute, and removed at the end. If the file exists at
+            the start, training resumes from it, with the same result as without an interruption.
 
     Returns:
-        A result whose plan says how it was healed, or a network, as it was given. It is never worse on
-        the held-out samples than what went in: where training did not help, what comes back is
-        unchanged, and the report of a result says so (for a network, a warning).
+        A result whose plan records the healing, or a network if a network was given. It is never worse
+        on the held-out samples than before: if training did not help, the network is unchanged, and the
+        report of a result says so (for a network, a warning).
 
     Raises:
         PlanError: the compressed network was not made from this original.
-        ModelError: nothing is there to train, or weights are of low precision or offloaded.
-        LoaderError: too few samples to hold any out; labels that are asked for and are not there.
+        ModelError: there is nothing to train, or weights are of low precision or offloaded.
+        LoaderError: there are too few samples to hold any out, or requested labels are missing.
         ArtifactError: the checkpoint cannot be written, or is of another training.
         RankError: one of several processes ended.
     """
@@ -408,7 +411,7 @@ def heal(
 
 
 def _after(first: Healed | None, second: Healed) -> Healed:
-    """What is known of a network that was healed, perhaps for a second time."""
+    """Return the record of a network that was healed, perhaps for a second time."""
     if first is None:
         return second
     return second.model_copy(update={"keys": tuple(sorted({*first.keys, *second.keys}))})
@@ -416,16 +419,16 @@ def _after(first: Healed | None, second: Healed) -> Healed:
 
 @workers_named()
 def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module) -> Result:
-    """A saved result, to heal it: without its profile's moments and its front.
+    """Return a saved result, to heal it: without its profile's moments and its front.
 
     Args:
-        directory: what `save` wrote.
+        directory: the directory that `save` wrote.
         loader: batches as for `compress`.
-        original: the network that it was made from.
+        original: the network that the compressed one was made from.
 
     Raises:
-        ArtifactError: as `load`; the artefact is folded, or was judged by a function.
-        PlanError: it was made from another network.
+        ArtifactError: as `load`; or the artefact is folded, or was judged by a function.
+        PlanError: the artefact was made from another network.
         LoaderError: as `compress`.
     """
     manifest, original = read_manifest(Path(directory)), unwrap(original)
@@ -468,7 +471,7 @@ def measure_front(
     points = []
     for solution in current().bar(found.points, "front", unit="point"):
         compressed = splice_shared(original, solution.plan, solution.tensors, seen.traces)
-        # The steps on the way are timed for less: at least seven pairs.
+        # The steps before the last are timed for less: at least seven pairs.
         seconds = 0.5 if solution is found.points[-1] else 0.05
         report = compare(
             original, compressed, batches, seen, solution.plan, samples=samples, seconds=seconds
@@ -486,21 +489,22 @@ def save(
     fold: bool = False,
     hub: bool = False,
 ) -> None:
-    """Write a result to a new directory; `load` reads it back, bit-equal. Of several ranks the first
-    one writes.
+    """Write a result to a new directory; `load` reads the network back, bit-equal. Of several ranks the
+    first one writes.
 
     Args:
         result: what `compress` returned.
         directory: must not exist, or be empty; it is written whole or not at all.
-        architecture: what builds the original network. By default what the model tells of itself; where
-            that does not build this very network, `load` asks for `original=`.
-        delta: write what was fitted alone; `load(dir, original=...)` takes the original network.
+        architecture: the architecture of the original network; by default the one that the model
+            states. If that does not build exactly this network, `load` asks for `original=`.
+        delta: write the fitted tensors alone; `load(dir, original=...)` takes the original network.
         fold: write a stock network with fewer blocks, for plans of identities and folded maps alone:
             timm or transformers load its weights without this package.
         hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
 
     Raises:
-        ArtifactError: the directory is taken or cannot be written; delta, and fold or hub.
+        ArtifactError: the directory is taken or cannot be written; `delta` was combined with `fold` or
+            `hub`.
         PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
         WeightsError: `architecture` does not build this network.
     """
@@ -562,7 +566,7 @@ def _unsure(found: Fidelity) -> list[str]:
 
 
 def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]:
-    """Limits that held on the samples to choose on, or when it was timed, and do not hold here."""
+    """Return the limits that held on the validation samples, or in earlier timing, but not here."""
     if budget is None:
         return []
     missed = budget.broken(found.divergence, found.agreement, found.accuracy_drop)

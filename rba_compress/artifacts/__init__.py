@@ -2,12 +2,12 @@
 
 artifact                   a directory, and back
 weights                    state dicts
-architecture, constructor  what builds a network, and its arguments read off it
-tree_comparison            settings of two module trees
+architecture, constructor  architectures that rebuild a network, and arguments inferred from it
+tree_comparison            comparison of the settings of two module trees
 reference_io               inputs to draw, and the outputs on them
 fold                       a stock network with fewer blocks
 hub                        files of a model hub
 pareto_front               the networks of a search
 onnx_export, certificate   exported files with their proof
-verification               every check over again
+verification               repetition of every check
 """

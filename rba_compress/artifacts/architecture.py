@@ -1,4 +1,4 @@
-"""What builds a network without its weights: a timm name, or a Hugging Face config."""
+"""Architectures that build a network without its weights: a timm name, or a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rba_compress.core.errors import WeightsError
 from rba_compress.core.schema import Frozen
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""What configs of transformers call the number of their layers."""
+"""Names that configs of transformers have for the number of layers."""
 _BACKENDS = ("attn_implementation", "experts_implementation")
-"""Keywords of a model of transformers that its config keeps and does not write."""
+"""Keywords of a transformers model that its config keeps but does not write."""
 
 
 class Architecture(Frozen):
@@ -26,7 +26,7 @@ class Architecture(Frozen):
 
     library: Literal["timm", "transformers"] = "timm"
     name: str
-    """For `timm.create_model`, or a model class of transformers."""
+    """Name for `timm.create_model`, or a model class of transformers."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Keywords of `timm.create_model`, or the fields of the config, `model_type` among them."""
 
@@ -43,14 +43,14 @@ class Architecture(Frozen):
         return self
 
     def build(self) -> nn.Module:
-        """The network with random weights, in eval mode.
+        """Return the network with random weights, in eval mode.
 
         Raises:
             WeightsError: the library has no such model, or it refuses the arguments.
         """
         construct = {"timm": self._timm, "transformers": self._transformers}[self.library]
         try:
-            with torch.random.fork_rng(devices=[]):  # random weights, but not of the user's state
+            with torch.random.fork_rng(devices=[]):  # without changing the user's random state
                 return construct().eval()
         except Exception as error:  # whatever a library raises at arguments that it does not take
             raise WeightsError(
@@ -83,7 +83,7 @@ class Architecture(Frozen):
         return model
 
     def flags(self) -> list[inspect.Parameter]:
-        """Parameters of a class of transformers that its config does not hold: those that are bool."""
+        """Return the bool parameters of a transformers class, which its config does not hold."""
         import transformers
 
         kind: Any = getattr(transformers, self.name)
@@ -91,10 +91,10 @@ class Architecture(Frozen):
         return [p for p in parameters if isinstance(p.default, bool)]
 
     def with_blocks(self, kept: Mapping[str, tuple[int, Sequence[int]]]) -> list[Architecture]:
-        """Candidates for the architecture with fewer blocks; whether one of them is right is to check.
+        """Return candidates for the architecture with fewer blocks; the caller must check them.
 
         Args:
-            kept: of each list of blocks, in the network's order, its length and the indices to keep.
+            kept: the length of each list of blocks, in the network's order, and the indices to keep.
         """
         counts = [len(indices) for _, indices in kept.values()]
         if self.library == "timm":
@@ -107,7 +107,7 @@ class Architecture(Frozen):
         ((length, indices),) = kept.values()
         fields: dict[str, JsonValue] = {}
         for name, value in self.arguments.items():
-            if isinstance(value, list) and len(value) == length:  # the kinds of the layers, say
+            if isinstance(value, list) and len(value) == length:  # such as the kinds of the layers
                 fields[name] = [value[i] for i in indices]
         found = [name for name in _DEPTHS if self.arguments.get(name) == length]
         return [self._with(**fields, **{name: counts[0]}) for name in found]
@@ -121,7 +121,7 @@ _FETCHING |= {"trust_remote_code", "auto_map", "quantization_config"}
 
 
 def fetching(value: JsonValue) -> Iterator[str]:
-    """Keys below a value with which timm or transformers fetch or load something."""
+    """Yield the keys below a value with which timm or transformers fetch or load something."""
     if isinstance(value, dict):
         for key, item in value.items():
             kernel = key.endswith("implementation") and any({*t} & {*"/:@"} for t in _texts(item))
@@ -134,7 +134,7 @@ def fetching(value: JsonValue) -> Iterator[str]:
 
 
 def _texts(value: JsonValue) -> Iterator[str]:
-    """The strings of a value, and of the values of a mapping."""
+    """Yield the strings of a value, and of the values of a mapping."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _texts(item)
@@ -143,7 +143,7 @@ def _texts(value: JsonValue) -> Iterator[str]:
 
 
 def architecture_of(model: nn.Module) -> Architecture | None:
-    """What builds a network, as far as it tells; None where it is neither timm's nor transformers'."""
+    """Return the architecture that a network states; None if it is neither timm's nor transformers'."""
     if isinstance(model, fx.GraphModule):
         return None
     return _timm_architecture(model) or _transformers_architecture(model)
@@ -192,7 +192,7 @@ def _transformers_architecture(model: nn.Module) -> Architecture | None:
 
 
 def _fields(config: Any) -> dict[str, JsonValue]:
-    """The fields of a config as JSON: None where a class would put in a default of its own."""
+    """Return the fields of a config as JSON: None only where its class would put in a default."""
     from transformers import AutoConfig
 
     fields = json.loads(config.to_json_string(use_diff=False))
@@ -211,7 +211,7 @@ def _generation(config: Any) -> dict[str, JsonValue]:
 
 
 def _backend(config: Any, name: str) -> JsonValue:
-    """A backend by its name; where parts of a config have other ones, by the name of the part."""
+    """Return the name of a backend; if parts of a config have others, the names by part."""
     own = getattr(config, name, None)
     parts = {k: getattr(config, k, None) for k in getattr(config, "sub_configs", {})}
     known = {k: _backend(part, name) for k, part in parts.items() if part is not None}
@@ -220,9 +220,9 @@ def _backend(config: Any, name: str) -> JsonValue:
 
 
 def siblings(model: nn.Module, path: str) -> list[str]:
-    """Paths of the lists of blocks that stand in one row with the list at `path`, itself among them.
+    """Return the paths of the lists of blocks in one series with the list at `path`, itself among them.
 
-    They are named alike but for numbers: `layer1`, `layer2`, or `stages.0.blocks`, `stages.1.blocks`.
+    Their names differ in numbers alone: `layer1`, `layer2`, or `stages.0.blocks`, `stages.1.blocks`.
     """
     alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(path)))
     return [name for name, _ in model.named_modules() if alike.fullmatch(name)]

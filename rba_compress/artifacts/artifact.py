@@ -1,13 +1,13 @@
-"""The compressed model as a directory, and back: nothing is pickled or unpickled.
+"""Artefacts: the compressed model as a directory, and back. Nothing is pickled or unpickled.
 
-    model.safetensors   the state dict; tensors that share memory are stored once. In a delta, what
-                        was fitted alone: it is applied onto the original weights
+    model.safetensors   the state dict; tensors that share memory are stored once. A delta holds the
+                        fitted tensors alone, which are applied onto the original weights
     plan.json           a `Manifest`: plan, architecture, hashes, versions; it carries its own hash
-    report.json         the `Report`, where there is one
-    config.json, README.md   for a hub, where asked for: see `rba_compress.artifacts.hub`
+    report.json         the `Report`, if there is one
+    config.json, README.md   for a hub, if requested: see `rba_compress.artifacts.hub`
 
-A directory is written under a temporary sibling's name, flushed to disk and renamed, so that a save
-which is cut off leaves what was there.
+A directory is written under a temporary sibling's name, flushed to disk and renamed, so that an
+interrupted save leaves the previous state.
 """
 
 from __future__ import annotations
@@ -63,30 +63,30 @@ WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
 class Manifest(Sealed):
-    """plan.json: what is needed to build the compressed network again, and to check it."""
+    """Content of plan.json: all that is needed to rebuild the compressed network and to check it."""
 
     former: ClassVar[Mapping[str, str]] = {"dense_weights": "original_weights"}
 
     schema_version: int = SCHEMA
     architecture: Architecture | None
-    """None: `load(dir, original=...)` is given the architecture."""
+    """Architecture of the original; None if unknown, so that `load(dir, original=...)` must be used."""
     delta: bool = False
-    """Whether the weights are the fitted ones alone, which `load` joins with those of the original."""
+    """True if the weights are the fitted ones alone, which `load` joins with those of the original."""
     folded: Architecture | None = None
-    """With fewer blocks, where the replaced ones are gone: what builds the network then."""
+    """Architecture with fewer blocks that builds the network, if the replaced blocks were left out."""
     model: str
     """Class of the original network."""
     plan: Plan
     tied: dict[str, str]
-    """State-dict keys that are stored under another key."""
+    """State-dict keys whose tensor is stored under another key."""
     buffers: dict[str, Dtype]
-    """Dtypes of the buffers that no state dict holds."""
+    """Dtypes of the buffers that are not in the state dict."""
     sha256: dict[str, str]
-    """Of the files beside this one; up to schema 5 of report.json, too."""
+    """Hashes of the files beside this one; up to schema 5 also of report.json."""
     report: bool = False
-    """Whether there is a report.json, which carries its own hash."""
+    """True if there is a report.json, which carries its own hash."""
     original_weights: str
-    """SHA-256 of the original weights, as `rba_compress.profiling.profiler.fingerprint` takes it."""
+    """SHA-256 of the original weights, as `rba_compress.profiling.profiler.fingerprint` returns it."""
     probe: Probe | None = None
     """Reference inputs and outputs of the compressed network; None where none can be drawn."""
     versions: dict[str, str]
@@ -103,7 +103,7 @@ class Manifest(Sealed):
 
     @property
     def builder(self) -> Architecture | None:
-        """What builds the network before its weights, and its maps where it is not folded."""
+        """Architecture that builds the network before weights and, if it is not folded, before maps."""
         return self.folded or self.architecture
 
 
@@ -128,25 +128,26 @@ def write_artifact(
         directory: must not exist, or be empty.
         example: a batch. On its first sample the network is built anew from the architecture and
             compared, bit for bit, before the architecture is written down; so are the settings of
-            both module trees. Where they differ, or there is no architecture, the artefact is written
-            without one and `load` asks for `original=`. No sample is written, but the range of their
-            values is.
+            both module trees. If they differ, or there is no architecture, the artefact is written
+            without one and `load` asks for `original=`. No sample is written, but the range of the
+            samples' values is.
         original_weights: fingerprint of the original weights.
-        report: written beside it.
-        architecture: what builds the original network; by default what the model tells of itself, with
-            constructor arguments that are read off it.
+        report: written beside the weights.
+        architecture: the architecture of the original network; by default the one that the model
+            states, with constructor arguments inferred from the model.
         delta: write the fitted tensors alone, to be applied onto the original network.
         fold: leave replaced blocks out, so that the architecture's own code with fewer blocks loads
             the weights without this package.
         hub: write config.json and a model card, as `rba_compress.artifacts.hub.write_hub`.
 
     Raises:
-        ArtifactError: the directory is not empty, is a file, or cannot be written; delta, and fold or
-            hub.
+        ArtifactError: the directory is not empty, is a file, or cannot be written; `delta` was combined
+            with `fold` or `hub`.
         PlanError: the plan cannot be folded, or no architecture with fewer blocks is that network.
         WeightsError: the architecture that was passed in does not build this network.
         ModelError: the network was quantised after it was compressed.
     """
+    # Long, for all that an artefact holds comes together here; nothing of it is used elsewhere.
     target = Path(directory).absolute()
     require_vacant(target)
     if delta and (fold or hub):
@@ -183,7 +184,7 @@ def write_artifact(
             tied=tied,
             buffers=unsaved_buffers(model),
             report=report is not None,
-            # A model card is there to be written on, and a report tells times.
+            # A model card may be edited, and the times in a report vary.
             sha256={
                 path.name: sha256(path)
                 for path in sorted(temporary.iterdir())
@@ -194,7 +195,7 @@ def write_artifact(
             versions=versions(),
         )
         (temporary / MANIFEST).write_bytes(sealed(manifest.model_dump_json(indent=2) + "\n"))
-        read_manifest(temporary)  # what is written can be read
+        read_manifest(temporary)  # check that the manifest can be read
         shutil.copymode(temporary / MANIFEST, temporary / WEIGHTS)  # safetensors writes 0600
     return manifest
 
@@ -202,12 +203,12 @@ def write_artifact(
 def _probe(example: Batch, model: nn.Module) -> Probe | None:
     try:
         return Probe.of(example, model)
-    except Exception:  # noqa: BLE001  a network may refuse inputs that mean nothing; a probe is a help
+    except Exception:  # noqa: BLE001  a network may refuse random inputs, and the probe is optional
         return None
 
 
 def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a compressed state dict that a plan brought."""
+    """Return the tensors of a compressed state dict that a plan added or changed."""
     keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
     trained = () if plan.healed is None else plan.healed.keys
     return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
@@ -219,7 +220,7 @@ def _name_losses(
     """Warn of settings that a folded network has lost; its architecture is the original's.
 
     Raises:
-        WeightsError: the architecture was passed in.
+        WeightsError: settings are lost, and the architecture was passed in.
     """
     state, tied = unique(compressed.state_dict())
     flaw = architecture and _rebuild_flaw(architecture, compressed, plan, state, tied, example=example)
@@ -242,10 +243,10 @@ def _checked(
     *,
     example: Batch,
 ) -> Architecture | None:
-    """The architecture that builds this very network, the given one or the model's own, or None.
+    """Return the architecture that builds exactly this network, the given one or the model's, or None.
 
     Raises:
-        WeightsError: the given one does not build it.
+        WeightsError: the given architecture does not build this network.
     """
     architecture = given or architecture_of(model)
     if architecture is None:
@@ -256,7 +257,7 @@ def _checked(
         flaw = _rebuild_flaw(architecture, model, plan, state, tied, example=example)
     if flaw is None:
         return architecture
-    # A config of transformers would hide the flaw in a page of fields.
+    # A config of transformers has so many fields that the flaw would be hard to find.
     known = f" with {architecture.arguments}" if architecture.library == "timm" else ""
     if given is not None:
         raise WeightsError(f"{given.name!r}{known} is not this network: {flaw}")
@@ -269,18 +270,19 @@ def _checked(
 
 
 def load(directory: str | Path, *, original: nn.Module | None = None) -> nn.Module:
-    """The compressed network of an artefact, in eval mode on the CPU, bit-equal to what was saved.
+    """Return the compressed network of an artefact, in eval mode on the CPU, bit-equal to that saved.
 
     Args:
-        directory: what `write_artifact` wrote.
-        original: the network that was compressed; left as it is. Needed where the artefact does not
-            know how to build it (see `write_artifact`), and there any network of its architecture will
-            do; and for a delta, which holds what was fitted alone and asks for its very weights.
+        directory: the directory that `write_artifact` wrote.
+        original: the network that was compressed; not changed. It is needed if the artefact does not
+            know how to build the network (see `write_artifact`); any network of its architecture will
+            do. It is also needed for a delta, which holds the fitted tensors alone and requires the
+            original weights.
 
     Raises:
-        ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not
-            what was written.
-        WeightsError: the weights do not fit `original`, are no safetensors; or a delta was made from
+        ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not as it
+            was written.
+        WeightsError: the weights do not fit `original` or are not safetensors, or a delta was made from
             other weights.
         PlanError: `original` does not have the blocks that the plan replaces.
     """
@@ -294,7 +296,7 @@ def load(directory: str | Path, *, original: nn.Module | None = None) -> nn.Modu
 
 @torch.inference_mode(False)
 def rebuilt(root: Path, manifest: Manifest, *, original: nn.Module | None = None) -> nn.Module:
-    """As `load`, of an artefact whose files were found to be intact."""
+    """Rebuild the network of an artefact whose files were found to be intact, as `load`."""
     if manifest.folded and original is not None:
         raise ArtifactError(f"{root} is folded: it loads without the original, load(dir)")
     if manifest.delta:
@@ -321,12 +323,12 @@ def rebuilt(root: Path, manifest: Manifest, *, original: nn.Module | None = None
 
 
 def read_manifest(root: Path) -> Manifest:
-    """plan.json of an artefact.
+    """Return the plan.json of an artefact.
 
-    Schemas 1 to 3 are read as they are; what they lack has a default.
+    Schemas 1 to 3 are read as they are; fields that they lack have defaults.
 
     Raises:
-        ArtifactError: it is missing, of a newer schema, not a manifest, or not what was written.
+        ArtifactError: it is missing, of a newer schema, not a manifest, or not as it was written.
     """
     if root.is_file():
         reason = other_format(root) or "it is a file"
@@ -340,10 +342,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def read_report(root: Path) -> Report | None:
-    """report.json of an artefact; None where it has none.
+    """Return the report.json of an artefact; None if it has none.
 
     Raises:
-        ArtifactError: it is no report, or not what was written.
+        ArtifactError: it is not a report, or not as it was written.
     """
     path = root / REPORT
     if not path.is_file():
@@ -355,9 +357,10 @@ def read_report(root: Path) -> Report | None:
 
 
 def require_report(root: Path, manifest: Manifest) -> None:
-    """
+    """Require an intact report, if the manifest names one.
+
     Raises:
-        ArtifactError: its report is missing, or not what was written.
+        ArtifactError: the report is missing, or not as it was written.
     """
     if manifest.report and read_report(root) is None:
         raise ArtifactError(f"{root / REPORT} is missing: the artefact is incomplete")
@@ -370,7 +373,7 @@ def _restore(
     tied: Mapping[str, str],
     buffers: Mapping[str, str],
 ) -> nn.Module:
-    """Weights `state` in an original skeleton, rewritten in place as `plan` says."""
+    """Rewrite an original skeleton in place by `plan`, load the weights `state`, and return it."""
     splice(skeleton, plan, fitted_tensors(plan, state), inplace=True)
     whole = {**state, **{alias: state[name] for alias, name in tied.items() if name in state}}
     fill(skeleton, whole, buffers, WEIGHTS)
@@ -386,7 +389,7 @@ def _rebuild_flaw(
     *,
     example: Batch,
 ) -> str | None:
-    """Why the network built anew is not the one that is saved, or None."""
+    """Return the reason why the rebuilt network is not the one that is saved, or None."""
     try:
         anew = _restore(architecture.build(), plan, state, tied, unsaved_buffers(model))
         anew.to(device_of(model))
@@ -397,7 +400,7 @@ def _rebuild_flaw(
     except Exception as error:  # noqa: BLE001  whatever fails, it cannot be built anew
         return f"{type(error).__name__}: {error}"
     after = settings(anew)
-    # What a forward pass changes is a state, a cache say, and no setting.
+    # Values that a forward pass changes are state, such as a cache, and not settings.
     apart = differences(settings(model), after, but={*differing(built, after)})
     reasons = ["" if alike else "its outputs differ", f"its settings differ: {apart}" if apart else ""]
     return ", ".join(filter(None, reasons)) or None

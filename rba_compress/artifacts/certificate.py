@@ -1,4 +1,4 @@
-"""What was measured of an exported file against the network that it was exported from."""
+"""Certificates: measurements of an exported file against the network that it was exported from."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certifica
 SIZES = (1, 3, 8)
 """Batch sizes to compare on; the last one is larger where the example is."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest difference allowed, relative to the largest absolute value of the outputs."""
+"""Largest difference allowed, relative to the largest absolute value of the outputs."""
 
 
 class Parity(Frozen):
-    """How far a file's outputs are from the network's on one batch."""
+    """Difference between a file's outputs and the network's on one batch."""
 
     batch: int
     max_abs: float
     max_rel: float
-    """max_abs over the largest absolute value of that output; the largest of all outputs."""
+    """Difference over the largest absolute value of that output; the largest of all outputs."""
     argmax_agreement: float | None
-    """Share of equal argmax along the last axis of the first output; None where that has one entry."""
+    """Share of equal argmax along the last axis of the first output; None if the axis has one entry."""
 
 
 class Weight(Frozen):
-    """What a file weighs."""
+    """Size of a file."""
 
     bytes: int
-    """Of all its parts."""
+    """Total size of its parts."""
     nodes: int
-    """Operations of its graph."""
+    """Number of operations of its graph."""
     opset: int | None
 
 
 class Certificate(Sealed):
-    """certificate.json: what was exported, and how its parity with the network was measured."""
+    """Content of certificate.json: the exported file, and its measured parity with the network."""
 
     former: ClassVar[Mapping[str, str]] = {"dense": "original", "slim": "compressed"}
 
@@ -59,35 +59,35 @@ class Certificate(Sealed):
     format: Format
     file: str
     sha256: dict[str, str]
-    """Of the file, and of external weights beside it."""
+    """Hashes of the file, and of external weights beside it."""
     weights: str | None
     """SHA-256 of the artefact's weights that it was exported from."""
     model: str
     """Class of the network."""
     dtype: str
     dynamic: bool
-    """Whether batches of any size may be run."""
+    """True if batches of any size may be run."""
     sequences: bool
-    """Whether inputs (N, T) of integers may have any length T."""
+    """True if inputs (N, T) of integers may have any length T."""
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     probe: Probe | None
-    """Inputs that are like those it was exported with; no sample of them is kept."""
+    """Statistics of the inputs that it was exported with; no sample of them is kept."""
     preprocessing: dict[str, JsonValue] | None
-    """timm's: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    """Settings of timm: input_size, mean, std, interpolation, crop_pct, crop_mode."""
     tolerance: float
-    """Of max_rel."""
+    """Largest max_rel that is allowed."""
     parity: tuple[Parity, ...]
     compressed: Weight
     original: Weight | None
-    """Of the original network, exported alike; None where it was not at hand."""
+    """Size of the original network, exported in the same way; None if it was not available."""
     latency: Latency | None
-    """Of both in ONNX Runtime, in pairs; None where the original network was not at hand."""
+    """Paired latency of both in ONNX Runtime; None if the original network was not available."""
     versions: dict[str, str]
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file in ONNX Runtime on the CPU: tensors in, in the file's order, and all outputs."""
+    """ONNX file in ONNX Runtime on the CPU, from tensors in the file's order to all outputs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class OnnxModel(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Threads of one session that wait in a loop would slow down the next one that is timed.
+        # Spinning threads of one session would slow down the next session that is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [given.name for given in self.session.get_inputs()]
@@ -107,10 +107,10 @@ class OnnxModel(nn.Module):
 
 
 def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
-    """certificate.json of a directory.
+    """Return the certificate of a directory.
 
     Raises:
-        ArtifactError: it is missing, of a newer schema, not a certificate, or not what was written.
+        ArtifactError: it is missing, of a newer schema, not a certificate, or not as it was written.
     """
     return read_sealed(directory / CERTIFICATES[kind], Certificate, newest=SCHEMA)
 
@@ -118,7 +118,7 @@ def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
 def compared(
     network: nn.Module, runner: nn.Module, batch: Batch, tolerance: float, name: str
 ) -> Parity:
-    """How far a file's outputs are from the network's on one batch.
+    """Return the difference between a file's outputs and the network's on one batch.
 
     Raises:
         ExportError: the file does not run, or its outputs differ by more than `tolerance`.
@@ -137,7 +137,7 @@ def compared(
     furthest, relative = 0.0, 0.0
     for a, b in zip(wanted, found, strict=True):
         apart, share = gap(a, b)
-        if not share <= tolerance:  # NaN is not, either
+        if not share <= tolerance:  # NaN fails, too
             raise ExportError(
                 f"{name} is {apart:.3g} from the network's outputs on a batch of {len(batch)}, "
                 f"{share:.3g} of the largest, allowed are {tolerance:.3g}: see whether the "
@@ -151,10 +151,10 @@ def compared(
 
 
 def open_file(kind: Format, file: Path) -> nn.Module:
-    """A file as a module from tensors to tensors.
+    """Return a file as a module from tensors to tensors.
 
     Raises:
-        ExportError: it cannot be read.
+        ExportError: the file cannot be read.
     """
     try:
         if kind == "onnx":
@@ -166,7 +166,8 @@ def open_file(kind: Format, file: Path) -> nn.Module:
 
 
 def require_valid(file: Path) -> None:
-    """
+    """Require a file that onnx.checker accepts.
+
     Raises:
         ExportError: onnx.checker refuses the file.
     """
@@ -179,10 +180,10 @@ def require_valid(file: Path) -> None:
 
 
 def leaves(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a network's output, in order."""
+    """Return the tensors of a network's output, in order."""
     return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def flat(batch: Batch) -> Batch:
-    """The tensors of a batch, in order and on the CPU: what a file is run on."""
+    """Return the tensors of a batch, in order and on the CPU, as the inputs of a file."""
     return Batch(tuple(tensor.cpu() for tensor in batch.tensors.values()), {}, None)

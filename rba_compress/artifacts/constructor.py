@@ -2,7 +2,7 @@
 
 Libraries do not keep every argument that a network was built with. Candidates are read off the module
 tree: arguments that the library kept, attributes of an argument's name, and the values that a network
-built without the argument lacks. A candidate is taken where fewer settings differ with it.
+built without the argument lacks. A candidate is accepted if fewer settings differ with it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from rba_compress.core.errors import WeightsError
 from rba_compress.core.plan import Plan
 
 _BUILDS = 150
-"""Networks that are built, on the meta device, in search of arguments."""
+"""Largest number of networks to build, on the meta device, in search of arguments."""
 _SCALARS, _LISTS = 6, 16
-"""Values that are tried for one argument, at most."""
+"""Largest numbers of values to try for one argument."""
 _PROBE = 0.5
-"""A value of an argument that others are scaled from."""
+"""Trial value of an argument, from which other values are scaled."""
 
 
 def completed(architecture: Architecture, model: nn.Module, plan: Plan) -> Architecture:
-    """The architecture with the arguments that leave the fewest settings of a network different.
+    """Return the architecture with the arguments that leave the fewest settings of a network different.
 
     Args:
-        architecture: what the network tells of itself.
-        model: the network, rewritten as `plan` says.
-        plan: its replaced blocks are compared where something is left of them.
+        architecture: the architecture that the network states.
+        model: the network, rewritten by `plan`.
+        plan: the plan; its replaced blocks are compared where a part of them is left.
     """
     search, parameters = _Search(model, plan), _parameters(architecture)
     kept = {k: v for k, v in _kept_arguments(model).items() if k not in architecture.arguments}
@@ -69,7 +69,7 @@ class _Search:
         return math.inf if self._settings(architecture) is None else len(self._left(architecture))
 
     def named(self, base: Architecture, parameters: Iterable[Parameter]) -> dict[str, JsonValue]:
-        """Differing settings that are named as parameters are."""
+        """Return the differing settings that have the name of a parameter."""
         values = {n: self.wanted[p, n] for p, n in self._left(base) if (p, n) in self.wanted}
         known = {p.name: values[p.name] for p in parameters if p.name in values}
         return {n: v for n, v in known.items() if isinstance(v, bool | int | float | str)}
@@ -85,7 +85,7 @@ class _Search:
         return best
 
     def around(self, best: Architecture, parameters: list[Parameter]) -> Architecture:
-        """Search on behind arguments that mend a setting and change others that further ones mend."""
+        """Search on from arguments that mend one setting but change others, which further ones mend."""
         for parameter in parameters if self.cost(best) else ():
             for trial in self._trials(best, parameter):
                 mended = set(self._left(best)) - set(self._left(trial))
@@ -96,7 +96,7 @@ class _Search:
         return best
 
     def _settings(self, architecture: Architecture) -> Settings | None:
-        """Settings of a network that is built anew; None where it cannot be, or too many were."""
+        """Return the settings of a rebuilt network; None if it cannot be built, or too many were."""
         key = json.dumps(architecture.arguments, sort_keys=True)
         if key not in self.built:
             network = _skeleton(architecture) if len(self.built) < _BUILDS else None
@@ -104,7 +104,7 @@ class _Search:
         return self.built[key]
 
     def _left(self, architecture: Architecture) -> list[tuple[str, str]]:
-        """Keys of the settings that differ; of a replaced block, what both networks still have."""
+        """Return the keys of differing settings; in replaced blocks, of those that both still have."""
         given = self._settings(architecture) or {}
 
         def counts(path: str, name: str) -> bool:
@@ -120,7 +120,7 @@ class _Search:
             yield _extended(base, {parameter.name: value})
 
     def _candidates(self, base: Architecture, parameter: Parameter) -> Iterator[JsonValue]:
-        """Values that an argument may have had, the likeliest first."""
+        """Yield values that an argument may have had, the likeliest first."""
         left = [key for key in self._left(base) if key in self.wanted]
         values = [(name, self.wanted[path, name]) for path, name in left]
         default = parameter.default
@@ -149,21 +149,21 @@ class _Search:
             yield None
 
     def _moved(self, base: Architecture, name: str, value: JsonValue) -> Settings:
-        """The settings that an argument changes."""
+        """Return the settings that an argument changes."""
         before, after = self._settings(base), self._settings(_extended(base, {name: value}))
         if before is None or after is None:
             return {}
         return {key: after.get(key) for key in differing(before, after)}
 
     def _ratios(self, moved: Settings) -> Iterator[float]:
-        """By how much the settings that follow a probe fall short of the network's."""
+        """Yield the ratios of the network's settings to those that follow a probe."""
         for key, value in moved.items():
             wanted = self.wanted.get(key)
             if type(value) in (int, float) and type(wanted) in (int, float) and value:
                 yield float(f"{wanted / value:.6g}")
 
     def _by_stage(self, left: Iterable[tuple[str, str]]) -> list[list[JsonValue]]:
-        """Numbers of the stages of a network, one a stage: its depths, widths, heads."""
+        """Return the numbers of a network's stages, one a stage: depths, widths, heads."""
         first = [(re.sub(r"\d+", "*", path, count=1), name) for path, name in left]
         groups: dict[tuple[str, str], list[Any]] = {key: [] for key in first if "*" in key[0]}
         for (path, name), value in self.wanted.items():
@@ -174,7 +174,7 @@ class _Search:
 
 
 def _most(values: Iterable[Any], count: int) -> Iterator[JsonValue]:
-    """The values that stand most often, those that JSON has."""
+    """Yield the most frequent values, of those that JSON can hold."""
     texts: Counter[str] = Counter()
     for value in values:
         try:
@@ -186,13 +186,13 @@ def _most(values: Iterable[Any], count: int) -> Iterator[JsonValue]:
 
 
 def _layer_name(qualified: str) -> str:
-    """`quick_gelu` of `timm.layers.QuickGELU`, as timm's factories of layers take it."""
+    """Return a layer's name for timm's factories: `quick_gelu` for `timm.layers.QuickGELU`."""
     name = re.sub(r"([RS])([ei])LU", r"\1\2lu", qualified.rpartition(".")[2])
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=Tanh)", "_", name).lower()
 
 
 def _skeleton(architecture: Architecture) -> nn.Module | None:
-    """A network of an architecture, without storage where the library can; None where it has none."""
+    """Return a network of an architecture, if possible without storage; None if it cannot be built."""
     for device in ("meta", "cpu"):
         try:
             with warnings.catch_warnings(), torch.device(device):
@@ -204,7 +204,7 @@ def _skeleton(architecture: Architecture) -> nn.Module | None:
 
 
 def _kept_arguments(model: nn.Module) -> dict[str, JsonValue]:
-    """Arguments that timm keeps on a network, from version 1.0.31 on."""
+    """Return the arguments that timm keeps on a network, from version 1.0.31 on."""
     kept: Any = getattr(model, "_model_args", {})
     arguments = {}
     for name, value in kept.items() if isinstance(kept, Mapping) else ():
@@ -214,7 +214,7 @@ def _kept_arguments(model: nn.Module) -> dict[str, JsonValue]:
 
 
 def _parameters(architecture: Architecture) -> list[Parameter]:
-    """Parameters of the class that an architecture builds."""
+    """Return the parameters of the class that an architecture builds."""
     if architecture.library == "transformers":
         return list(architecture.flags())
     bare = _skeleton(architecture.model_copy(update={"arguments": {}}))

@@ -1,8 +1,8 @@
 """A compressed network as a stock architecture with fewer blocks, which loads without this package.
 
-A span that passes its stream on, the layer before it re-solved or not, is as good as gone: leave its
-blocks out and number the others anew. A linear map on a residual stream is no part of a block, and
-there is no place for it in the architecture.
+A span that became the identity, the layer before it re-solved or not, can be left out: the blocks
+behind it are renumbered. A linear map on a residual stream is not part of a block, so that the
+architecture has no place for it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rba_compress.profiling.fidelity import gap
 from rba_compress.units.registry import unit_of
 
 TOLERANCE = 1e-5
-"""Of the folded network's output, relative to the largest absolute value of the compressed one's."""
+"""Difference of outputs allowed, relative to the largest absolute value of the compressed network's."""
 
 
 def unfoldable(plan: Plan) -> str | None:
-    """Why a plan cannot be folded; None where it can."""
+    """Return the reason why a plan cannot be folded; None if it can."""
     for replacement in plan.replacements:
         reason = unit_of(replacement.unit).unfoldable(replacement)
         if reason is not None:
@@ -35,12 +35,12 @@ def unfoldable(plan: Plan) -> str | None:
 def folded(
     model: nn.Module, plan: Plan, architecture: Architecture | None, example: Batch
 ) -> tuple[nn.Module, Architecture]:
-    """The compressed network in its own architecture's code with fewer blocks, and that architecture.
+    """Return the compressed network in its architecture's code with fewer blocks, and the architecture.
 
     Args:
         model: the compressed network.
-        plan: what made it.
-        architecture: of the original network.
+        plan: the plan that made it.
+        architecture: the architecture of the original network.
         example: a batch on which both are compared.
 
     Raises:
@@ -76,7 +76,7 @@ def folded(
 
 
 def _kept(model: nn.Module, plan: Plan) -> dict[str, tuple[int, list[int]]]:
-    """Of each list of blocks, in the network's order, its length and the indices that are kept."""
+    """Return the length and the kept indices of each list of blocks, in the network's order."""
     gone = {block.path for replacement in plan.replacements for block in replacement.blocks}
     lists = dict.fromkeys(
         name for path in sorted(gone) for name in siblings(model, path.rpartition(".")[0])
@@ -89,7 +89,7 @@ def _kept(model: nn.Module, plan: Plan) -> dict[str, tuple[int, list[int]]]:
 
 
 def _renumbered(state: dict[str, Tensor], kept: dict[str, tuple[int, list[int]]]) -> dict[str, Tensor]:
-    """A state dict with the kept blocks alone, counted anew."""
+    """Return a state dict with the kept blocks alone, renumbered."""
     moved = {}
     for key, tensor in state.items():
         for path, (_, indices) in kept.items():

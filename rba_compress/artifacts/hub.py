@@ -1,7 +1,7 @@
 """Files that make an artefact a model repository: config.json and a model card, for `huggingface_hub`.
 
 A folded artefact is a stock network, and its config is timm's or transformers' own: they load the
-directory without this package. Any other says that rba_compress loads it.
+directory without this package. The config of any other artefact names rba_compress as its library.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def write_hub(
     """Write config.json and README.md, the model card with the measured table.
 
     Args:
-        directory: of the artefact.
+        directory: the directory of the artefact.
         model: the network whose weights lie there.
-        report: what was measured.
-        architecture: of the original network.
-        stock: what builds the network without this package, where it is folded.
+        report: the measurements.
+        architecture: the architecture of the original network.
+        stock: the architecture that builds the network without this package, if it is folded.
     """
     from jinja2 import Environment
 
@@ -86,7 +86,7 @@ def write_hub(
     else:
         _transformers_config(config, model, stock)
         code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("OWNER/NAME")'
-    # Markdown with code in it, which escapes of HTML would break.
+    # HTML escapes would break the code in the Markdown.
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # nosec B701 # see above
     text = environment.from_string(_CARD).render(
         library=library,

@@ -1,7 +1,7 @@
-"""ONNX and `torch.export` files, each with a certificate that it computes what the network computes.
+"""ONNX and `torch.export` files, each with a certificate of its parity with the network.
 
 A file is written to a temporary directory, checked, run against the network on several batch sizes, and
-moved to where it is wanted when all of that holds; `certificate.json` beside it says what was measured.
+moved to its target if every check holds; `certificate.json` beside it records the measurements.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ from rba_compress.reporting.report_data import versions
 
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
 EXTERNAL = 1_900_000_000
-"""Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB."""
+"""Bytes of weights above which weights go to a file of their own: protobuf ends at 2 GiB."""
 
 
 class _Flat(nn.Module):
-    """A network from the tensors of a batch, in order, to those of its output."""
+    """Network as a module from the tensors of a batch, in order, to those of its output."""
 
     def __init__(self, network: nn.Module, batch: Batch) -> None:
         super().__init__()
@@ -84,15 +85,15 @@ def export_onnx(
 
     Args:
         model: a network in any mode, or the directory of an artefact that `load` reads alone.
-        path: of the file to write; neither it nor a certificate of another file may be there.
+        path: the file to write; neither the file nor a certificate of another file may exist there.
         example: a batch of real inputs in any form that a loader may yield, on which the file is
             compared; the more samples, the more is compared.
-        original: the network to compare cost and latency with; by default, of an artefact whose
+        original: the network to compare cost and latency with; by default, for an artefact whose
             architecture is known, the original with random weights.
-        dynamic: batches of any size, and for inputs (N, T) of integers sequences of any length.
+        dynamic: allow batches of any size, and sequences of any length for inputs (N, T) of integers.
         tolerance: the largest difference of outputs, relative to the largest absolute value of the
             output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
-        seconds: how long to time it in ONNX Runtime.
+        seconds: the duration of timing in ONNX Runtime.
 
     Raises:
         ExportError: the example does not run, the network has an operation that ONNX lacks, ONNX
@@ -139,24 +140,12 @@ def _export(
     original: nn.Module | None = None,
     seconds: float = 0.0,
 ) -> Certificate:
+    # Long by its parameters, which are those of both exports.
     target = Path(path).absolute()
     _require_free(target, kind)
-    weights = None
-    if not isinstance(model, nn.Module):
-        root = Path(model)
-        manifest = read_manifest(root)
-        weights = manifest.sha256[WEIGHTS]
-        if kind == "onnx" and original is None and manifest.architecture is not None:
-            original = manifest.architecture.build()
-        model = load(root)
-    network = in_memory(unwrap(model), device="cpu")
+    network, original, weights = _opened(kind, model, original)
     batch = batch_of(network, example).to(network)
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    if dtype is torch.bfloat16 and kind == "onnx":
-        raise ExportError(
-            "the network is in bfloat16, which ONNX Runtime does not run on a CPU: export it in "
-            "float32 or float16"
-        )
+    dtype = _dtype(network)
     allowed = TOLERANCES[dtype] if tolerance is None else tolerance
     names = _input_names(network, batch), _output_names(_run(network, batch))
     half = _half(network, batch) if dynamic else None
@@ -165,28 +154,9 @@ def _export(
         batches = _sized(batch, half)
         for each in batches:
             _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
+    trace = partial(_traced, batch=batches[-1], dynamic=dynamic, sequences=half is not None)
     with _beside(target) as folder:
-
-        def traced(net: nn.Module) -> torch.export.ExportedProgram:
-            return _traced(net, batches[-1], dynamic=dynamic, sequences=half is not None)
-
-        def written(net: nn.Module, file: Path) -> tuple[Weight, nn.Module]:
-            program = traced(net)
-            try:
-                weight = _write(kind, program, names, file)
-            except ExportError as error:
-                if not any("scaled_dot_product" in str(n.target) for n in program.graph.nodes):
-                    raise
-                # Taken apart, attention with a bias has other strides than it was traced with, and
-                # views of it fail: not in its plain form.
-                try:
-                    with sdpa_kernel(SDPBackend.MATH):
-                        weight = _write(kind, traced(net), names, file)
-                except ExportError:
-                    raise error from None
-            return weight, open_file(kind, file)
-
-        compressed, runner = written(network, folder / target.name)
+        compressed, runner = _written(kind, network, names, folder / target.name, trace)
         parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
         other, latency = None, None
         if original is not None:
@@ -194,7 +164,8 @@ def _export(
                 original = in_memory(copy_model(unwrap(original))).to(
                     next(network.parameters()).device, dtype
                 )
-                other, twin = written(original, Path(aside) / f"original{target.suffix}")
+                file = Path(aside) / f"original{target.suffix}"
+                other, twin = _written(kind, original, names, file, trace)
                 latency = benchmark(twin, runner, flat(batch), seconds=seconds)
         content = Certificate(
             format=kind,
@@ -220,8 +191,61 @@ def _export(
         return read_certificate(folder, kind)
 
 
+def _written(
+    kind: Format,
+    network: nn.Module,
+    names: tuple[list[str], list[str]],
+    file: Path,
+    trace: Callable[[nn.Module], torch.export.ExportedProgram],
+) -> tuple[Weight, nn.Module]:
+    """Export a network to a file; return its weight, and the file opened as a module."""
+    program = trace(network)
+    try:
+        weight = _write(kind, program, names, file)
+    except ExportError as error:
+        if not any("scaled_dot_product" in str(n.target) for n in program.graph.nodes):
+            raise
+        # When decomposed, attention with a bias has other strides than it was traced with, and views
+        # of it fail. The plain (math) form of attention does not.
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                weight = _write(kind, trace(network), names, file)
+        except ExportError:
+            raise error from None
+    return weight, open_file(kind, file)
+
+
+def _opened(
+    kind: Format, model: nn.Module | str | Path, original: nn.Module | None
+) -> tuple[nn.Module, nn.Module | None, str | None]:
+    """Return the network in memory, the original if it is known, and the hash of saved weights.
+
+    Raises:
+        ExportError: the network is in a precision that the format's runtime does not run.
+    """
+    weights = None
+    if not isinstance(model, nn.Module):
+        root = Path(model)
+        manifest = read_manifest(root)
+        weights = manifest.sha256[WEIGHTS]
+        if kind == "onnx" and original is None and manifest.architecture is not None:
+            original = manifest.architecture.build()
+        model = load(root)
+    network = in_memory(unwrap(model), device="cpu")
+    if _dtype(network) is torch.bfloat16 and kind == "onnx":
+        raise ExportError(
+            "the network is in bfloat16, which ONNX Runtime does not run on a CPU: export it in "
+            "float32 or float16"
+        )
+    return network, original, weights
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
 def _sized(batch: Batch, half: int | None) -> list[Batch]:
-    """The example's samples in batches of several sizes; sequences of the second of length `half`."""
+    """Return the example's samples in batches of several sizes; the second has sequences of `half`."""
     n = len(batch)
     sizes = (*SIZES[:-1], max(SIZES[-1], n))
     found = [batch.select([(row + k) % n for row in range(size)]) for k, size in enumerate(sizes)]
@@ -231,7 +255,7 @@ def _sized(batch: Batch, half: int | None) -> list[Batch]:
 
 
 def _half(network: nn.Module, batch: Batch) -> int | None:
-    """Half the length of its sequences, if the network takes that; of codes in columns it does not."""
+    """Return half the sequence length if the network accepts it; columns of codes have one length."""
     if batch.length is None or batch.length < 4:
         return None
     half = batch.length // 2
@@ -243,7 +267,8 @@ def _half(network: nn.Module, batch: Batch) -> int | None:
 
 
 def _run(network: nn.Module, batch: Batch, hint: str = "") -> Any:
-    """
+    """Run the network on a batch.
+
     Raises:
         ExportError: the network does not run on the batch.
     """
@@ -266,7 +291,7 @@ def _require_free(target: Path, kind: Format) -> None:
 
 
 def _named(certificate: Path) -> str:
-    """The file that a certificate is of."""
+    """Return the name of the file that a certificate is of."""
     try:
         return str(json.loads(certificate.read_bytes())["file"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -275,11 +300,13 @@ def _named(certificate: Path) -> str:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A temporary sibling directory whose files are moved beside `target` at the end, that one last."""
+    """Yield a temporary sibling directory; its files are moved beside `target` at the end, `target`
+    itself last.
+    """
     try:
         with sibling(target) as folder:
             yield folder
-            # The file comes last: where it is, its certificate is.
+            # The file comes last, so that where the file is, its certificate is.
             for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
                 flush(path)
                 path.replace(target.parent / path.name)
@@ -291,7 +318,7 @@ def _beside(target: Path) -> Iterator[Path]:
 def _traced(
     network: nn.Module, batch: Batch, *, dynamic: bool, sequences: bool
 ) -> torch.export.ExportedProgram:
-    """The network's program, from the tensors of a batch to those of its output."""
+    """Return the network's program, from the tensors of a batch to those of its output."""
     whole, tensors = _Flat(network, batch), tuple(batch.tensors.values())
     shapes: tuple[dict[int, Any], ...] | None = None
     if dynamic:
@@ -305,7 +332,7 @@ def _traced(
         )
     try:
         with warnings.catch_warnings(), evaluating(whole):
-            warnings.simplefilter("ignore")  # of torch, about its own passes
+            warnings.simplefilter("ignore")  # warnings of torch about its own passes
             return torch.export.export(
                 whole, tensors, dynamic_shapes=None if shapes is None else (shapes,), strict=False
             )
@@ -319,7 +346,7 @@ def _traced(
 def _write(
     kind: Format, program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
 ) -> Weight:
-    """Write the file, inputs and outputs named, and say what it weighs."""
+    """Write the file, with named inputs and outputs, and return its size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "pt2":
@@ -350,10 +377,10 @@ def _write_onnx(
 
 
 def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
-    """What the exporter stumbled over: the operation, and the module that it comes from."""
+    """Return a message on the operation that the exporter lacks, and the module that it comes from."""
     found = re.search(r"op='([\w.:]+)'", str(error))
     if found is None:
-        # Of a page of advice, the exception that is summed up; without the terminal's colours.
+        # Keep the summary of the exception, without the advice and the terminal's colours.
         text = re.sub(r"\x1b\[\d+m", "", str(error))
         _, _, summary = text.rpartition("## Exception summary")
         return f"torch.onnx cannot export the network: {summary.strip().splitlines()[0]}"
@@ -372,7 +399,7 @@ def _lacking(program: torch.export.ExportedProgram, error: Exception) -> str:
 
 
 def _input_names(network: nn.Module, batch: Batch) -> list[str]:
-    """The keywords of a batch, and before them what the network's forward calls its first arguments."""
+    """Return the names of a batch's inputs: the first parameters of forward, then the keywords."""
     parameters = list(inspect.signature(network.forward).parameters)
     return [*parameters[: len(batch.args)], *(k for k in batch.kwargs if k in batch.tensors)]
 

@@ -1,4 +1,4 @@
-"""The front between cost and divergence: every step of one search as a network of its own."""
+"""Pareto front between cost and divergence: every step of one search as a network of its own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from rba_compress.units.splice import splice
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A network on the way from the original to the budget, with the proof of what it costs."""
+    """Network of one step of a search, with its measured report."""
 
     plan: Plan
     report: Report
     tensors: dict[str, Tensor]
-    """The fitted tensors of its plan, by their key in the compressed state dict."""
+    """Fitted tensors of the plan, by their key in the compressed state dict."""
 
     def splice(self, model: nn.Module) -> nn.Module:
-        """Its network, from the original that was searched.
+        """Return the network of this point, from the original that was searched.
 
         Raises:
             PlanError, ModelError: as `rba_compress.splice`.
@@ -46,7 +46,7 @@ def write_front(
         point-01, point-02, ...            its network as a delta: `load(dir, original=model)`
 
     Args:
-        points: of one search.
+        points: the points of one search.
         model: the original network that was searched.
         seen: its profile.
         directory: must not exist, or be empty.

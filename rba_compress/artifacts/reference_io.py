@@ -1,4 +1,4 @@
-"""What a network is called with, as statistics: enough to draw inputs alike, and nobody's samples."""
+"""Reference inputs and outputs: statistics to draw similar inputs from, and no sample itself."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rba_compress.profiling.fidelity import gap
 
 _VALUES = 64
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Of outputs on another machine, relative to the largest of them: sums in another order."""
+"""Difference allowed on another machine, where sums have another order, over the largest output."""
 
 
 class Given(Frozen):
-    """One input tensor of a network, with the range of its values."""
+    """Input tensor of a network, with the range of its values."""
 
     name: str | None
-    """The keyword that it is passed by; None for a positional one."""
+    """Keyword that the tensor is passed by; None for a positional one."""
     dtype: Dtype
     shape: tuple[int, ...]
-    """Of one sample, the batch dimension left out, where it is `batched`; else of the whole."""
+    """Shape of one sample, without the batch dimension, if `batched`; otherwise of the whole tensor."""
     batched: bool
     low: float
     high: float
@@ -36,7 +36,7 @@ class Given(Frozen):
 
     @classmethod
     def of(cls, name: str | None, tensor: Tensor, samples: int) -> Given:
-        """Of an example with so many samples."""
+        """Measure a tensor of an example with so many samples."""
         values = tensor.detach().double().reshape(-1)
         batched = tensor.ndim > 0 and tensor.shape[0] == samples
         return cls(
@@ -52,11 +52,11 @@ class Given(Frozen):
 
     @property
     def sequence(self) -> bool:
-        """Whether it may be a sequence: token ids (N, T), or a mask beside them."""
+        """True if the tensor may be a sequence: token ids (N, T), or a mask beside them."""
         return self.batched and len(self.shape) == 1 and "float" not in self.dtype
 
     def draw(self, samples: int, generator: torch.Generator, length: int | None = None) -> Tensor:
-        """Values of that range; `length` is that of a sequence."""
+        """Draw values of that range; `length` is that of a sequence."""
         shape = (samples, *self.shape) if self.batched else self.shape
         if self.sequence and length is not None:
             shape = (samples, length)
@@ -67,16 +67,16 @@ class Given(Frozen):
         low, high = int(self.low), int(self.high)
         drawn = torch.randint(low, high + 1, shape, generator=generator)
         if (low, high) == (0, 1) and len(shape) > 1:
-            drawn[:, 0] = 1  # a mask that masks everything means nothing
+            drawn[:, 0] = 1  # a mask that hides everything is invalid
         return drawn.to(dtype)
 
 
 class Probe(Frozen):
-    """Inputs to draw, and what a network makes of them."""
+    """Reference inputs, to be drawn at random, and a network's outputs on them."""
 
     inputs: tuple[Given, ...]
     constants: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keywords that are no tensors."""
+    """Keywords that are not tensors."""
     wrapped: bool = False
     """True where the keywords are passed as one dict by position."""
     outputs: tuple[float, ...] = ()
@@ -84,7 +84,7 @@ class Probe(Frozen):
 
     @classmethod
     def of(cls, example: Batch, model: nn.Module | None = None) -> Probe | None:
-        """Of an example, and of the model's output; None where other than plain values are passed."""
+        """Measure an example, and a model's outputs; return None if an argument is no plain value."""
         rest = [a for a in example.args if not isinstance(a, Tensor)]
         constants = {k: v for k, v in example.kwargs.items() if not isinstance(v, Tensor)}
         plain = (bool, int, float, str, type(None))
@@ -102,11 +102,11 @@ class Probe(Frozen):
         if model is None:
             return probe
         outputs = tuple(probe.outputs_of(model))
-        # Drawn inputs may mean nothing to a network; NaN is equal to nothing, not to itself either.
+        # Random inputs may give NaN, which is not equal to itself.
         return probe.model_copy(update={"outputs": outputs if all(map(math.isfinite, outputs)) else ()})
 
     def draw(self, samples: int, *, seed: int = 0, length: int | None = None) -> Batch:
-        """A batch of inputs alike; sequences of `length`, where it is given."""
+        """Return a batch of similar inputs; sequences have `length`, if it is given."""
         generator = torch.Generator().manual_seed(seed)
         drawn = [(g.name, g.draw(samples, generator, length)) for g in self.inputs]
         kwargs = {name: tensor for name, tensor in drawn if name is not None}
@@ -118,7 +118,7 @@ class Probe(Frozen):
         )
 
     def draws(self, sizes: Sequence[int], *, sequences: bool) -> list[Batch]:
-        """Batches of so many samples each; the second, of `sequences`, is half as long."""
+        """Return a batch of each size; with `sequences`, the second is half as long."""
         lengths = [given.shape[0] for given in self.inputs if given.sequence]
         half = min(lengths) // 2 if sequences else None
         return [
@@ -126,13 +126,13 @@ class Probe(Frozen):
         ]
 
     def outputs_of(self, model: nn.Module) -> list[float]:
-        """What is recorded of a network's output."""
+        """Return the values that are recorded of a network's output."""
         with evaluating(model):
             found = main_output(self.draw(2).to(model).run(model)).detach().cpu().double().reshape(-1)
         return found[:: max(1, len(found) // _VALUES)][:_VALUES].tolist()
 
     def flaw(self, model: nn.Module) -> str | None:
-        """How a network's outputs differ from those that were recorded, or None."""
+        """Return how a network's outputs differ from those that were recorded, or None."""
         if not self.outputs:
             return None
         found, wanted = torch.tensor(self.outputs_of(model)), torch.tensor(self.outputs)

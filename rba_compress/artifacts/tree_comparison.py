@@ -1,4 +1,4 @@
-"""Settings of two module trees, compared: all that decides what a network computes but its weights.
+"""Comparison of the settings of two module trees: all but weights that decides what a network computes.
 
 A setting has the path of its module and a name: the module's class, a plain attribute, the shape of a
 parameter, another parameter that is the same tensor, the values of a buffer that no state dict holds.
@@ -23,24 +23,24 @@ CLASS, LENGTH = "class", "length"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _IGNORED = {*nn.Module().__dict__, "hf_device_map"}
-# Where weights came from, in which precision and how they were first drawn.
+# Source of the weights, their precision and their initialisation.
 _IGNORED |= {"pretrained_cfg", "default_cfg", "name_or_path", "architectures", "transformers_version"}
 _IGNORED |= {"_model_args", "_traits", "pretrained_model_args"}
 _IGNORED |= {"dtype", "torch_dtype", "weight_init_mode", "warnings_issued", "model_type"}
-# Memory against time in training: the same gradients.
+# Checkpointing trades time for memory in training; the gradients are the same.
 _IGNORED |= {"grad_checkpointing", "gradient_checkpointing"}
 
 _DEPTH = 6
 """Depth to which containers are read."""
 _DEEPER = object()
-"""A value below that depth. Equal to all: an object that several modules hold is read where it is met
-first, and that need not be at the same depth in the two trees."""
+"""A value below that depth, which is equal to every value: an object that several modules hold is read
+where it is met first, and that need not be at the same depth in the two trees."""
 _TOLD = 4
-"""Differences that a message names."""
+"""Number of differences that a message names."""
 
 
 def settings(model: nn.Module) -> Settings:
-    """Every setting of a module tree."""
+    """Return every setting of a module tree."""
     values: Settings = {}
     first: dict[int, str] = {}
     saved = model.state_dict(keep_vars=True)
@@ -50,7 +50,7 @@ def settings(model: nn.Module) -> Settings:
         if isinstance(module, CONTAINERS):
             values[path, LENGTH] = len(module)
         embeds = isinstance(module, nn.Embedding) or hasattr(module, "get_input_embeddings")
-        # Which row is not trained follows a tokenizer that comes after the network.
+        # The padding row depends on a tokenizer that comes after the network.
         ignored = _IGNORED | {"padding_idx"} if embeds else _IGNORED
         for name, value in vars(module).items():
             if name not in ignored and not isinstance(value, RemovableHandle):
@@ -69,9 +69,10 @@ def settings(model: nn.Module) -> Settings:
 
 
 def differing(wanted: Settings, given: Settings) -> list[tuple[str, str]]:
-    """Keys of the settings that differ, or that one side alone has.
+    """Return the keys of the settings that differ, or that one side alone has.
 
-    A private attribute that one side alone has is a note of a library, how weights were loaded say.
+    A private attribute that one side alone has does not count: it is a note of a library, such as on
+    how weights were loaded.
     """
     both = wanted.keys() & given.keys()
     return [
@@ -83,7 +84,7 @@ def differing(wanted: Settings, given: Settings) -> list[tuple[str, str]]:
 
 
 def differences(wanted: Settings, given: Settings, *, but: Collection[tuple[str, str]] = ()) -> str:
-    """Differences for a message, `path.name: value, value when rebuilt`; empty where there are none.
+    """Return the differences as text, `path.name: value, value when rebuilt`; empty without any.
 
     Args:
         wanted: settings of the network that is saved.
@@ -134,7 +135,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
-    """A value in a form that can be compared: containers as tuples and dicts, code by its name."""
+    """Return a value in a comparable form: containers as tuples and dicts, code by its name."""
     if value is None or isinstance(value, bool | int | str | bytes | complex | Tensor):
         return value
     if isinstance(value, float):
@@ -161,7 +162,7 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
 
 
 def _code(value: Any, inner: Callable[[Any], Any]) -> Any:
-    """A function, class or module by its name, with the values that it holds."""
+    """Return a function, class or module by its name, with the values that it holds."""
     if isinstance(value, functools.partial):
         return (inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, fx.GraphModule):

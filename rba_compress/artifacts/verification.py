@@ -1,4 +1,4 @@
-"""Every check of what was written, over again: hashes, reload, parity."""
+"""Verification of saved and exported files: hashes, reload, parity."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from rba_compress.core.io import require_intact
 
 
 def verify(directory: str | Path, *, original: nn.Module | None = None) -> list[str]:
-    """Check an artefact, the files that were exported into it, or both; returns each check that held.
+    """Check an artefact, the files that were exported into it, or both; return each check that held.
 
     Args:
-        directory: what `save`, `export_onnx` or `export_pt2` wrote.
-        original: as for `load`, where the directory alone does not load. Without it, what needs the
-            network is not checked, and a line says so.
+        directory: a directory that `save`, `export_onnx` or `export_pt2` wrote.
+        original: as for `load`, if the directory alone does not load. Without it, checks that need the
+            network are left out, and a line says so.
 
     Raises:
-        ArtifactError: the first thing that is not as it was written.
+        ArtifactError: a check failed; the first one is named.
     """
     return list(checks(Path(directory), original=original))
 
 
 def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
-    """As `verify`, one by one: every hash, then what takes longer."""
+    """Yield each check that held, as `verify`: every hash first, then slower checks."""
     kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
     manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
     certificates = {kind: read_certificate(root, kind) for kind in kinds}
@@ -85,7 +85,7 @@ def _reloaded(root: Path, manifest: Manifest, original: nn.Module | None) -> nn.
 
 
 def _parity(root: Path, certificate: Certificate, network: nn.Module | None) -> str:
-    """What an exported file gives against the network."""
+    """Check an exported file against the network, and return the result in words."""
     if certificate.format == "pt2":
         # Its reader unpickles parts of the archive.
         return "not opened; parity was measured when it was exported"

@@ -1,4 +1,4 @@
-"""State dicts out of networks and into them: strictly, in every dtype, shared tensors once."""
+"""State dicts, read from networks and loaded strictly, in every dtype, with shared tensors once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rba_compress.core.file_formats import other_format
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file strictly into `model`; the model is unchanged where it does not fit.
+    """Load a safetensors file strictly into `model`; the model is unchanged if the file does not fit.
 
     Raises:
         WeightsError: the file is missing, damaged, not safetensors, or does not fit the architecture.
@@ -27,10 +27,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        WeightsError: it is missing, damaged, or not safetensors.
+        WeightsError: the file is missing, damaged, or not safetensors.
     """
     try:
         return load_file(path)
@@ -42,7 +42,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def require_fit(
     wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, target: str
 ) -> None:
-    """
+    """Require that one state dict fits another.
+
     Raises:
         WeightsError: the names, the shapes or the kinds of numbers of two state dicts differ.
     """
@@ -65,7 +66,7 @@ def require_fit(
 
 
 def _kind(tensor: Tensor) -> object:
-    """Floating-point weights come in any precision, others as they are."""
+    """Return the kind of a tensor's numbers: one for every floating-point precision, else the dtype."""
     return "floating point" if tensor.is_floating_point() else tensor.dtype
 
 
@@ -76,12 +77,12 @@ def fill(
 
     Args:
         model: takes the weights.
-        state: one entry for each of its own.
-        buffers: dtypes of buffers that no state dict holds, as `unsaved_buffers` tells them.
-        source: what the weights are called in an error.
+        state: one entry for each of the model's own.
+        buffers: dtypes of buffers that no state dict holds, as `unsaved_buffers` returns them.
+        source: the name of the weights in an error.
 
     Raises:
-        WeightsError: they do not fit.
+        WeightsError: the weights do not fit.
     """
     own = model.state_dict(keep_vars=True)
     require_fit(own, state, source, type(model).__name__)
@@ -94,7 +95,7 @@ def fill(
 
 
 def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU copies of each distinct tensor, and aliases: key -> the key that is stored."""
+    """Return contiguous CPU copies of the distinct tensors, and aliases: key -> the stored key."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -109,7 +110,7 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def unsaved_buffers(model: nn.Module) -> dict[str, str]:
-    """Dtypes of the buffers that no state dict holds."""
+    """Return the dtypes of the buffers that no state dict holds."""
     saved = model.state_dict()
     return {
         name: str(buffer.dtype).removeprefix("torch.")

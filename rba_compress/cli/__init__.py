@@ -2,7 +2,7 @@
 
 main                       the entry point
 commands, latent_commands  one class a subcommand
-demo, digits, images       its networks and data
+demo, digits, images       the demo, and data
 catalogue, coverage        networks by name, and every step tried on one
-latent_demos/              what `rba-compress latent` shows
+latent_demos/              trials of `rba-compress latent`
 """

@@ -1,7 +1,7 @@
-"""Networks by name, with random weights and small inputs: one of each family, to be tried on.
+"""Networks by name, with random weights and small inputs, one of each architecture family.
 
 Any architecture of timm has a name here; those that are listed, one of each family, get small inputs.
-Of transformers, torchvision and torch.nn there are small configurations of the common ones.
+For transformers, torchvision and torch.nn there are small configurations of common architectures.
 """
 
 from __future__ import annotations
@@ -192,19 +192,19 @@ _TORCHVISION = (
     "vit_b_16",
 )
 _FIXED = ("maxvit_t", "vit_b_16")
-"""Of torchvision, those that take images of 224 pixels alone."""
+"""Networks of torchvision that take images of 224 pixels alone."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that can be built by its name, and inputs for it."""
+    """Network that can be built by its name, and inputs for it."""
 
     name: str
     construct: Callable[[], nn.Module]
     inputs: Callable[[nn.Module, int, torch.Generator], Any]
 
     def build(self) -> nn.Module:
-        """In eval mode, with random weights that are the same each time; none is left at zero.
+        """Build the network in eval mode, with the same random weights each time, none left at zero.
 
         Raises:
             WeightsError, ModelError: a library that it needs is absent, or cannot build it.
@@ -219,7 +219,7 @@ class Network:
                 ) from error
             with torch.no_grad():
                 for parameter in model.parameters():
-                    # Layers that start at zero would hide what goes wrong behind them.
+                    # Layers that start at zero would hide errors in the layers behind them.
                     if parameter.is_floating_point() and bool(
                         (parameter == parameter.flatten()[0]).all()
                     ):
@@ -227,12 +227,12 @@ class Network:
         return model
 
     def example(self, model: nn.Module, samples: int = 6, *, seed: int = 0) -> Any:
-        """A batch of random inputs, in a form that a loader may yield."""
+        """Return a batch of random inputs, in a form that a loader may yield."""
         return self.inputs(model, samples, torch.Generator().manual_seed(seed))
 
 
 def names() -> list[str]:
-    """Of every network that is listed: timm's, then `transformers/...`, `torchvision/...`, `nn/...`."""
+    """Return the names of listed networks: timm's, `transformers/...`, `torchvision/...`, `nn/...`."""
     return [
         *TIMM,
         *(f"transformers/{name}" for name in _TRANSFORMERS),
@@ -242,10 +242,10 @@ def names() -> list[str]:
 
 
 def network(name: str) -> Network:
-    """The network of a name that is listed, or of any other architecture of timm at its own input size.
+    """Return a listed network, or any other architecture of timm at its own input size.
 
     Raises:
-        ModelError: there is none of that name; the message lists names that are alike.
+        ModelError: there is no network of that name; the message lists similar names.
     """
     library, _, rest = name.partition("/")
     if library == "transformers" and rest in _TRANSFORMERS:
@@ -306,7 +306,7 @@ def _ids(n: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def _text(_: nn.Module, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Sentences of two lengths, the shorter ones padded."""
+    """Return sentences of two lengths, the shorter ones padded."""
     ids = _ids(n, 16, generator)
     mask = torch.ones_like(ids)
     mask[::2, 12:] = 0
@@ -341,7 +341,7 @@ _INPUTS: dict[str, Callable[[nn.Module, int, torch.Generator], Any]] = {
 
 
 class _Residual(nn.Module):
-    """x + MLP(LN(x))."""
+    """Residual block x + MLP(LN(x))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ class _Residual(nn.Module):
 
 
 class _Memory(nn.Module):
-    """A decoder that reads a sequence and a memory of half its length."""
+    """Decoder that reads a sequence and a memory of half its length."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()

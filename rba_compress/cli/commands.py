@@ -1,6 +1,7 @@
-"""What each subcommand of `rba-compress` is given, and what it does.
+"""Subcommands of `rba-compress`: their options, and their work.
 
-A command says what people read as it goes, and returns what `--json` prints: one value, the same facts.
+A command prints its progress for people, and returns the one value that `--json` prints, with the same
+facts.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from rba_compress.reporting.report import PAGE
 from rba_compress.reporting.report import Report as Measured
 
 Say = Callable[[str], None]
-"""Prints a line for people; with `--json` it does not."""
+"""Function that prints a line for people, or nothing with `--json`."""
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,7 @@ class Command:
     """Print the traceback of an error."""
 
     def run(self, say: Say) -> JsonValue:
-        """Do it."""
+        """Run the command and return the value that `--json` prints."""
         raise NotImplementedError
 
 
@@ -63,7 +64,7 @@ class Demo(Command):
     """Compress the embedded digits ViT, save it and load it again; needs no data and no network."""
 
     out: Path = Path("demo")
-    """Directory to write; a number is appended where it exists."""
+    """Directory to write; a number is appended if it exists."""
 
     def run(self, say: Say) -> JsonValue:
         out = free_directory(self.out)
@@ -73,9 +74,9 @@ class Demo(Command):
 @dataclass(kw_only=True)
 class _Images(Command):
     weights: Path
-    """The weights of the original network, a safetensors file."""
+    """Safetensors file with the weights of the original network."""
     images: Path
-    """A folder of images, <class>/<image>."""
+    """Folder of images, <class>/<image>."""
     out: Path
     """Directory to write; must not exist, or be empty."""
     split: Path | None = None
@@ -86,10 +87,10 @@ class _Images(Command):
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def read(self, original: nn.Module, *, labelled: str = "") -> _Read:
-        """The loaders of a network's images.
+        """Return the loaders of a network's images.
 
         Args:
-            labelled: what needs labels.
+            labelled: the name of the option that needs labels.
 
         Raises:
             LoaderError: there are no images, or no labels where they are needed.
@@ -110,7 +111,7 @@ class _Images(Command):
         )
 
     def original(self, architecture: Architecture) -> nn.Module:
-        """The network with its weights, on the device.
+        """Return the network with its weights, on the device.
 
         Raises:
             RBAError: one of its subclasses, with what is wrong.
@@ -126,10 +127,10 @@ class _Read:
     loader: DataLoader[Any]
     tests: DataLoader[Any] | None
     samples: str
-    """What is reported on."""
+    """Description of the samples that are reported on."""
 
     def reported(self, result: Result, original: nn.Module) -> Result:
-        """The result with a report on the test images, where there are any."""
+        """Return the result with a report on the test images, if there are any."""
         if self.tests is None:
             return result
         seen = result.profile
@@ -143,34 +144,34 @@ class _Job(_Images):
     model: str
     """Name of a timm architecture."""
     num_classes: int | None = None
-    """Classes of a fine-tuned model."""
+    """Number of classes of a fine-tuned model."""
     macs: float | None = None
-    """Share of MACs to keep; 0.75 where no limit is given."""
+    """Share of MACs to keep; 0.75 if no limit is given."""
     params: float | None = None
     """Share of parameters to keep."""
     latency: float | None = None
     """Share of the latency of one batch to keep, as measured here; above 1, milliseconds."""
     divergence: float | None = None
-    """The highest divergence of the output."""
+    """Highest divergence of the output."""
     agreement: float | None = None
-    """The lowest share of equal predictions."""
+    """Lowest share of equal predictions."""
     accuracy_drop: float | None = None
-    """The most that accuracy may fall; 0.01 is one point. Folders are the classes."""
+    """Largest loss of accuracy; 0.01 is one point. Folders are the classes."""
     maps: tuple[Kind, ...] = Config().maps
-    """Maps to try beside the identity."""
+    """Kinds of maps to try beside the identity."""
     shrinks: tuple[float, ...] = Config().shrinks
-    """The dial a of the shrunk map (1 - a) I + a T, and of folded corrections."""
+    """Values of a to try in the shrunk map (1 - a) I + a T, and in folded corrections."""
     refit: bool = True
-    """Re-solve kept layers behind a replaced span where that helps."""
+    """Re-solve kept layers behind a replaced span if that helps."""
     keep_features: bool = False
     """Compute every position, also those that the output does not read."""
     foldable: bool = False
     """Search for a stock network with fewer blocks, which timm loads without this package."""
     seed: int = 0
-    """Deals the images to fit, validation and test samples."""
+    """Seed that deals the images to fit, validation and test samples."""
 
     def prepare(self) -> _Ready:
-        """Everything that the work needs, once all that can be checked before it is checked.
+        """Check all that can be checked beforehand, and return everything that the work needs.
 
         Raises:
             RBAError: one of its subclasses, with what is wrong.
@@ -201,9 +202,9 @@ class Compress(_Job):
     """Compress a timm model on your images and save the compressed model."""
 
     hub: bool = False
-    """Write config.json and a model card beside it, for a model hub."""
+    """Also write config.json and a model card, for a model hub."""
     html: bool = False
-    """Write report.html beside it; it shows the images that changed most."""
+    """Also write report.html, which shows the images that changed most."""
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
@@ -221,15 +222,15 @@ class Compress(_Job):
 
 @dataclass(kw_only=True)
 class Heal(_Images):
-    """Train a compressed model that was saved towards its original, on your images without labels."""
+    """Train a saved compressed model towards its original, on your images without labels."""
 
     directory: tyro.conf.Positional[Path]
-    """What `compress` or `save` wrote."""
+    """Directory that `compress` or `save` wrote."""
     healing: tyro.conf.OmitArgPrefixes[Healing] = field(default_factory=Healing)
     checkpoint: Path | None = None
-    """Written twice a minute; where it is there, the training goes on from it."""
+    """File that is written twice a minute; if it exists, training resumes from it."""
     hub: bool = False
-    """Write config.json and a model card beside it, for a model hub."""
+    """Also write config.json and a model card, for a model hub."""
 
     def run(self, say: Say) -> JsonValue:
         require_vacant(self.out)
@@ -254,10 +255,10 @@ class Heal(_Images):
 
 @dataclass(kw_only=True)
 class Profile(_Job):
-    """Profile a timm model on your images and save what was seen, with a picture of each chain."""
+    """Profile a timm model on your images and save the profile, with a picture of each chain."""
 
     checkpoint: Path | None = None
-    """Written twice a minute; where it is there, the profile goes on from it."""
+    """File that is written twice a minute; if it exists, profiling resumes from it."""
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
@@ -284,10 +285,10 @@ class Profile(_Job):
 
 @dataclass(kw_only=True)
 class Search(_Job):
-    """Search a timm model on your images and save what was found as deltas of its weights."""
+    """Search a timm model on your images and save the networks found as deltas of its weights."""
 
     front: bool = False
-    """Save the network of every step, not of the last alone."""
+    """Save the network of every step, not only of the last."""
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
@@ -314,15 +315,15 @@ class Search(_Job):
 
 @dataclass(kw_only=True)
 class Supports(Command):
-    """Print the replaceable blocks of a network, why others are refused, and what comes of it: one
-    block replaced, saved, read back and exported.
+    """Print the replaceable blocks of a network and why others are refused, then try every step: one
+    block is replaced, saved, read back and exported.
     """
 
     name: tyro.conf.Positional[str]
-    """Any architecture of timm, or transformers/bert, torchvision/resnet18, nn/encoder and the like; it
-    gets random weights."""
+    """Any architecture of timm, or one such as transformers/bert, torchvision/resnet18 or nn/encoder;
+    the network gets random weights."""
     onnx: bool = True
-    """Export it, which takes most of the time."""
+    """Export the network, which takes most of the time."""
 
     def run(self, say: Say) -> JsonValue:
         support, row = tried(network(self.name), onnx=self.onnx)
@@ -336,10 +337,10 @@ class Supports(Command):
 
 @dataclass(kw_only=True)
 class Verify(Command):
-    """Check every file of an artefact again: hashes, reload, parity; exits 4 on the first lie."""
+    """Check an artefact's hashes, reload and parity; exit with code 4 at the first check that fails."""
 
     directory: tyro.conf.Positional[Path]
-    """What `compress` or `save` wrote, with or without exported files."""
+    """Directory that `compress` or `save` wrote, with or without exported files."""
 
     def run(self, say: Say) -> JsonValue:
         held: list[JsonValue] = []
@@ -354,13 +355,13 @@ class Export(Command):
     """Write a saved compressed model as ONNX (or .pt2) with a certificate that it computes the same."""
 
     directory: tyro.conf.Positional[Path]
-    """What `compress` or `save` wrote."""
+    """Directory that `compress` or `save` wrote."""
     inputs: Path
-    """Real inputs to compare on: a folder <class>/<image>, or a .npy of what the network takes."""
+    """Real inputs to compare on: a folder <class>/<image>, or a .npy file of the network's inputs."""
     out: Path | None = None
-    """The file to write, .onnx or .pt2; by default model.onnx in the directory."""
+    """File to write, .onnx or .pt2; by default model.onnx in the directory."""
     samples: int = 32
-    """How many of the inputs are taken."""
+    """Number of inputs to take."""
 
     def run(self, say: Say) -> JsonValue:
         out = self.out or self.directory / "model.onnx"
@@ -381,10 +382,10 @@ class Export(Command):
         }
 
     def _example(self) -> Tensor:
-        """The first samples of the inputs.
+        """Return the first samples of the inputs.
 
         Raises:
-            LoaderError: they cannot be read.
+            LoaderError: the inputs cannot be read.
         """
         if self.inputs.suffix == ".npy":
             try:
@@ -401,9 +402,9 @@ class Report(Command):
     """Write the report of a saved compressed model as one HTML page."""
 
     directory: tyro.conf.Positional[Path]
-    """What `compress` or `save` wrote."""
+    """Directory that `compress` or `save` wrote."""
     out: Path | None = None
-    """The page; by default report.html in the directory."""
+    """Page to write; by default report.html in the directory."""
 
     def run(self, say: Say) -> JsonValue:
         out = self.out or self.directory / PAGE
@@ -422,13 +423,13 @@ class Report(Command):
 
 @dataclass(kw_only=True)
 class Bench(Command):
-    """Time a saved compressed model beside its original, in pairs, on inputs that are drawn alike."""
+    """Time a saved compressed model and its original in pairs, on random inputs like the real ones."""
 
     directory: tyro.conf.Positional[Path]
-    """What `compress` or `save` wrote."""
+    """Directory that `compress` or `save` wrote."""
     batch_sizes: tuple[int, ...] = (1, 32)
     seconds: float = 5.0
-    """For each batch size."""
+    """Seconds of timing for each batch size."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False
     """Time both through torch.compile."""
@@ -453,14 +454,14 @@ class Bench(Command):
             rows[str(size)] = timed.model_dump(mode="json")
             say(
                 f"batch {size}: {timed.original_ms:.2f} ms before, {timed.compressed_ms:.2f} after, "
-                f"ratio {timed.ratio:.3f}, quartiles {timed.ratio_low:.3f} to {timed.ratio_high:.3f} of "
-                f"{timed.pairs} pairs on {timed.device}"
+                f"ratio {timed.ratio:.3f}, quartiles {timed.ratio_low:.3f} to {timed.ratio_high:.3f} "
+                f"of {timed.pairs} pairs on {timed.device}"
             )
         return rows
 
 
 def _told(report: Measured, out: Path) -> JsonValue:
-    """What a program is told of a network that was made."""
+    """Return the JSON value on a network that was made."""
     told: dict[str, JsonValue] = {"out": str(out), **report.summary.model_dump(mode="json")}
     return told | {"notes": [*report.notes], "warnings": [*report.warnings]}
 

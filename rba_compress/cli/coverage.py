@@ -1,6 +1,6 @@
-"""One network tried from end to end: found, compressed by one span, saved, read back, exported.
+"""Coverage check: every step tried on one network. One span is replaced, saved, read back and exported.
 
-A check of breadth: whether it works on an architecture at all. Weights and inputs may be random.
+The check shows whether an architecture is supported at all. Weights and inputs may be random.
 """
 
 from __future__ import annotations
@@ -34,38 +34,37 @@ SPEC = MapSpec(kind="shrunk", shrink=0.7, damping=1e-4)
 
 
 class Row(Frozen):
-    """What came of one network; None where a step was not reached, or not asked for."""
+    """Result of one network; None where a step was not reached, or not requested."""
 
     network: str
     chains: int
     blocks: int
-    """In all chains."""
+    """Number of blocks in all chains."""
     refusal: str = ""
-    """Why there is no chain."""
+    """Reason why there is no chain."""
     seconds: float
-    """To find the chains."""
+    """Seconds taken to find the chains."""
     span: str = ""
-    """What was replaced."""
+    """Replacement of a span."""
     shape_kept: bool | None = None
     finite: bool | None = None
     by_hand: bool | None = None
-    """Whether the compressed network gives, bit for bit, what the original gives with the map's value put
-    in
-    place of the block's by hand."""
+    """True if the compressed network's output is bit-equal to that of the original with the map's value
+    put in place of the block's by hand."""
     reloaded: bool | None = None
-    """Whether the saved network, read back, gives the same outputs bit for bit."""
+    """True if the saved network, read back, gives the same outputs bit for bit."""
     onnx: float | None = None
     """Largest difference of ONNX Runtime's outputs, relative to the largest output."""
     onnx_fixed: bool = False
-    """Whether the file is of the batch's own shape alone: none of any batch size could be had."""
+    """True if the file takes the batch's own shape alone, because a dynamic batch size failed."""
     onnx_error: str = ""
-    """Why there is no ONNX file."""
+    """Reason why there is no ONNX file."""
     dense_onnx_error: str | None = None
-    """Why there is none of the original either; tried only where the compressed one has none."""
+    """Reason why the original has no ONNX file either; tried only if the compressed one has none."""
 
     @property
     def right(self) -> bool:
-        """Whether nothing went wrong; a refusal, or an export that is refused, is not wrong."""
+        """True if no step failed; a refusal, or an export that is refused, is not a failure."""
         return False not in (self.shape_kept, self.finite, self.by_hand, self.reloaded)
 
     def __str__(self) -> str:
@@ -89,11 +88,11 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
     """Build a network and try every step on it.
 
     Args:
-        network: of `rba_compress.cli.catalogue.network`.
-        onnx: export it, too, which takes most of the time.
+        network: a network of `rba_compress.cli.catalogue.network`.
+        onnx: also export the network, which takes most of the time.
 
     Raises:
-        ModelError: it cannot be built, or its forward pass fails.
+        ModelError: the network cannot be built, or its forward pass fails.
     """
     model = network.build()
     batch = as_batch(network.example(model))
@@ -125,7 +124,7 @@ def tried(network: Network, *, onnx: bool = True) -> tuple[Support, Row]:
         "by_hand": _equal(found, by_hand),
     }
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that `load` needs the model is no news here
+        warnings.simplefilter("ignore")  # of `load` needing the original, which is expected
         root = Path(temporary)
         manifest = write_artifact(
             compressed,

@@ -1,4 +1,4 @@
-"""The embedded default, from end to end: compress the digits ViT, save it, load it, compare."""
+"""Demo from end to end: compress the embedded digits ViT, save it, load it, compare."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ save_file({"y": load(directory)(load_file(inputs)["x"]).detach()}, outputs)
 
 
 def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print) -> Report:
-    """Compress the digits ViT to `kept` of its MACs and parameters, and prove it on held-out digits.
+    """Compress the digits ViT to `kept` of its MACs and parameters, and report on held-out digits.
 
     Writes `out/compressed/`, `out/report.html` and `out/similarity.png`.
 
     Args:
-        say: is told of it as it goes.
+        say: called with each line of progress.
 
     Raises:
         ArtifactError: the model loaded in a fresh process gives other outputs.
@@ -82,7 +82,7 @@ def _reload(directory: Path, inputs: torch.Tensor, model: torch.nn.Module) -> No
 
 
 def free_directory(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist yet."""
+    """Return `wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist yet."""
     number, path = 2, wanted
     while path.exists():
         path = wanted.with_name(f"{wanted.name}-{number}")

@@ -1,4 +1,4 @@
-"""The embedded default: a 12-block vision transformer on scikit-learn's digits, and its data.
+"""Embedded network of the demo, a 12-block vision transformer on scikit-learn's digits, and its data.
 
 The weights are shipped beside this file; `benchmarks/train_digits.py` made them.
 """
@@ -31,7 +31,7 @@ Split = tuple[Tensor, Tensor]
 
 
 def digits_model(*, pretrained: bool = True, drop_path_rate: float = 0.0) -> nn.Module:
-    """A timm `VisionTransformer` for (N, 1, 8, 8) digits, in eval mode."""
+    """Return a timm `VisionTransformer` for (N, 1, 8, 8) digits, in eval mode."""
     model: nn.Module = timm.create_model(ARCHITECTURE, drop_path_rate=drop_path_rate, **ARGUMENTS)
     if pretrained:
         model.load_state_dict(load_file(WEIGHTS))
@@ -39,7 +39,7 @@ def digits_model(*, pretrained: bool = True, drop_path_rate: float = 0.0) -> nn.
 
 
 def digits_data() -> tuple[Split, Split]:
-    """The 1,078 training and the 719 held-out digits: images (N, 1, 8, 8) in -1..1, labels (N,)."""
+    """Return the 1,078 training and 719 held-out digits: images (N, 1, 8, 8) in -1..1, labels (N,)."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 1, 8, 8) / 8.0 - 1.0).astype(np.float32)
     parts = train_test_split(images, labels, test_size=0.4, random_state=0, stratify=labels)
@@ -48,5 +48,5 @@ def digits_data() -> tuple[Split, Split]:
 
 
 def batches(split: Split, size: int = 128) -> list[Split]:
-    """`split` as a loader: a list of (images, labels) batches."""
+    """Return `split` as a loader: a list of (images, labels) batches."""
     return list(zip(split[0].split(size), split[1].split(size), strict=True))

@@ -1,4 +1,4 @@
-"""Images of a folder as a loader, prepared as a timm model wants them."""
+"""Images of a folder as a loader, preprocessed for a timm model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
-    """Images in `root/<class>/<image>`; labels are the places of the sorted class folders, and there
-    are none (`labelled`) where the model has another number of classes.
+    """Images in `root/<class>/<image>`; labels are the indices of the sorted class folders, and there
+    are none (`labelled`) if the model has another number of classes.
 
     Args:
         root: the folder; labels count all of its class folders, whatever `split` names.
         split: a text file with one path relative to `root` a line; None takes every image.
         model: a timm model, whose own size, crop, mean and standard deviation are applied.
-        without: images that must not be among them; left out where there is no `split`.
+        without: images that must not be among the images; left out if there is no `split`.
 
     Raises:
         LoaderError: there is no image, or `split` names one that is not there or is in `without`.
@@ -91,10 +91,10 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
 
 
 def _lines(split: Path) -> list[str]:
-    """The lines of a text file that are not empty, without spaces and byte-order marks around them.
+    """Return the non-empty lines of a text file, without spaces and byte-order marks around them.
 
     Raises:
-        LoaderError: the file is no UTF-8.
+        LoaderError: the file is not UTF-8.
     """
     try:
         text = split.read_text(encoding="utf-8")
@@ -104,14 +104,14 @@ def _lines(split: Path) -> list[str]:
         ) from error
     if "\0" in text:
         raise LoaderError(f"{split} is not a text file of image paths in UTF-8: it holds a NUL byte")
-    # A mark stands in the middle where files were joined.
+    # Byte-order marks stand in the middle of a file if files were joined.
     lines = (line.strip("\ufeff \t\r") for line in text.split("\n"))
     return [line for line in lines if line]
 
 
 def _named(root: Path, line: str) -> Path:
-    """The image that a line names: below `root` or absolute, quoted or not, with the separators of
-    any system.
+    """Return the image that a line names: below `root` or absolute, quoted or not, with the separators
+    of any system.
     """
     bare = line.strip("'\"")
     ways = (line, bare, bare.replace("\\", "/"))
@@ -121,7 +121,7 @@ def _named(root: Path, line: str) -> Path:
 
 
 def image_loader(files: ImageFiles, *, batch_size: int) -> DataLoader[tuple[Tensor, Tensor] | Tensor]:
-    """Files in batches, in the order of their split.
+    """Return the files in batches, in the order of their split.
 
     Raises:
         LoaderError: `batch_size` is not positive.

@@ -1,4 +1,4 @@
-"""`rba-compress latent`: what spaces of networks that were trained apart have in common, on digits."""
+"""Subcommands of `rba-compress latent`: spaces of networks that were trained apart, on digits."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PICTURE = "picture.png"
 
 @dataclass(kw_only=True)
 class LatentStitch(Command):
-    """Put the encoders of small networks before each other's heads, through every bridge."""
+    """Stitch the encoders of small networks to each other's heads, through every bridge."""
 
     out: Path = Path("latent-stitch")
-    """Directory to write; a number is appended where it exists."""
+    """Directory to write; a number is appended if it exists."""
     trial: tyro.conf.OmitArgPrefixes[Trial] = field(default_factory=lambda: Trial(seeds=(0, 1)))
 
     def run(self, say: Say) -> JsonValue:
@@ -52,7 +52,7 @@ class LatentAnchors(Command):
     """Find parallel anchors of a perceptron and a convolutional network from a few known pairs."""
 
     out: Path = Path("latent-anchors")
-    """Directory to write; a number is appended where it exists."""
+    """Directory to write; a number is appended if it exists."""
     trial: tyro.conf.OmitArgPrefixes[AnchorTrial] = field(
         default_factory=lambda: AnchorTrial(repetitions=2, samples=600, anchors=200)
     )
@@ -88,7 +88,7 @@ class LatentAggregate(Command):
     """Merge the spaces of networks that each learned a part of a task into one."""
 
     out: Path = Path("latent-aggregate")
-    """Directory to write; a number is appended where it exists."""
+    """Directory to write; a number is appended if it exists."""
     trial: tyro.conf.OmitArgPrefixes[AggregationTrial] = field(
         default_factory=lambda: AggregationTrial(seeds=(0,))
     )
@@ -105,7 +105,7 @@ class LatentAggregate(Command):
 
 
 def _kept(out: Path, picture: Figure, rows: Sequence[Any], say: Say) -> JsonValue:
-    """Write the picture, and say where it is."""
+    """Write the picture, print its path, and return the JSON value."""
     out = free_directory(out)
     with written_whole(out.absolute()) as folder:
         picture.savefig(folder / PICTURE, dpi=120)

@@ -6,8 +6,9 @@
         --macs 0.8 --html --out compressed/
     rba-compress verify compressed/
 
-`rba-compress COMMAND --help` lists its options. Exit codes: 0 done, 1 a fault of this program, 2 bad
-usage or input, 3 the budget cannot be reached, 4 a directory or a check of one failed, 130 interrupted.
+`rba-compress COMMAND --help` lists the options of a command. Exit codes: 0 done, 1 an internal error, 2
+bad usage or input, 3 the budget cannot be reached, 4 a directory or a check of one failed, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ CODES = {BudgetError: 3, FidelityError: 3, ArtifactError: 4, ExportError: 4}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command and return its exit code."""
     command = tyro.cli(Command, args=arguments, prog="rba-compress", description=__doc__)
 
     def failed(code: int, message: str) -> int:
@@ -97,5 +98,5 @@ def main(arguments: list[str] | None = None) -> int:
         return failed(130, f"interrupted; no artefact is half-written: {again}")
     except Exception as error:  # noqa: BLE001  whatever it is, a user is told what to do
         note = "" if command.debug else "; --debug shows where"
-        return failed(1, f"a fault of this program: {type(error).__name__}: {error}{note}")
+        return failed(1, f"an internal error; please report it: {type(error).__name__}: {error}{note}")
     return 0

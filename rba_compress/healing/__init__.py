@@ -1,5 +1,5 @@
-"""Training of a compressed network towards its original.
+"""Healing: training of a compressed network towards its original.
 
 distillation  the training
-augmentation  images mirrored, cropped, mixed
+augmentation  random mirroring, cropping and mixing of images
 """

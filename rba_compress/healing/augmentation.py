@@ -1,4 +1,4 @@
-"""Images augmented at random, as tensors, from a generator that is passed in."""
+"""Random augmentation of image tensors, from a generator that is passed in."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.config import Augmentation
 
 _SMALLEST = 0.35
-"""Share of an image's area that a crop leaves, at the least."""
+"""Least share of an image's area that a crop keeps."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Images with, where they were mixed, the other image of each and how much is of its own."""
+    """Batch of images and, if they were mixed, the partner of each image and its own share."""
 
     batch: Batch
     order: Tensor | None = None  # (N,)
     share: Tensor | None = None  # (N,)
 
     def cross_entropy(self, scores: Tensor, smoothing: float) -> Tensor:
-        """Of class scores (N, classes) with the labels, by share: (N,)."""
+        """Return the cross entropy of class scores (N, classes) with the labels, by share: (N,)."""
         assert self.batch.labels is not None
         labels = self.batch.labels.to(scores.device)
         each = functools.partial(F.cross_entropy, scores, reduction="none", label_smoothing=smoothing)
@@ -37,11 +37,11 @@ class Mixed:
 
 
 def augmented(batch: Batch, how: Sequence[Augmentation], generator: torch.Generator) -> Mixed:
-    """A batch of images (N, C, H, W) augmented at random; one without images as it is.
+    """Return a batch of images (N, C, H, W), augmented at random; a batch without images is unchanged.
 
-    A crop is a part of the image of at least `_SMALLEST` of its area and a ratio of 3/4 to 4/3, brought
-    to its size (Szegedy et al. 2015). `mix` is mixup (Zhang et al. 2018) and `cut` CutMix (Yun et al.
-    2019), both with uniform shares; with both one of them is drawn for the batch.
+    A crop has at least `_SMALLEST` of the image's area and a ratio of 3/4 to 4/3, and is resized to the
+    image's size (Szegedy et al. 2015). `mix` is mixup (Zhang et al. 2018) and `cut` CutMix (Yun et al.
+    2019), both with uniform shares; if both are chosen, one of them is drawn for the batch.
     """
     name, x = next(
         ((n, t) for n, t in batch.tensors.items() if t.ndim == 4 and t.is_floating_point()), ("", None)

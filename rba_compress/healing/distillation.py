@@ -1,13 +1,13 @@
-"""Healing: the original network teaches the compressed one, on samples without labels.
+"""Healing by distillation: the original network teaches the compressed one, without labels.
 
-What is minimised is what the search minimises: the divergence of the output from the original's, which
-tells anew what it gives for every augmented image (Hinton, Vinyals, Dean 2015; Beyer et al. 2022, who
-show that teacher and student must see the same crop). Both networks run in eval mode: no dropout, and
-BatchNorms keep their statistics.
+The objective is that of the search: the divergence of the output from the original's. The original is
+run on every augmented image (Hinton, Vinyals, Dean 2015; Beyer et al. 2022, who show that teacher and
+student must see the same crop). Both networks run in eval mode: no dropout, and BatchNorms keep their
+statistics.
 
-Of ten samples seven are trained on; two, of those that a search chooses on, are held out to tell the
-best state; the one that reports are made on is left alone. What is kept is the best state, and what
-went in where none is better.
+Of ten samples, seven are trained on. Two of the validation samples are held out to choose the best
+state. The test sample is left for reports. The result is the best state, or the initial state if no
+other is better.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from rba_compress.profiling.fidelity import Criterion
 from rba_compress.profiling.profiler import EVERY, fingerprint
 
 HELD = 2
-"""Of the samples that a search chooses on, one in so many is held out."""
+"""Ratio of validation samples to those of them that are held out of training."""
 
 
 FAR = ("rate", "step", "before", "best", "best_step", "since")
-"""How far a training is, of its checkpoint's header."""
+"""Fields of a checkpoint's header that record the progress of a training."""
 
 
 class Training(Frozen):
-    """The JSON header of a checkpoint: what it is of, and how far it is."""
+    """The JSON header of a checkpoint: the identity of a training, and its progress."""
 
     schema_version: Literal[1] = 1
     original: str
@@ -66,26 +66,26 @@ class Training(Frozen):
     best: float = math.nan
     best_step: int = 0
     since: int = 0
-    """Epochs without a new best."""
+    """Number of epochs without a new best state."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What came of a training."""
+    """Result of a training."""
 
     weights: dict[str, Tensor]
-    """By their key in the compressed network; none where nothing was better than what went in."""
+    """Trained tensors by their key in the compressed network; empty if training did not help."""
     healed: Healed | None
     note: str = ""
-    """What its user should be told."""
+    """Message for the user."""
 
 
 Seen = tuple[Any, list[Tensor]]
-"""A network's output, and the streams behind its chains."""
+"""Output of a network, and the streams behind its chains."""
 
 
 class _Watched(nn.Module):
-    """A network with the streams behind its chains beside its output."""
+    """Network that also returns the streams behind its chains."""
 
     def __init__(self, model: nn.Module, chains: Sequence[Chain]) -> None:
         super().__init__()
@@ -99,22 +99,23 @@ class _Watched(nn.Module):
 
 
 class Student(nn.Module):
-    """A compressed network of which some tensors are trained; all others stay as they are.
+    """Compressed network of which some tensors are trained and all others are frozen.
 
-    Its parameters are those that are trained: tensors themselves, and the factors U (out, r) and
-    V (r, in) of adapters W + U V on others (Hu et al. 2022), with U = 0 at the start.
+    Its parameters are the trained ones: whole tensors, and the factors U (out, r) and V (r, in) of
+    adapters W + U V on others (Hu et al. 2022), with U = 0 at the start.
     """
 
     def __init__(
         self, compressed: nn.Module, healing: Healing, new: Sequence[str], chains: Sequence[Chain] = ()
     ) -> None:
-        """
+        """Choose the tensors to train.
+
         Args:
-            compressed: left as it is.
+            compressed: not changed.
             new: names of the parameters that the original does not have, those of maps.
 
         Raises:
-            ModelError: there is nothing of the kind to train.
+            ModelError: the network has no parameter of the requested kind.
         """
         super().__init__()
         own = {name: p for name, p in compressed.named_parameters() if p.is_floating_point()}
@@ -132,12 +133,12 @@ class Student(nn.Module):
             self.ups.append(weight.new_zeros(rows, healing.rank))
             drawn = torch.randn(healing.rank, columns, generator=generator) / columns**0.5
             self.downs.append(drawn.to(weight))
-        # No child: what is not trained is no parameter of this one.
+        # In a tuple, so that frozen parameters are not registered here.
         self._frozen = (_Watched(compressed, chains),)
         self._own = own
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained tensors, by their key in the compressed network's state dict."""
+        """Return the trained tensors, by their key in the compressed network's state dict."""
         found: dict[str, Tensor] = dict(zip(self.keys, self.values, strict=True))
         for key, up, down in zip(self.adapted, self.ups, self.downs, strict=True):
             weight = self._own[key].detach()
@@ -153,7 +154,7 @@ class Student(nn.Module):
 def _chosen(
     compressed: nn.Module, own: dict[str, nn.Parameter], healing: Healing, new: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Names of the parameters that are trained, and of those that get an adapter."""
+    """Return the names of the parameters that are trained, and of those that get an adapter."""
     match healing.train:
         case "maps":
             return [name for name in own if name in new], []
@@ -175,7 +176,7 @@ def _chosen(
 
 
 class _Deck:
-    """One process's samples to train on, dealt in an order of its own for every round."""
+    """Training samples of one process, shuffled anew for every epoch."""
 
     def __init__(self, batches: list[Batch], size: int, seed: int) -> None:
         shapes = {repr([(k, t.shape[1:]) for k, t in b.tensors.items()]) for b in batches}
@@ -183,11 +184,11 @@ class _Deck:
         self._joined = Batch.join(batches) if len(shapes) == 1 and whole else None
         self._batches, self._seed = batches, seed
         self.cards = len(batches) if self._joined is None else len(self._joined)
-        """Samples; batches where they differ in shape (text of several lengths)."""
+        """Number of samples; of batches, if samples differ in shape (text of several lengths)."""
         self._size = 1 if self._joined is None else size
 
     def deal(self, step: int) -> Batch:
-        """The batch of a step."""
+        """Return the batch of a step."""
         places = range(step * self._size, (step + 1) * self._size)
         cards = [self._order(place // self.cards)[place % self.cards] for place in places]
         return self._batches[cards[0]] if self._joined is None else self._joined.select(cards)
@@ -199,28 +200,29 @@ class _Deck:
 
 
 def _mixed(*numbers: int) -> int:
-    """A seed made of several numbers."""
+    """Return a seed made of several numbers."""
     hashed = hashlib.blake2b(repr(numbers).encode(), digest_size=7)
     return int.from_bytes(hashed.digest(), "big")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on and what is held out, of one of several processes."""
+    """Training and held-out samples of one process."""
 
     train: list[Batch]
     held: list[Batch]
     count: int
-    """Of those that are trained on, in all processes."""
+    """Number of training samples in all processes."""
     data: str
-    """SHA-256 of all of these."""
+    """SHA-256 of the training samples of all processes."""
 
     @classmethod
     def of(cls, split: Split) -> Samples:
-        """Read a loader.
+        """Read the samples of a loader.
 
         Raises:
-            LoaderError: it has too few samples to hold any out, or fewer batches than processes.
+            LoaderError: the loader has too few samples to hold any out, or fewer batches than
+                processes.
         """
         train, held, digests = [], [], []
         for part, places, batch in split.deal("fit", "validation"):
@@ -241,7 +243,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Objective:
-    """What is minimised, of each sample."""
+    """Training objective of each sample."""
 
     criterion: Criterion
     healing: Healing
@@ -250,10 +252,10 @@ class _Objective:
     def __call__(
         self, wanted: tuple[Any, list[Tensor]], found: tuple[Any, list[Tensor]], mixed: Mixed
     ) -> Tensor:
-        """(N,) float64.
+        """Return the objective of each sample, (N,) float64.
 
         Args:
-            wanted, found: what the original and the student gave.
+            wanted, found: outputs and streams of the original and of the student.
         """
         how, (a, b) = self.healing, (self.criterion.kept(seen[0]) for seen in (wanted, found))
         each = self.criterion(a, b, mixed.batch)
@@ -264,7 +266,7 @@ class _Objective:
             own, to = (t.movedim(chain.axis, -1).movedim(chain.sample_axis, 0) for t in (g, h))
             own, to = own.double(), to.double()
             own, to = (t.reshape(len(t), -1, chain.width) for t in (own, to))
-            to = to[:, : own.shape[1]]  # behind a read-out the others are not there
+            to = to[:, : own.shape[1]]  # behind a read-out, other positions are absent
             error = (own - to).square().sum((1, 2)) / to.square().sum((1, 2)).clamp_min(1e-12)
             error = per_sample(error, len(each))  # a row may be a frame of a sample
             error = error.mean(1) if error.ndim > 1 else error
@@ -283,12 +285,12 @@ def distil(
     chains: Sequence[Chain] = (),
     checkpoint: Path | None = None,
 ) -> Course:
-    """Train a compressed network towards its original; both are left as they are.
+    """Train a compressed network towards its original; neither is changed.
 
     Args:
-        chains: whose last streams are matched, where `healing.features` asks for it.
-        checkpoint: a file that is written twice a minute, and removed at the end; where it is there at
-            the start, the training goes on from it, to the same end.
+        chains: chains whose last streams are matched, if `healing.features` is set.
+        checkpoint: a file that is written twice a minute, and removed at the end. If the file exists at
+            the start, training resumes from it, with the same result as without an interruption.
 
     Raises:
         LoaderError, ModelError, PlanError, ArtifactError, RankError: as `rba_compress.heal`.
@@ -321,7 +323,7 @@ def distil(
 
 
 class _Run:
-    """The state of one training."""
+    """State of one training."""
 
     def __init__(
         self,
@@ -340,9 +342,9 @@ class _Run:
         self.deck = _Deck(samples.train, size, _mixed(self.healing.seed, ranks.rank))
         cards = int(ranks.sum(self.deck.cards))
         self.epoch = max(1, cards // (size * ranks.count))
-        """Steps of a round."""
+        """Number of steps per epoch."""
         self.steps = self.epoch * self.healing.epochs
-        # A read-out computes no keys of its last block, say: what is not used has no gradient.
+        # Unused parameters have no gradient: a read-out, for one, computes no keys of its last block.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         on_cpu = device_of(teacher).type == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[unused])
@@ -388,7 +390,7 @@ class _Run:
         return self._course(header, note)
 
     def _judged(self, header: Training) -> Training:
-        """The header with what the student is worth by now; the best state is kept."""
+        """Measure the student, keep its state if it is the best, and return the updated header."""
         value = self.measure()
         if not value < header.best:
             return header.model_copy(update={"since": header.since + 1})
@@ -415,9 +417,11 @@ class _Run:
         return Course(self.best, healed, note)
 
     def _chosen_rate(self) -> float:
-        """Of `RATES` the one after whose trial the held-out objective is lowest; the student and its
-        optimiser are as they were. A trial is a whole training in a tenth of the epochs, falling rate
-        and all: at a steady rate a short one prefers those that are too low (Wu et al. 2018).
+        """Return the rate of `RATES` whose trial ends with the lowest held-out objective. The student
+        and its optimiser are restored.
+
+        A trial is a whole training in a tenth of the epochs, with the whole schedule of the rate: at a
+        constant rate, short trials prefer rates that are too low (Wu et al. 2018).
         """
         start = [value.detach().clone() for value in self.student.parameters()]
         worth = {}
@@ -436,7 +440,7 @@ class _Run:
         return min(rates, key=worth.__getitem__)
 
     def step(self, number: int, rate: float) -> bool:
-        """One step of the optimiser; whether its gradient was finite. It is not taken otherwise."""
+        """Take one step of the optimiser if its gradient is finite; return whether it is."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(_mixed(self.healing.seed, self.ranks.rank, number))
@@ -448,7 +452,7 @@ class _Run:
         with torch.autocast(device, torch.bfloat16, enabled=self.healing.bf16):
             found = self.trained(mixed.batch)
         loss = self.objective(wanted, found, mixed).mean()
-        with self.ranks.answered():  # which share their gradients in it
+        with self.ranks.answered():  # the ranks share their gradients here
             self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), 1.0)
         finite = bool(torch.isfinite(norm))
@@ -458,14 +462,16 @@ class _Run:
         return finite
 
     def _share(self, step: int, steps: int) -> float:
-        """Of the learning rate's peak: linear to it, then half a cosine (Loshchilov, Hutter 2017)."""
+        """Return the share of the peak learning rate: a linear warm-up, then half a cosine
+        (Loshchilov, Hutter 2017).
+        """
         warm = self.healing.warmup * steps
         if step < warm:
             return (step + 1) / (warm + 1)
         return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2
 
     def measure(self) -> float:
-        """The mean objective on the held-out samples of all processes."""
+        """Return the mean objective on the held-out samples of all processes."""
         total = 0.0
         with evaluating(self.student), torch.no_grad():
             for wanted, batch in zip(self.wanted, self.held, strict=True):
@@ -484,10 +490,10 @@ class _Run:
         write_tensors(path, header, {name: t.detach() for name, t in tensors.items()})
 
     def _resumed(self, path: Path, expected: Training) -> Training:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint, and return its header.
 
         Raises:
-            ArtifactError: it is of another training.
+            ArtifactError: the checkpoint is of another training.
         """
         header, tensors = read_tensors(path, Training)
         far = {name: getattr(header, name) for name in FAR}
@@ -513,10 +519,11 @@ class _Run:
 def _require_trainable(
     original: nn.Module, compressed: nn.Module, known: dict[str, nn.Parameter]
 ) -> None:
-    """
+    """Require two networks that can be trained towards each other.
+
     Raises:
         PlanError: the compressed network was not made from this original.
-        ModelError: its weights are of low precision, or lie elsewhere.
+        ModelError: its weights are of low precision, or weights of either are offloaded.
     """
     shared = {name: p for name, p in compressed.named_parameters() if name in known}
     other = next((n for n, p in shared.items() if p.shape != known[n].shape), None)
@@ -543,9 +550,10 @@ def _require_trainable(
 
 
 def _require_labels(samples: Samples, criterion: Criterion, healing: Healing) -> None:
-    """
+    """Require labels of class scores, if the objective uses labels.
+
     Raises:
-        LoaderError: labels are asked for and not there, or not of class scores.
+        LoaderError: labels are requested but missing, or the output is not class scores.
     """
     if not healing.labels:
         return

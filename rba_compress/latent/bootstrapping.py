@@ -133,6 +133,7 @@ def bootstrap_anchors(
         SpaceError: a space that is no matrix of numbers; the two on two devices; fewer than two seeds,
             one that is no row, or a row twice; fewer anchors than seeds, or more than samples.
     """
+    # Long by its parameters: the settings of both solvers.
     require(solver, get_args(Solver), "the solver")
     x_rows, y_rows = _checked(x_space, y_space, seeds, n_anchors)
     known, steps = len(x_rows), STEPS[solver] if steps is None else steps

@@ -1,4 +1,4 @@
-"""Fits candidates: every level of every unit at every site, and every correction of a kept layer."""
+"""Candidates: fits of every level of every unit at every site, and corrections of kept layers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from rba_compress.units.splice import STATISTICS, splice_shared
 
 
 class CandidateFitter:
-    """Fits on its samples, with the original and the current network side by side.
+    """Fitter of candidates on the fit samples, with the original and the current network side by side.
 
-    `samples` counts samples sent through a whole network's worth of blocks. Where several ranks work
-    together each holds its share of the samples, and fits are of all.
+    `samples` counts the samples run; a run through a part of the blocks counts as that share. With
+    several ranks, each holds its share of the samples, and fits are over all of them.
     """
 
     def __init__(self, model: nn.Module, profile: Profile, batches: Sequence[Batch]) -> None:
@@ -50,15 +50,15 @@ class CandidateFitter:
         self.samples = 0.0
         self.traces = profile.traces
         self.times: list[list[float]] = []
-        """Of each chain, the shares of its blocks in the network's time, where they are needed."""
+        """Shares of each chain's blocks in the network's time; empty unless latency is limited."""
 
     @property
     def total(self) -> Total | None:
-        """Sums over ranks; None where there is one."""
+        """Sum over ranks; None on a single rank."""
         return self.ranks.total if self.ranks.count > 1 else None
 
     def compressed(self, solution: Solution) -> nn.Module:
-        """Return the compressed network, on the original's weights."""
+        """Return the compressed network, which shares the original's weights."""
         return splice_shared(self.model, solution.plan, solution.tensors, self.traces)
 
     def cost(self, plan: Plan) -> Cost:
@@ -66,15 +66,15 @@ class CandidateFitter:
         return network_cost(self.profile, plan, times=self.times)
 
     def unfitted(self, site: Site, level: Level = IDENTITY) -> Replacement:
-        """Return the decision at a site, not fitted yet."""
+        """Return the replacement at a site, not fitted yet."""
         return unit_of(site.unit).choice(self.chains[site.chain], site.start, site.stop, level)
 
     def class_weight(self, chain: int) -> float:
-        """How often a class token's row counts in fits."""
+        """Return the weight of a class token's row in fits."""
         return self.config.class_weight or float(self.chains[chain].positions)
 
     def saving(self, state: SearchState, site: Site) -> Cost:
-        """Return the most that a site can save: with the identity for a map."""
+        """Return the most that a site can save, which is with the identity as its map."""
         candidate = Candidate(site.chain, self.unfitted(site))
         return self.cost(state.solution.plan) - self.cost(with_candidate(state, candidate).plan)
 
@@ -92,7 +92,7 @@ class CandidateFitter:
                     for b, block in enumerate(chain.blocks)
                     if block.branches and b not in taken
                 }
-            # Between its sublayers a block is seen in a traced copy; its layers are no modules there.
+            # Streams between sublayers are observed in a traced copy, whose layers are not modules.
             inner = [s for s in wanted if any(place % 1 for place in _ends(s))]
             found += self._of_chain(model, c, inner, {})
             found += self._of_chain(model, c, [s for s in wanted if s not in inner], folds)
@@ -120,7 +120,7 @@ class CandidateFitter:
             if not out_of_memory(error):
                 raise
             failed = error
-        if self.ranks.sum(failed is not None):  # on any rank: all go the same way
+        if self.ranks.sum(failed is not None):  # on any rank: all ranks take the same branch
             return self._in_halves(model, c, sites, folds, failed)
         rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
         last = max(s.stop for s in sites) + max(s.start for s in sites)
@@ -134,7 +134,7 @@ class CandidateFitter:
         rows: dict[float, SpanRows],
         folds: dict[float, Branch],
     ) -> list[Candidate]:
-        """Fit every level of sites in one chain, from the sums over its rows."""
+        """Fit every level of sites in one chain, from its regression statistics."""
         found: list[Candidate] = []
         weight = self.class_weight(sites[0].chain)
         maps: dict[tuple[float, bool], PairMoments] = {}  # sites of one source share a spectrum
@@ -163,7 +163,7 @@ class CandidateFitter:
         folds: dict[float, Branch],
         failed: Exception | None,
     ) -> list[Candidate]:
-        """As `_of_chain`, where memory ran out: half of the sources at a time, at a pass more."""
+        """Repeat `_of_chain` after memory ran out, with half of the sources in each of two passes."""
         sources = sorted({_ends(site)[0] for site in sites})
         if len(sources) == 1:
             raise failed or MemoryError("on another rank")
@@ -174,14 +174,14 @@ class CandidateFitter:
         return sorted(found, key=lambda candidate: order[candidate.site])
 
     def walk(self, chain: int) -> Walk:
-        """A walk down a chain, for `refits`."""
+        """Return a walk down a chain, for `refits`."""
         return Walk(self.model, self.chains, chain, self.batches)
 
     def refits(
         self, walk: Walk, solution: Solution, block: int, branch: int
     ) -> Iterator[tuple[Refit, Solution]]:
-        """Every correction of the last layer of a kept block's branch, on a walk down its chain; the
-        first is of the middle damping and the least step.
+        """Yield every correction of the last layer of a kept block's branch, on a walk down its chain;
+        the first has the middle damping and the smallest step.
         """
         chain, c = walk.chain, walk.index
         before, model = walk.passes, self.compressed(solution)
@@ -201,8 +201,8 @@ class CandidateFitter:
                 yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
     def statistics(self, solution: Solution, path: str) -> Iterator[Solution]:
-        """The solution with BatchNorms behind the block at `path` that know what reaches them by now,
-        for every share of the way there; none where there are no BatchNorms.
+        """Yield the solution with re-estimated statistics of the BatchNorms behind the block at `path`,
+        one for each step size; yield nothing without BatchNorms.
         """
         model = self.compressed(solution)
         seen = batch_statistics(model, path, self.batches)
@@ -249,7 +249,7 @@ def _folded(model: nn.Module, candidate: Candidate, gap: PairMoments, branch: Br
 
 
 def _corrected(model: nn.Module, refit: Refit, gap: PairMoments) -> dict[str, Tensor]:
-    """The tensors of a kept layer, moved by a share of its correction."""
+    """Return the tensors of a kept layer, moved by a share of its correction."""
     layer = model.get_submodule(refit.path)
     own = dict(layer.named_parameters(recurse=False))
     change, shift = correction(gap, refit.damping, bias="bias" in own)

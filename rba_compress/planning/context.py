@@ -1,4 +1,4 @@
-"""What all steps of one search share: samples, fits, evaluations, limits and the log."""
+"""Shared context of one search: samples, fits, evaluations, limits and the log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rba_compress.profiling.profiler import Profile
 
 
 class SearchContext:
-    """One search: its samples and limits, and the network that candidates are evaluated against."""
+    """Context of one search: samples, limits, and the network that candidates are evaluated against."""
 
     def __init__(
         self, model: nn.Module, profile: Profile, loader: Iterable[Any], budget: Budget
@@ -54,7 +54,7 @@ class SearchContext:
         )
         self._current: Solution | None = None
         self.rises: dict[Site, float] = {}
-        """Of each site, the rise of the divergence when it was last screened."""
+        """Rise of the divergence at each site when it was last screened."""
         plan = Plan(
             refusals=profile.refusals,
             budget=budget,
@@ -84,9 +84,9 @@ class SearchContext:
         """Return the divergence of each validation sample under a solution, (samples,).
 
         Args:
-            state: it equals the solution up to `at`.
+            state: a state that equals the solution up to `at`.
             at: chain and boundary.
-            screen: of a share of the samples.
+            screen: run a share of the samples alone.
         """
         if self._current is not state.solution:
             self.state(state.solution, state.cost)
@@ -107,7 +107,7 @@ class SearchContext:
         return replace(state, cost=state.cost.model_copy(update={"latency": ratio}))
 
     def verified(self, state: SearchState) -> SearchState:
-        """Return the state, timed for longer where it seems to be fast enough."""
+        """Return the state, timed for longer where it seems to meet the budget."""
         done = state is not self.start and not self.limits.lacking(state.cost)
         return self.timed(state, seconds=3.0) if done else state
 
@@ -118,7 +118,7 @@ class SearchContext:
         return self.state(solution, state.cost + saved)
 
     def finished(self, state: SearchState) -> Solution:
-        """Return the solution with the log of the search up to it in its plan."""
+        """Return the state's solution, with the log of the search so far in its plan."""
         total = self.fitter.held + self.evaluator.held
         passes = (self.evaluator.samples + self.fitter.samples) / total
         handed = without_unread(state.solution, self.profile)

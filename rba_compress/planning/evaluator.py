@@ -24,7 +24,7 @@ from rba_compress.planning.partial_run import Resumed
 from rba_compress.profiling.fidelity import Criterion, Tally
 
 SCREEN = 4
-"""One sample of so many is screened on. 25 images missed the best span of a DeiT-tiny, 50 did not."""
+"""Ratio of validation to screened samples. 25 images missed a DeiT-tiny's best span, 50 did not."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Evaluation:
     """Distance of a network's output from the original's, on the validation samples."""
 
     divergence: Tensor
-    """Of each sample, (samples,) float64, infinite where it is not finite."""
+    """Divergence of each sample, (samples,) float64, infinite where it is not finite."""
     agreement: float | None = None
-    """Share of equal argmax; None where the output is no class scores."""
+    """Share of equal argmax; None where the output is not class scores."""
     accuracy_drop: float | None = None
-    """None where there are no labels."""
+    """Loss of accuracy; None without labels."""
 
     @property
     def mean(self) -> float:
@@ -44,21 +44,22 @@ class Evaluation:
 
 
 class Evaluator:
-    """Holds the validation samples, the original's outputs, and the streams of the current network.
+    """Evaluator of candidates on the validation samples.
 
-    A candidate that first changes the stream behind a boundary is run from there on. `samples` counts
-    samples sent through a whole network's worth of blocks, runs of the original and those that store
-    streams included.
+    The evaluator holds the original's outputs, and the current network's streams in an activation
+    cache. A candidate is run from the boundary behind which it first changes the stream. `samples`
+    counts the samples run; a run through a part of the blocks counts as that share. Runs of the
+    original and runs that fill the cache are included.
 
-    Where the streams of all boundaries would not fit into `memory`, every second one is kept, or every
-    third, and so on; a candidate is run from the last one before it.
+    Where the streams of all boundaries would not fit into `memory`, every second boundary is cached, or
+    every third, and so on; a candidate is run from the last cached boundary before its own.
 
-    Where several ranks work together each holds its share of the samples, and results are of all.
+    With several ranks, each holds its share of the samples, and results are of all of them.
 
     Args:
-        dealt: the number of each sample among all validation samples, and the batches of them.
-        size: of a batch; by default they stay as they are.
-        memory: bytes for streams; by default half of the device's.
+        dealt: the indices of each batch's samples among all validation samples, and the batch.
+        size: the batch size; by default batches stay as they are.
+        memory: bytes for the activation cache; by default half of the device's memory.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Evaluator:
         parts = (self.batches, screened)
         own = torch.tensor([[sum(map(len, part)) for part in parts]])
         self._counts = torch.cat(self.ranks.gathered(own)).tolist()
-        """Of each rank: its samples, and those of them that are screened on."""
+        """Number of samples of each rank, and of those that are screened on."""
         self.held = sum(held for held, _ in self._counts)
         """Number of validation samples."""
         self.samples = 0.0
@@ -93,7 +94,7 @@ class Evaluator:
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
 
     def rebase(self, model: nn.Module) -> Evaluation:
-        """Make `model` the current network, which candidates change, and evaluate it."""
+        """Make `model` the current network, from which candidates differ, and evaluate it."""
         self._streams, apart = [], 1
         outputs: list[Any] = []
         with evaluating(model):
@@ -115,7 +116,7 @@ class Evaluator:
 
     @staticmethod
     def _kept(streams: dict[int, Tensor], apart: int) -> dict[int, Tensor]:
-        """The last boundary of a chain, which later chains may need, and one in so many others."""
+        """Return the streams to cache: every `apart`-th, and the last, which later chains may need."""
         return {b: h for b, h in streams.items() if b % apart == 0 or b == max(streams)}
 
     def __call__(
@@ -124,7 +125,8 @@ class Evaluator:
         """Return the divergence of each sample, (samples,) float64, infinite where it is not finite.
 
         Args:
-            model: a candidate that equals the current network up to `boundary` of `chain`; used up.
+            model: a candidate that equals the current network up to `boundary` of `chain`; changed in
+                place.
             screen: run the first of `SCREEN` shares of the samples alone, which are spread evenly.
         """
         found = []
@@ -145,7 +147,7 @@ class Evaluator:
         return divergences
 
     def _of_all(self, found: list[Tensor]) -> Tensor:
-        """The divergences of all ranks' samples, screened ones first, infinite where not finite."""
+        """Return the divergences of all ranks' samples, screened ones first, infinite if not finite."""
         own = torch.cat([torch.zeros(0, dtype=torch.float64), *(each.cpu() for each in found)])
         ranks = self.ranks.gathered(own)
         first = [part[:n] for part, (_, n) in zip(ranks, self._counts, strict=True)]
@@ -157,14 +159,14 @@ class Evaluator:
 def regroup(
     dealt: list[tuple[list[int], Batch]], size: int | None, ranks: Ranks
 ) -> tuple[list[Batch], list[Batch]]:
-    """The samples to screen on and the others, in batches of about `size`.
+    """Return the samples to screen on and the others, in batches of about `size`.
 
     Batches are stratified: each spans the whole loader, and the first ones are those to screen on.
     Batches whose tensors differ in shape (text of several lengths) stay as they are. The samples to
     screen on do not depend on the number of ranks.
 
     Args:
-        dealt: the number of each sample among those of all ranks, and the batches of them.
+        dealt: the indices of each batch's samples among those of all ranks, and the batch.
     """
     batches = [batch for _, batch in dealt]
     shapes = {
@@ -190,7 +192,7 @@ def regroup(
     for row, place in enumerate(places):
         stratum = place % strata
         later = stratum >= screened
-        # A rank has a part of each stratum: so many make a batch.
+        # Each rank has a part of each stratum: as many parts as there are ranks make a batch.
         rows_of.setdefault((later, (stratum - screened * later) // ranks.count), []).append(row)
     joined = Batch.join(batches) if batches else None
     found: tuple[list[Batch], list[Batch]] = [], []

@@ -1,9 +1,9 @@
 """Regression statistics on the partially compressed network, towards the original streams.
 
-The current network and the original run side by side over the samples to fit on. `g` are the streams
-of the first, `h` of the second; a map over the span (i, j) is fitted to (g_i, h_j), so that it makes up
-for what the changes before it did. Class tokens are kept apart from the other rows, so that every
-weight of theirs comes from one pass.
+The current network and the original run side by side over the fit samples. `g` are the streams of the
+current network, `h` those of the original. A map over the span (i, j) is fitted to (g_i, h_j), so that
+it compensates for the changes before it. Class tokens have statistics of their own, so that one pass
+serves every weight of class tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Rows:
 
     @classmethod
     def of(cls, chain: Chain, x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
-        """Of inputs x and targets y, channels on the chain's axis; features may be of another width."""
+        """Take moments of inputs x and targets y, channels on the chain's axis; widths may differ."""
         y = y.movedim(chain.axis, -1)
         x = x.movedim(chain.axis, -1).reshape(*y.shape[:-1], -1)
         counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
@@ -61,7 +61,7 @@ class Rows:
         return Rows(self.others + other.others, self.class_tokens + other.class_tokens)
 
     def merged(self, total: Total | None, weight: float) -> Rows:
-        """Of all processes' rows, this one's counted `weight` times; as they are where it is alone."""
+        """Return the moments of all ranks' rows, those of this rank weighted; unchanged on one rank."""
         if total is None:
             return self
         tokens = self.class_tokens
@@ -71,7 +71,7 @@ class Rows:
         )
 
     def weighted(self, weight: float) -> PairMoments:
-        """All rows, each class token counted `weight` times."""
+        """Return the moments of all rows, each class token counted `weight` times."""
         if self.class_tokens is None:
             return self.others
         return self.others + self.class_tokens.weighted(weight)
@@ -79,16 +79,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class SpanRows:
-    """For one source i: (g_i, [h_j of every target j]), and the same for the layer before it."""
+    """Regression statistics of one source i: (g_i, [h_j of every target j]), and those for folding."""
 
     targets: tuple[float, ...]
     width: int
     maps: Rows
     folds: Rows | None
-    """(features of the last linear layer before the span, [(h_j - g_i) / scale])."""
+    """Moments of (features of the last linear layer before the span, [(h_j - g_i) / scale])."""
 
     def columns(self, target: float) -> slice:
-        """Where a target stands among the columns."""
+        """Return the columns of a target."""
         index = self.targets.index(target)
         return slice(index * self.width, (index + 1) * self.width)
 
@@ -97,13 +97,13 @@ class SpanRows:
         return SpanRows(self.targets, self.width, self.maps + other.maps, folds)
 
     def merged(self, total: Total | None, weight: float) -> SpanRows:
-        """As `Rows.merged`."""
+        """Return the statistics of all ranks, as `Rows.merged`."""
         folds = None if self.folds is None else self.folds.merged(total, weight)
         return SpanRows(self.targets, self.width, self.maps.merged(total, weight), folds)
 
 
 def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
-    """The layer scale of a branch, or 1."""
+    """Return the layer scale of a branch, or 1."""
     if branch.scale is None:
         return 1.0
     parent, _, name = branch.scale.rpartition(".")
@@ -112,10 +112,10 @@ def scale_of(model: nn.Module, branch: Branch) -> Tensor | float:
 
 
 def _lacking(model: nn.Module, branch: Branch, layers: Layers, gap: Tensor) -> Tensor:
-    """What the output of a branch's layer lacks for the stream behind it to move by `gap`.
+    """Return the change of a branch layer's output that moves the stream behind it by `gap`.
 
-    Through a LayerNorm to first order: its input x by `gap` times the spread of x over its weight.
-    Nothing where a layer scale, or that weight, shuts it off.
+    Through a LayerNorm the change is of first order: that of its input x is `gap` times the standard
+    deviation of x over its weight. The change is zero where a layer scale, or that weight, is zero.
     """
     scale = scale_of(model, branch)
     if branch.norm is not None:
@@ -129,12 +129,12 @@ def _lacking(model: nn.Module, branch: Branch, layers: Layers, gap: Tensor) -> T
 
 
 def observed(branches: Iterable[Branch]) -> list[str]:
-    """The layers whose inputs and outputs tell what branches lack."""
+    """Return the layers whose inputs and outputs are needed to compute what branches lack."""
     return [path for branch in branches for path in (branch.path, branch.norm) if path is not None]
 
 
 def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Module:
-    """The same network, in which `<block>.map` sees the stream between a block's sublayers."""
+    """Return the same network, in which `<block>.map` sees the stream between a block's sublayers."""
     if not blocks:
         return model
     copy = copy_model(model, share=True)
@@ -153,10 +153,10 @@ def span_rows(
     spans: Sequence[tuple[float, float]],
     folds: dict[float, Branch],
 ) -> dict[float, SpanRows]:
-    """The moments of every pair of source and target, by source, in one pass of both networks.
+    """Return the moments of every pair of source and target, by source, in one pass of both networks.
 
     Args:
-        original, compressed: with a probe where a source or target lies between sublayers.
+        original, compressed: the networks, `probed` where a source or target lies between sublayers.
         spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
         folds: the last branch before a source, where that can be refitted.
     """
@@ -175,7 +175,7 @@ def span_rows(
 
     with evaluating(original), evaluating(compressed):
         for moved in batches:
-            # Targets are the original network's, sources the other's.
+            # Targets are the original network's streams, sources the compressed network's.
             h = streams(observe(original, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
             seen = observe(compressed, [chain], moved, layers=of_compressed, stop=(0, last_g))
             g, mask = streams(seen), attention_mask(moved, chain)
@@ -193,14 +193,14 @@ def span_rows(
 
 
 def batch_statistics(model: nn.Module, path: str, batches: Iterable[Batch]) -> dict[str, Spread]:
-    """Mean and spread of what reaches each BatchNorm behind the module at `path`.
+    """Return the mean and spread of the input of each BatchNorm behind the module at `path`.
 
-    One pass, in which every such layer normalises by its batch, as in training: what reaches the next
-    one is what it will get once the statistics are set. Counts, means and variances of the batches are
-    merged exactly (Chan et al. 1979).
+    In the one pass every such layer normalises by its batch, as in training, so that the next BatchNorm
+    receives the input that it will have once the statistics are set. Counts, means and variances of the
+    batches are merged exactly (Chan et al. 1979).
 
     Args:
-        model: with tensors and buffers of its own, which are changed: pass a copy.
+        model: a network with tensors and buffers of its own, which are changed: pass a copy.
     """
     seen: dict[str, Spread] = {}
     reached = False
@@ -240,7 +240,7 @@ def batch_statistics(model: nn.Module, path: str, batches: Iterable[Batch]) -> d
 
 @dataclass(frozen=True)
 class _Pass:
-    """One model over batches, from streams that are held up to where it stops."""
+    """Partial run of one model over batches, from cached streams to a boundary."""
 
     resumed: Resumed
     held: Sequence[Streams]
@@ -250,18 +250,18 @@ class _Pass:
     layers: Sequence[str]
 
     def __call__(self, k: int) -> Observed:
-        """Batch `k`, within `evaluating(self.resumed.model)`."""
+        """Run batch `k`; to be called within `evaluating(self.resumed.model)`."""
         model = self.resumed.start(self.held[k])
         return observe(model, self.chains, self.batches[k], layers=self.layers, stop=self.stop)
 
     def reached(self, k: int, boundaries: Sequence[int]) -> Streams:
-        """One stream of each chain, where it was reached."""
+        """Return one stream of each chain, where the run reached it."""
         streams = self(k).streams
         return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
 
 
 class Walk:
-    """Walks down a chain with both networks, holding the samples' streams at one boundary."""
+    """Walk down a chain with both networks, which caches the samples' streams at one boundary."""
 
     def __init__(
         self, original: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
@@ -270,7 +270,7 @@ class Walk:
         self.batches = batches
         self.boundary = 0
         self.passes = 0.0
-        """Over all samples, of a whole network's worth of the chain."""
+        """Number of passes of all samples through the whole chain, in either network."""
         self._h: list[Streams] = []
         self._g: list[Streams] = []
 
@@ -279,7 +279,7 @@ class Walk:
         return self.chains[self.index]
 
     def to(self, compressed: nn.Module, boundary: int) -> None:
-        """Go on to a boundary; what lies before it in `compressed` must not have changed since."""
+        """Advance to a boundary; `compressed` must not have changed before the current one."""
         if self._h and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
@@ -294,7 +294,7 @@ class Walk:
     def _pass(
         self, model: nn.Module, held: list[Streams], stop: int, layers: Sequence[str] = ()
     ) -> _Pass:
-        """From the streams that are held to a boundary."""
+        """Return a partial run from the cached streams to the boundary `stop`."""
         first = self.boundary if held else 0
         self.passes += (stop - first) / len(self.chain)
         streams = held or [[{} for _ in self.chains]] * len(self.batches)
@@ -303,10 +303,11 @@ class Walk:
         return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
 
     def gaps(self, compressed: nn.Module, branches: Sequence[Branch]) -> Rows:
-        """(features of the last branch, what its output lacks), over the block at the boundary.
+        """Return the moments of (features of the last branch, what its output lacks), in the block at
+        the boundary.
 
-        `branches` are the block's, up to the one that is asked for. What is lacking is the original
-        stream behind that branch minus the stream there by now.
+        `branches` are the block's branches, up to the one to correct. The gap is the original stream
+        behind that branch minus the current stream there.
         """
         last, paths = branches[-1], observed(branches)
         total: Rows | None = None

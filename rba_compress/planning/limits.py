@@ -1,4 +1,4 @@
-"""Limits of a budget, and how far a network is from them."""
+"""Limits of a budget, and the distance of a network from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rba_compress.profiling.profiler import Profile
 from rba_compress.units.span import SPAN
 
 SAME_LATENCY = 0.02
-"""Shares of the original's time that are apart by less are taken for the same: timings vary."""
+"""Difference of two latency shares below which they count as equal: timings vary."""
 
 
 class Limits:
@@ -26,22 +26,23 @@ class Limits:
     def __init__(self, profile: Profile, budget: Budget) -> None:
         self.profile, self.budget = profile, budget
         self.costs = budget.limits(profile.original.macs, profile.original.params)
-        """Of macs, params and the share of latency, where they are limited."""
+        """Limits by name: of macs, params and the share of latency, where they are limited."""
         self._require_reachable()
 
     @property
     def floor(self) -> Cost:
-        """The cost with every block skipped."""
+        """Cost with every block skipped."""
         skips = [SPAN.choice(c.chain, 0, len(c.chain)) for c in self.profile.chains]
         return network_cost(self.profile, Plan(replacements=tuple(skips)))
 
     @property
     def goal(self) -> dict[str, float]:
-        """The costs that a search goes for; with limits of quality alone, as few as possible."""
+        """Costs that a search aims for; with limits of quality alone, as few MACs as possible."""
         return self.costs or {"macs": float(self.floor.macs)}
 
     def _require_reachable(self) -> None:
-        """
+        """Require that the limits of cost can be met.
+
         Raises:
             BudgetError: even with every block skipped the limits are not met.
         """
@@ -58,9 +59,10 @@ class Limits:
             )
 
     def require_measurable(self, original: Evaluation) -> None:
-        """
+        """Require that the limits of quality can be measured.
+
         Raises:
-            BudgetError: a limit is of what this model and loader do not have.
+            BudgetError: a limit is on class scores or labels, which this model and loader do not have.
         """
         asked = self.budget
         if original.agreement is None and (asked.agreement, asked.accuracy_drop) != (None, None):
@@ -116,12 +118,12 @@ class Limits:
         return {k: getattr(cost, k) - v for k, v in wanted.items() if getattr(cost, k) > v}
 
     def share(self, cost: Cost) -> float:
-        """Return the share of what was asked that is still to be saved, 1 to 0."""
+        """Return the share of the requested saving that is still missing, 1 to 0."""
         original = self.profile.original.model_copy(update={"latency": 1.0})
         asked, left = self.lacking(original), self.lacking(cost)
         return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
 
 
 def progress(saving: Cost, lacking: dict[str, float]) -> float:
-    """Return the share of what is lacking that a saving brings, 0 to 1; the least of all limits."""
+    """Return the share of the lacking costs that a saving covers, 0 to 1: the least over all limits."""
     return min(min(float(getattr(saving, k)) / v, 1.0) for k, v in lacking.items())

@@ -1,4 +1,4 @@
-"""The log of a search: what was evaluated, and what was decided."""
+"""Log of a search: evaluated candidates, and decisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rba_compress.planning.state import Candidate, SearchState
 
 
 class SearchLog:
-    """Steps and candidates in the order in which they came."""
+    """Steps and evaluated candidates of a search, in order."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -30,7 +30,7 @@ class SearchLog:
         return state
 
     def evaluated(self, state: SearchState, candidate: Candidate, divergences: Tensor) -> None:
-        """Log a candidate that was run on all validation samples."""
+        """Log a candidate that was evaluated on all validation samples."""
         new, cost = candidate.replacement, state.cost - candidate.saving
         self.candidates.append(
             EvaluatedCandidate(

@@ -1,4 +1,4 @@
-"""Forward passes that start at a boundary of a chain, from streams seen before."""
+"""Forward passes that start at a boundary of a chain, from cached streams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rba_compress.graph.rewrite import replace_blocks
 
 
 class _Held(nn.Module):
-    """Ignores its input and gives back `value`, a stream that was seen before."""
+    """Module that ignores its input and returns `value`, a cached stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,20 +23,21 @@ class _Held(nn.Module):
 
 
 Streams = Sequence[dict[int, Tensor]]
-"""For each chain: boundary -> stream, as in `Observed`."""
+"""Streams of each chain by boundary, as in `Observed`."""
 
 
 class Resumed:
-    """A model that starts at a boundary of a chain, from streams seen before.
+    """Model that starts at a boundary of a chain, from cached streams.
 
-    Blocks before the boundary and all earlier chains are passed over: their last streams are held, for
-    more than the next chain may read them (a decoder reads its encoder, a head two towers).
+    Blocks before the boundary and all earlier chains are skipped. Their last streams are supplied from
+    the cache, because more than the next chain may read them (a decoder reads its encoder, a head two
+    towers).
 
     Args:
         model: changed in place: pass a copy.
         chains: in the order in which they run.
-        chain, boundary: where it starts; at boundary 0 of the first chain the whole model runs.
-        known: streams of one batch, to see which earlier chains were reached.
+        chain, boundary: the start; at boundary 0 of the first chain the whole model runs.
+        known: cached streams of one batch, which show the earlier chains that were reached.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Resumed:
                 self._held.append((c, stop, held))
 
     def start(self, streams: Streams) -> nn.Module:
-        """The model, ready to run on the batch that the streams were seen on."""
+        """Return the model, ready to run on the batch that the streams come from."""
         for c, boundary, held in self._held:
             held.value = streams[c][boundary]
         return self.model

@@ -16,11 +16,12 @@ def chain_cost(
 ) -> Cost:
     """Return the cost of a chain's blocks with some of them replaced.
 
-    A walk down the chain: a unit may leave fewer positions, and so change the cost of what follows.
+    The chain is walked from its start, because a unit may leave fewer positions and so change the cost
+    of the blocks behind it.
 
     Args:
-        times: the share of each block in the network's time; what is left of a block is taken to run
-            as fast, per MAC, as the block.
+        times: the share of each block in the network's time; a block that is left in part is assumed to
+            take as long, per MAC, as the whole block.
     """
     starts = {r.start: r for r in replacements if r.chain == chain.name}
     positions, b, left = chain.positions, 0, []
@@ -44,7 +45,7 @@ def plan_saving(
     *,
     times: Sequence[Sequence[float]] = (),
 ) -> Cost:
-    """Return the cost that a network is spared with some of its blocks replaced.
+    """Return the cost that a network saves with some of its blocks replaced.
 
     Args:
         times: as in `chain_cost`, of every chain.

@@ -1,4 +1,4 @@
-"""Refinements of a step: each is taken only where the divergence falls."""
+"""Refinements of a step: each is accepted only if the divergence falls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rba_compress.planning.state import (
 
 
 def refined(context: SearchContext, state: SearchState, newest: Candidate) -> SearchState:
-    """Fit again what lies behind a candidate that was taken: maps, then layers."""
+    """Refine the network behind a candidate that was taken: maps, then layers, then BatchNorms."""
     chain, boundary = newest.chain, newest.replacement.stop
     state = settle(context, state, chain, boundary)
     if context.config.refit:
@@ -29,11 +29,12 @@ def refined(context: SearchContext, state: SearchState, newest: Candidate) -> Se
 
 
 def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
-    """Return whether divergences are below others of the same samples: by more than the tolerance, and
-    by more than one standard error of the mean difference.
+    """Return whether `after` is below `before` on the same samples: by more than the tolerance, and by
+    more than one standard error of the mean difference.
 
-    Many refinements are tried on the same samples: without the second the best of them is often
-    the luckiest (on a DeiT-tiny, a fifth less held-out divergence and none on the test samples).
+    Many refinements are tried on the same samples. Without the second condition, the best of them is
+    often a chance result (on a DeiT-tiny, a fifth less divergence on the validation samples and no less
+    on the test samples).
     """
     gap = before - after
     error = float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else 0.0
@@ -41,7 +42,7 @@ def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
 
 
 def settle(context: SearchContext, state: SearchState, chain: int, boundary: int) -> SearchState:
-    """Fit the maps behind a boundary again, for what comes before them has changed."""
+    """Fit the maps behind a boundary again, because the network before them has changed."""
     places = sorted((context.order[r.chain], r.start) for r in state.solution.plan.replacements)
     for place in (p for p in places if p >= (chain, boundary)):
         (old,) = (
@@ -70,7 +71,7 @@ def swap(context: SearchContext, state: SearchState, newest: Site) -> SearchStat
     for old in state.solution.plan.replacements:
         site = Site(context.order[old.chain], old.start, old.stop, old.unit)
         if site == newest or old not in state.solution.plan.replacements:
-            continue  # chosen just now, or settled anew since
+            continue  # the newest, or replaced or settled meanwhile
         base = context.without(state, old)
         step = Selection(context, base, goal)
         if not step.lacking:
@@ -111,7 +112,7 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
                 if wins(context, divergences, state.evaluation.divergence if best is None else best[0]):
                     best = divergences, new, solution
                 if best is None:
-                    break  # where the gentlest does not help, the others hardly ever do
+                    break  # if the smallest step does not help, the others hardly ever do
             if best is not None:
                 before = state.mean
                 state = context.state(best[2], state.cost)

@@ -4,12 +4,13 @@ Greedy over the sites of every unit, in every chain. Each step fits its candidat
 compressed network, towards the original streams, screens them on a share of the validation samples, and
 takes the one with the least rise of the *output's* divergence for its progress towards the budget. A
 step is then refined: maps behind the new one are settled (fitted again), the last linear layers of the
-kept blocks behind it are re-solved one by one, each replacement is undone and chosen again; each only
-where the divergence falls. Every step ends in a point of the front between cost and divergence.
+kept blocks behind it are re-solved one by one, and each replacement is undone and chosen again. Each
+change is accepted only if the divergence falls. Every step gives a point of the front between cost and
+divergence.
 
-Scores that agree to six digits are a tie, for another device or number of threads may reverse them. A
-tie goes to the candidate that saves the most multiply-accumulates, then to the first in the network's
-order, and of one span to the identity. The `margin` of a step says how close the next best was.
+Scores that agree to six digits are a tie, because another device or number of threads may reverse them.
+A tie goes to the candidate that saves the most multiply-accumulates, then to the first in the network's
+order, and within one span to the identity. The `margin` of a step says how close the next best was.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def search(
     """Choose spans and maps that meet the budget at the least divergence of the output.
 
     Args:
-        model: the network that was profiled; left as it is.
-        profile: what `profile` returned for it.
-        loader: the same loader. Five samples of ten fit, four validate; both are kept in memory.
+        model: the network that was profiled; not changed.
+        profile: the profile of that network.
+        loader: the profiled loader. Of ten samples, five are fit samples and four are validation
+            samples; both are kept in memory.
         budget: what the compressed network may cost and lose; by default three quarters of the MACs.
 
     Returns:
@@ -81,7 +83,7 @@ def search(
 
 
 def run(context: SearchContext) -> Solution:
-    """Go step by step to the budget, or for as long as the output is good enough.
+    """Take steps until the budget is met or, with limits of quality alone, for as long as they hold.
 
     Raises:
         BudgetError: no step leads further, or the next one breaks a limit of quality.
@@ -107,7 +109,7 @@ def run(context: SearchContext) -> Solution:
 
 
 def _next(context: SearchContext, state: SearchState) -> SearchState | None:
-    """Return the state behind the best step, over fewer blocks where that breaks a limit of quality."""
+    """Return the state after the best step; if it breaks a limit of quality, try fewer blocks."""
     log, longest = context.log, sum(map(len, context.chains))
     decided = len(log.steps)
     after = take(context, state)
@@ -136,8 +138,8 @@ def _longest_new(before: SearchState, after: SearchState) -> int:
 def take(
     context: SearchContext, state: SearchState, *, longest: int | None = None
 ) -> SearchState | None:
-    """Take the best candidate over at most `longest` blocks (0: cut one) and refine what came of it;
-    None where there is none.
+    """Take the best candidate over at most `longest` blocks (0: cut one) and refine the new state;
+    return None without candidates.
 
     Raises:
         ActivationError: the output of every candidate holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""One step of the search: every candidate screened, the best of them evaluated, one chosen."""
+"""Selection of a candidate: all are screened, the best of them evaluated, and one is chosen."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rba_compress.planning.state import Candidate, SearchState, overlapping
 from rba_compress.units.registry import unit_of
 
 PROMISING = 16
-"""Sites that are screened again in a step."""
+"""Number of sites that are screened again in a step."""
 FINALISTS = 4
-"""Sites of a screening that are evaluated on all samples; half of them in a swap."""
+"""Number of screened sites that are evaluated on all samples; half as many in a swap."""
 
 
 class Selection:
-    """Candidates behind one search state, scored by the rise of divergence for their progress.
+    """Candidates of one search state, scored by the rise of the divergence over their progress.
 
     Args:
-        context: of the search.
+        context: the context of the search.
         state: the network that the candidates change.
-        goal: a cost to come down to; by default the budget's.
+        goal: the cost to reach; by default the budget's.
     """
 
     def __init__(self, context: SearchContext, state: SearchState, goal: Cost | None = None) -> None:
@@ -35,9 +35,9 @@ class Selection:
         self.lacking = context.limits.lacking(state.cost, goal)
 
     def sites(self) -> list[Site]:
-        """Return where something may be done, none of it longer than what the budget asks.
+        """Return the sites of candidates, none of them longer than the budget requires.
 
-        A block that was cut may go, or be cut further.
+        A block that was cut may be removed, or be cut further.
         """
         context, plan = self.context, self.state.solution.plan
         found: list[Site] = []
@@ -64,10 +64,10 @@ class Selection:
     def best(
         self, sites: Sequence[Site], *, finalists: int = FINALISTS
     ) -> tuple[Candidate, Tensor, float] | None:
-        """Return the candidate with the least rise of divergence for its progress; None without any.
+        """Return the candidate with the lowest score; None without any.
 
         Returns:
-            The candidate, its divergences, and how much higher the divergence would be at the price of
+            The candidate, its divergences, and how much higher the divergence would be at the score of
             the next best site.
 
         Raises:
@@ -88,7 +88,7 @@ class Selection:
         return candidate, divergences, (rest - won) * progress(candidate.saving, self.lacking)
 
     def score(self, candidate: Candidate, divergences: Tensor) -> float:
-        """Return the rise of the divergence for the candidate's progress."""
+        """Return the score of a candidate: the rise of the divergence over its progress."""
         return self.rise(divergences) / progress(candidate.saving, self.lacking)
 
     def rise(self, divergences: Tensor) -> float:
@@ -97,7 +97,7 @@ class Selection:
         return float(divergences.mean() - before.mean())
 
     def screened(self, candidates: Sequence[Candidate]) -> list[Site]:
-        """Return the promising sites, the best first, by a share of the validation samples."""
+        """Return the promising sites, best first, screened on a share of the validation samples."""
         found: dict[Site, float] = {}
         for site in self.promising(candidates):
             first = probes(self.context, [c for c in candidates if c.site == site])
@@ -109,9 +109,9 @@ class Selection:
         return sorted(found, key=lambda site: _tied(found[site]))
 
     def promising(self, candidates: Sequence[Candidate]) -> list[Site]:
-        """Return the sites to screen: those that never were, and the best of the others.
+        """Return the sites to screen: those that never were screened, and the best of the others.
 
-        The order of the others is that of their last screening; other choices change it little.
+        The others are ordered by their last screening, which later choices change little.
         """
         saved = {c.site: progress(c.saving, self.lacking) for c in candidates}
         rises = self.context.rises
@@ -124,7 +124,7 @@ class Selection:
     def evaluated(
         self, candidates: Sequence[Candidate], score: Callable[[Candidate, Tensor], float]
     ) -> list[tuple[float, int, Candidate, Tensor]]:
-        """Evaluate each kind of map at each site, then the whole dial of the best kind at the two best
+        """Evaluate each kind of map at each site, then every shrink of the best kind at the two best
         sites.
 
         Returns:
@@ -150,17 +150,17 @@ class Selection:
 
 
 def probes(context: SearchContext, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return one candidate for each site and kind of map: where a kind has a dial, its middle."""
+    """Return one candidate for each site and kind of map: if the kind is shrunk, the middle shrink."""
     dial = sorted(context.config.shrinks)
     middle = (None, dial[len(dial) // 2])
     return [c for c in candidates if c.replacement.map.shrink in middle]
 
 
 def removed_length(site: Site) -> int:
-    """Return the number of blocks that are gone; 0 where one is cut."""
+    """Return the number of blocks that a site removes; 0 where it cuts one."""
     return site.stop - site.start if unit_of(site.unit).removes else 0
 
 
 def _tied(score: float) -> float:
-    """Round a score to six digits: what agrees in them is a tie."""
+    """Round a score to six digits: scores that are then equal are a tie."""
     return float(f"{score:.6g}")

@@ -1,4 +1,4 @@
-"""Maps over spans that are fitted on the original streams, the paper's choice among them."""
+"""Maps over spans, fitted on the original streams; the paper's choice is one of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def fit_spans(profiled: ChainProfile, spans: Iterable[tuple[int, int]], spec: Ma
 
 
 def paper_span(profile: Profile, macs: int) -> Solution | None:
-    """Choose as the paper does at that cost: one plain linear map over one span (arXiv 2410.04941).
+    """Return the paper's choice at a cost: one plain linear map over one span (arXiv 2410.04941).
 
-    Of the shortest spans that bring the network to `macs`, or else of those that save most, the one
-    whose ends are most alike by the paper's measure, -mean ||h_stop - h_start||^2 on read-out rows.
-    None where no span saves anything.
+    Among the shortest spans that bring the network to `macs`, or else among those that save most, the
+    span whose ends are most similar by the paper's measure, -mean ||h_stop - h_start||^2 on read-out
+    rows. None if no span saves anything.
     """
     spec, sites = MapSpec(kind="linear"), []
     for profiled in profile.chains:

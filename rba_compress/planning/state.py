@@ -1,4 +1,4 @@
-"""Networks that a search works on, as values: the choices so far, and the next one."""
+"""Values that a search works on: solutions, search states and candidates."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Solution:
     plan: Plan
     tensors: dict[str, Tensor]
     points: tuple[Solution, ...] = ()
-    """The networks on the way from the original, in the order in which they were found."""
+    """Solutions of the steps from the original to this one, in order."""
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """A point between the original network and the budget."""
+    """Search state: a solution, its cost and its evaluation."""
 
     solution: Solution
     cost: Cost
@@ -42,24 +42,24 @@ class SearchState:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A unit at a site, fitted behind a search state."""
+    """Candidate: a unit at a site, fitted on the network of a search state."""
 
     chain: int
     replacement: Replacement
     tensors: dict[str, Tensor] = field(default_factory=dict)
     saving: Cost = field(default_factory=Cost)
     refit: Refit | None = None
-    """Of the layer before the span, where the map is folded into it."""
+    """Correction of the layer before the span, where the map is folded into that layer."""
 
     @property
     def site(self) -> Site:
-        """The place and the unit."""
+        """Place and unit of the candidate."""
         new = self.replacement
         return Site(self.chain, new.start, new.stop, new.unit)
 
     @property
     def boundary(self) -> int:
-        """The boundary up to which the stream is that of the search state."""
+        """Boundary up to which the stream equals that of the search state."""
         return self.replacement.start - (self.refit is not None)
 
 
@@ -69,10 +69,10 @@ def keyed(new: Replacement, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_read_outs(solution: Solution, chains: Sequence[Chain]) -> Solution:
-    """Return the solution without what its output does not read; the output is the same.
+    """Return the solution without the positions that its output does not read; the output is the same.
 
-    In each chain, the last block that mixes positions computes the read ones alone; what lies behind
-    it treats positions apart.
+    In each chain, the last block that mixes positions computes the read positions alone; the blocks
+    behind it treat each position separately.
     """
     for chain in chains:
         own = [r for r in solution.plan.replacements if r.chain == chain.name]
@@ -98,7 +98,7 @@ def without_unread(solution: Solution, profile: Profile) -> Solution:
 
 
 def replaced_blocks(plan: Plan, chain: Chain, *, cut: bool = True) -> set[int]:
-    """Return the blocks of a chain that are removed; with `cut`, also those of which a part is left."""
+    """Return the blocks of a chain that are removed; with `cut`, also those that are left in part."""
     wanted = [r for r in plan.replacements if r.chain == chain.name]
     return {b for r in wanted if cut or unit_of(r.unit).removes for b in range(r.start, r.stop)}
 
@@ -124,7 +124,7 @@ def changed(
 
 
 def overlapping(plan: Plan, new: Replacement) -> list[Replacement]:
-    """Return what a plan does to blocks of another replacement."""
+    """Return the replacements of a plan that share a block with another replacement."""
     return [
         r
         for r in plan.replacements
@@ -135,8 +135,8 @@ def overlapping(plan: Plan, new: Replacement) -> list[Replacement]:
 def with_candidate(state: SearchState, candidate: Candidate) -> Solution:
     """Return the state's solution with a candidate.
 
-    Whatever was cut or re-solved of blocks that it replaces is dropped, and a span that was folded into
-    them is skipped from then on.
+    Cuts and re-solved layers of the blocks that the candidate replaces are dropped. A span that was
+    folded into such a layer becomes the identity.
     """
     new, plan = candidate.replacement, state.solution.plan
     over = overlapping(plan, new)
@@ -155,5 +155,5 @@ def with_candidate(state: SearchState, candidate: Candidate) -> Solution:
 
 
 def folded_for(plan: Plan, old: Replacement) -> list[Refit]:
-    """Return the re-solved layer that a folded span stands on."""
+    """Return the re-solved layer that a span's map was folded into."""
     return [r for r in plan.refits if r.folded and r.chain == old.chain and r.block == old.start - 1]

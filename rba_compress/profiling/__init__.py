@@ -1,8 +1,8 @@
-"""Measures: of the data in one pass, and of networks.
+"""Measurements of the calibration data, in one pass, and of networks.
 
 cost, latency, fidelity  MACs and parameters, paired times, divergences
 criterion                the divergence that each output is judged by
 chain_statistics         moments and similarities of a chain
 profiler                 `profile`
-drift                    whether later data are like the calibration samples
+drift                    distance of later data from the calibration samples
 """

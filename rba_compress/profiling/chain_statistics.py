@@ -1,4 +1,4 @@
-"""One chain and what calibration saw of it: its moments, its similarities, batch by batch."""
+"""Statistics of a chain on the calibration samples: its moments and similarities, batch by batch."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from rba_compress.linalg.similarity import Metric, RowSimilarity, matrix
 Connection = Literal["identity", "signed permutation", "orthogonal map", "affine map", "none of these"]
 
 DENSE = 16
-"""So many rows a channel are profiled before positions are left out."""
+"""Number of rows per channel that are profiled before positions are left out."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChainProfile:
-    """One chain and what calibration saw of it."""
+    """Statistics of one chain on the calibration samples."""
 
     chain: Chain
     moments: Moments
     rows: RowSimilarity
 
     def similarity(self, metric: Metric) -> Tensor:
-        """How alike its boundaries are: (blocks + 1, blocks + 1), float64."""
+        """Return the similarity of every two boundaries: (blocks + 1, blocks + 1), float64."""
         return matrix(metric, self.moments, self.rows)
 
     def connection(self, start: int, stop: int, *, at_least: float = 0.95) -> Connection:
-        """The narrowest class of maps that leads from one boundary to another.
+        """Return the narrowest class of maps that leads from one boundary to another.
 
-        Each is measured by what it leaves alike: coordinates by their cosines, a signed permutation by
-        both relative spaces that do not see one, an orthogonal map by the better of its two, an affine
-        map by its R².
+        Each class is tested with similarities that are invariant to it: the identity with the cosine, a
+        signed permutation with the lower of the relative L1 and L-infinity similarities, an orthogonal
+        map with the higher of the relative cosine and Euclidean ones, an affine map with R².
 
         Args:
-            at_least: how alike, of 1, is called the same.
+            at_least: the similarity, of at most 1, from which on two boundaries count as the same.
         """
 
         def alike(metric: Metric) -> float:
@@ -57,7 +57,7 @@ class ChainProfile:
 
     @property
     def block_redundancy(self) -> list[float]:
-        """The paper's Block Redundancy of each block; higher is more redundant."""
+        """Block Redundancy of each block, as defined in the paper; higher is more redundant."""
         return [float(value) for value in self.similarity("redundancy").diagonal(1)]
 
     def update(
@@ -67,9 +67,9 @@ class ChainProfile:
 
         Args:
             mask: (N, positions), true at real tokens.
-            first: the number of the batch's first sample.
-            stride: once there were `DENSE` rows a channel, one position in so many is taken of those
-                that no head reads, and counts for all; which ones moves on from batch to batch.
+            first: the index of the batch's first sample.
+            stride: after `DENSE` rows per channel, one in `stride` of the positions that no head reads
+                is taken, weighted to stand for all of them. The offset changes from batch to batch.
         """
         axis = self.chain.axis
         shape = streams[0].movedim(axis, -1).shape[:-1]
@@ -89,7 +89,7 @@ class ChainProfile:
         self.rows.update(rows, read, weights, first=first * max(1, len(self.chain.class_tokens)))
 
     def _taken(self, positions: int, first: int, stride: int) -> tuple[Tensor, Tensor]:
-        """The positions that are taken, and how often each counts."""
+        """Return the positions that are taken, and the weight of each."""
         read = {*self.chain.class_tokens, *range(self.chain.reads)}
         others = [p for p in range(positions) if p not in read]
         kept = others[first % stride :: stride] or others
@@ -101,16 +101,16 @@ class ChainProfile:
         return ChainProfile(self.chain, self.moments + other.moments, self.rows + other.rows)
 
     def merged(self, total: Total) -> ChainProfile:
-        """What all processes saw."""
+        """Return the statistics of all processes together."""
         return ChainProfile(self.chain, self.moments.merged(total), self.rows.merged(total))
 
     def state(self, key: str) -> dict[str, Tensor]:
-        """All that it holds, by names that start with `key`; `restore` takes it."""
+        """Return the tensors of the statistics, by names that start with `key`, for `restore`."""
         parts = {"moments": self.moments.state(), "rows": self.rows.state()}
         return {f"{key}.{p}.{name}": t for p, named in parts.items() for name, t in named.items()}
 
     def restore(self, key: str, state: Mapping[str, Tensor]) -> None:
-        """Take over what another one of the same chain and window held."""
+        """Load the `state` of statistics of the same chain and window."""
         self.moments.restore(below(f"{key}.moments.", state))
         self.rows.restore(below(f"{key}.rows.", state))
 
@@ -118,7 +118,7 @@ class ChainProfile:
 def started(
     chains: Sequence[Chain], window: int | None, device: torch.device | str
 ) -> tuple[ChainProfile, ...]:
-    """Of every chain, as nothing was seen yet."""
+    """Return empty statistics of every chain."""
     return tuple(
         ChainProfile(
             chain,
@@ -130,7 +130,9 @@ def started(
 
 
 def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
-    """What a head reads: the class tokens' rows, otherwise the mean over positions, (samples, d)."""
+    """Return the rows that a head reads: the class tokens, (samples * tokens, d), where the chain has
+    any; otherwise the mean over positions, (samples, d).
+    """
     tokens = stream.movedim(chain.axis, -1)
     if chain.class_tokens:
         return tokens[:, list(chain.class_tokens)].flatten(0, 1)
@@ -143,5 +145,5 @@ def _read_rows(stream: Tensor, chain: Chain, mask: Tensor | None) -> Tensor:
 
 
 def states_of(states: Sequence[ChainProfile]) -> dict[str, Tensor]:
-    """The states of several, in one."""
+    """Return the states of several chains in one mapping."""
     return {name: t for k, state in enumerate(states) for name, t in state.state(str(k)).items()}

@@ -15,7 +15,7 @@ from rba_compress.graph.tracer import record
 
 
 def cost(model: nn.Module, batch: Batch) -> Cost:
-    """MACs of one sample and the number of parameters (shared ones once)."""
+    """Return the MACs of one sample and the number of parameters (shared ones count once)."""
     model = undispatched(model)
     parameters = sum(p.numel() for p in model.parameters())
     sample = batch.to(model).select(list(range(min(2, len(batch)))))

@@ -1,8 +1,9 @@
 """Choice of the divergence: what each output of a network means, and how its change is measured.
 
-The main output is `logits`, or the first floating-point one. Its meaning is asked for in this order: a
-setting, the problem type of a transformers configuration, the labels of the loader, the graph. Other
-outputs are judged by their squared error. Losses, caches and outputs that no input reaches are not.
+The main output is `logits`, or the first floating-point one. Its meaning is taken from the first source
+that tells it: a setting, the problem type of a transformers configuration, the labels of the loader,
+the graph. Other outputs are judged by their squared error. Losses, caches and outputs that no input
+reaches are not judged.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ def criterion_of(
 
     Args:
         labels: those of the first batch.
-        function: a divergence of one's own, in place of all others.
+        function: a user-defined divergence, in place of all others.
 
     Returns:
-        The criterion; what a reader must know of it, line by line; and the length of the main output's
-        last axis, its classes where it holds scores.
+        The criterion; notes on it for the reader, one a line; and the length of the main output's last
+        axis, which is the number of classes where the output holds scores.
 
     Raises:
-        ModelError: no output is a floating-point tensor with one row a sample.
+        ModelError: no output is a floating-point tensor with one row per sample.
     """
     named = _float_outputs(recording)
     path, main = _main(model, recording, named)
@@ -158,7 +159,7 @@ def _main_kind(
 
 
 def _kind_of_labels(labels: Tensor, shape: tuple[int, ...]) -> Divergence | None:
-    """Return what labels say of an output; None of integer classes, which fit scores of any kind."""
+    """Return the divergence that labels imply; None for integer classes, which fit any scores."""
     classes = shape[-1] if len(shape) > 1 else 1
     one = labels.numel() == len(labels)
     binary = bool(((labels == 0) | (labels == 1)).all())
@@ -173,10 +174,11 @@ def _kind_of_labels(labels: Tensor, shape: tuple[int, ...]) -> Divergence | None
 
 
 def _link(node: fx.Node) -> tuple[Divergence | None, bool]:
-    """Return what probabilities an output holds, if any, and whether a product made its scores.
+    """Return the kind of probabilities that an output holds, if any, and whether its scores come from a
+    matrix product or convolution.
 
-    Sums, means of heads and a log-softmax behind the product do not matter. Scores over a temperature
-    are scores; a vector over its own length is a direction.
+    Sums, means of heads and a log-softmax behind the product are passed over. Scores divided by a
+    temperature are therefore still scores; a vector divided by its own norm, a direction, is not.
     """
     link: Divergence | None = None
     while packet_of(node) in _PASSED or (packet_of(node) in _LINKS and link is None):
@@ -193,8 +195,8 @@ def _link(node: fx.Node) -> tuple[Divergence | None, bool]:
 def _kind_of_graph(
     shape: tuple[int, ...], path: Path, link: Divergence | None, scores: bool
 ) -> Divergence:
-    """Return `kl` of (N, classes) from a linear layer, and of (N, T, classes) called `logits`;
-    `bernoulli` behind a sigmoid; `cosine` of any other (N, d), an embedding; `nse` of all the rest.
+    """Return `kl` for (N, classes) from a linear layer, and for (N, T, classes) called `logits`;
+    `bernoulli` behind a sigmoid; `cosine` for any other (N, d), an embedding; `nse` for all the rest.
     """
     if len(shape) <= 2 and link == "bernoulli" and scores:
         return "bernoulli"
@@ -207,7 +209,7 @@ def _kind_of_graph(
 
 
 def _reached(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that some input reaches: an anchor or a temperature is not among them."""
+    """Return the nodes that depend on some input: a learned anchor or temperature is not among them."""
     reached: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):

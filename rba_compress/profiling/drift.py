@@ -1,19 +1,19 @@
-"""Whether later data are like what a network was calibrated on, by the streams between its blocks.
+"""Drift detection: distance of later data from the calibration data, by the streams between blocks.
 
-At every boundary that a compressed network still has, the rows x (T, d) of a sample are laid along the
-principal directions of the rows that were profiled, in units of their standard deviations, so that rows
-of that distribution have mean 0 and covariance I. Of each sample that leaves
+At every boundary that a compressed network still has, the rows x (T, d) of a sample are projected on
+the principal directions of the profiled rows, in units of their standard deviations, so that rows of
+that distribution have mean 0 and covariance I. Each sample is summarised by these numbers:
 
-    spread    log of the mean square of those numbers, over rows and directions
+    spread    log of the mean square of the coordinates, over rows and directions
     centre    the mean row, along the first directions
 
-Held-out samples tell what is usual of each: its mean and standard deviation over N of them. With z the
+The reference is the mean and standard deviation of each number over N held-out samples. With z the
 numbers of a batch of n samples in those units, its distance is
 
-    sqrt(mean over numbers of n (mean_n z)^2 / (1 + n / N))          # about 1 for data alike
+    sqrt(mean over numbers of n (mean_n z)^2 / (1 + n / N))          # about 1 without drift
 
-so what a batch has in common stands out, and what its samples do each for itself does not. The
-threshold is what one in a hundred batches of n held-out samples, drawn with replacement, exceeds.
+so that a shift which all samples of a batch share stands out, and variation between samples does not.
+One in a hundred batches of n held-out samples, drawn with replacement, exceeds the threshold.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from rba_compress.linalg.moments import full_precision
 from rba_compress.profiling.chain_statistics import ChainProfile
 
 POSITIONS = 64
-"""Of a sample that are looked at, evenly spaced."""
+"""Number of positions of a sample that are measured, evenly spaced."""
 DIRECTIONS = 32
-"""Along which the mean row is looked at."""
+"""Number of principal directions along which the mean row is measured."""
 RARE = 0.01
-"""The share of batches of data alike that are called shifted."""
+"""Share of batches without drift that are reported as shifted."""
 _DRAWS = 2000
 
 
 class Shift(Frozen):
-    """How far a batch is from the data that a network was calibrated on."""
+    """Distance of a batch from the data that a network was calibrated on."""
 
     samples: int
     distance: float
-    """About 1 for data alike."""
+    """Distance from the held-out samples, about 1 without drift."""
     threshold: float
-    """What one in a hundred batches of as many held-out samples exceeds."""
+    """Distance that one in a hundred batches of as many held-out samples exceeds."""
     boundary: str
-    """Where the batch is furthest from what is usual: the module whose output it is."""
+    """Boundary where the batch is furthest from the reference, named by the module that outputs it."""
 
     @property
     def shifted(self) -> bool:
-        """Whether it is further than the threshold; NaN is."""
+        """True if the distance exceeds the threshold, or is NaN."""
         return not self.distance <= self.threshold
 
     def __str__(self) -> str:
@@ -68,41 +68,42 @@ class Shift(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A boundary of a chain, and how its rows lay when they were profiled."""
+    """Boundary of a chain, and the distribution of its profiled rows."""
 
     chain: Chain
     boundary: int
     mean: Tensor
-    """(d,) float32, as is `whitening` (d, d): its columns are directions, the widest one first."""
+    """Mean row, (d,) float32."""
     whitening: Tensor
+    """(d, d) float32, whose columns are the directions, largest variance first."""
 
     @classmethod
     def of(cls, profiled: ChainProfile, boundary: int) -> Place:
-        """From the profiled moments."""
+        """Build a place from the profiled moments."""
         moments = profiled.moments
         values, vectors = torch.linalg.eigh(moments.comoments(boundary, boundary) / max(moments.n, 1.0))
-        # What hardly varies is in no unit of its own: a thousandth of the mean variance is added.
+        # Directions of almost no variance would have no scale: add a thousandth of the mean variance.
         floor = 1e-3 * values.mean().clamp_min(torch.finfo(values.dtype).tiny)
         whitening = vectors / (values.clamp_min(0) + floor).sqrt()
         return cls(profiled.chain, boundary, moments.mean[boundary].float(), whitening.flip(1).float())
 
     @property
     def name(self) -> str:
-        """The module whose output it is."""
+        """Name of the boundary: the module whose output it is, or the input of the first block."""
         blocks = self.chain.blocks
         return blocks[self.boundary - 1].path if self.boundary else f"the input of {blocks[0].path}"
 
     @property
     def count(self) -> int:
-        """Of its numbers."""
+        """Number of statistics of a sample at this boundary."""
         return 1 + min(DIRECTIONS, len(self.mean))
 
     def numbers(self, stream: Tensor, samples: int, mask: Tensor | None) -> Tensor:
-        """Spread and centre of every sample of a stream: (N, count) float64, on the CPU.
+        """Return the spread and the centre of every sample of a stream: (N, count) float64, on the CPU.
 
         Args:
             samples: N; the stream has one or several rows for each.
-            mask: true at real tokens, of the stream's own layout.
+            mask: true at real tokens, in the stream's own layout.
         """
         tokens = stream.detach().movedim(self.chain.axis, -1).movedim(self.chain.sample_axis, 0)
         mask = None if mask is None else mask.movedim(self.chain.sample_axis, 0)
@@ -122,18 +123,19 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Usual:
-    """What held-out samples look like inside of a compressed network."""
+    """Reference statistics of held-out samples inside a compressed network."""
 
     places: tuple[Place, ...]
     held: Tensor
-    """The numbers of every held-out sample, place by place: (N, numbers) float64."""
+    """Statistics of every held-out sample, place by place: (N, numbers) float64."""
 
     @classmethod
     def of(
         cls, compressed: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
     ) -> Usual | None:
-        """From held-out batches; those of several ranks count together. None where no boundary has
-        rows of its own for each sample."""
+        """Collect the statistics of held-out batches, of all ranks together. Return None if no boundary
+        has separate rows for each sample.
+        """
         # Rows that several samples share tell nothing of one sample.
         places = tuple(place for place in _places(plan, chains) if place.chain.rows)
         if not places:
@@ -143,7 +145,7 @@ class Usual:
         return cls(places, torch.cat(current().gathered(own)))
 
     def numbers(self, compressed: nn.Module, batch: Batch) -> Tensor:
-        """Of every sample of a batch, place by place: (N, numbers) float64, on the CPU."""
+        """Return the statistics of every sample, place by place: (N, numbers) float64, on the CPU."""
         chains = list({place.chain.name: place.chain for place in self.places}.values())
         moved = batch.to(compressed)
         with evaluating(compressed):
@@ -160,20 +162,20 @@ class Usual:
         return torch.cat(found, 1)
 
     def shift(self, compressed: nn.Module, batch: Batch) -> Shift:
-        """How far a batch is from them."""
+        """Return the distance of a batch from the held-out samples."""
         return self.judged(self.numbers(compressed, batch))
 
     def judged(self, numbers: Tensor) -> Shift:
-        """How far samples of these numbers are from them."""
+        """Return the distance of samples with these statistics from the held-out samples."""
         n, known = len(numbers), len(self.held)
         spread = self.held.std(0, correction=0)
-        # What never varies has no unit of its own: rounding alone would be far off.
+        # Statistics that never vary have no scale: rounding alone would look like a large shift.
         unit = spread.clamp_min(1e-3)
         held = (self.held - self.held.mean(0)) / unit
         off = ((numbers - self.held.mean(0)) / unit).mean(0)
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(known, (_DRAWS, n), generator=generator)
-        # How often each sample was drawn: a product in place of a copy of the rows of every draw.
+        # Count how often each sample was drawn: a product instead of a copy of the rows of every draw.
         times = torch.zeros(_DRAWS, known, dtype=held.dtype)
         times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=held.dtype))
         usual = (n * (times @ held / n).square().mean(1)).sqrt()
@@ -188,7 +190,7 @@ class Usual:
 
 
 def _places(plan: Plan, chains: Sequence[ChainProfile]) -> Iterator[Place]:
-    """The boundaries that a compressed network has: not those inside of a span that is replaced."""
+    """Yield the boundaries that a compressed network still has: not those inside a replaced span."""
     for profiled in chains:
         spans = [r for r in plan.replacements if r.chain == profiled.chain.name]
         gone = {b for r in spans for b in range(r.start + 1, r.stop)}

@@ -1,7 +1,6 @@
-"""What a network costs and what it loses: the one implementation of each measure.
+"""Fidelity of a compressed network to its original: the one implementation of each measure.
 
-MACs are multiply-accumulates of one sample in products of matrices and convolutions, attention
-included, counted on a recorded forward pass. Latency is a paired ratio in one run.
+The measures are the divergence of outputs, their agreement and cosine, and accuracy.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from rba_compress.core.schema import Frozen
 from rba_compress.linalg.moments import Spread, Total
 
 Function = Callable[[Any, Any, Batch], Tensor]
-"""A divergence of one's own: the outputs of the original and of the compressed network as they are, and
-the batch -> the divergence of each sample, (N,), at least 0."""
+"""User-defined divergence: the raw outputs of the original and of the compressed network, and the batch
+-> the divergence of each sample, (N,), at least 0."""
 
 DIVERGENCES = {
     "kl": "KL divergence to original (nats)",
@@ -39,7 +38,7 @@ DIVERGENCES = {
 
 
 class Fidelity(Frozen):
-    """The compressed network against the original, on samples that nothing was chosen on."""
+    """Fidelity of the compressed network to the original, on samples that no choice was based on."""
 
     former: ClassVar[Mapping[str, str]] = {
         "accuracy_dense": "accuracy_original",
@@ -49,39 +48,40 @@ class Fidelity(Frozen):
     samples: int
     kind: Divergence
     divergence: float
-    """Mean over samples of the sum over outputs of their divergences (`divergence`); or what a function
-    gave."""
+    """Mean over samples of the sum over outputs of their divergences (`divergence`); or the mean of a
+    user-defined divergence."""
     outputs: dict[str, float] = Field(default_factory=dict)
-    """The mean divergence of each output, by name."""
+    """Mean divergence of each output, by name."""
     divergence_low: float | None = None
-    """Its 95 % interval, by the bootstrap over samples."""
+    """95 % interval of `divergence`, by the bootstrap over samples."""
     divergence_high: float | None = None
     agreement: float | None
-    """Share of equal argmax; None where the output is no class scores."""
+    """Share of equal argmax; None where the output is not class scores."""
     agreement_low: float | None = None
-    """Its 95 % interval, as of the divergence."""
+    """95 % interval of `agreement`, by the bootstrap over samples."""
     agreement_high: float | None = None
     cosine: float
     """Mean cosine of the two outputs."""
     accuracy_original: float | None
-    """None where no labels came."""
+    """Accuracy of the original; None without labels."""
     accuracy_compressed: float | None
     drop_low: float | None = None
-    """The 95 % interval of `accuracy_drop`, of samples in pairs."""
+    """95 % interval of `accuracy_drop`, over paired samples."""
     drop_high: float | None = None
 
     @property
     def accuracy_drop(self) -> float | None:
-        """None where no labels came."""
+        """Accuracy of the original minus that of the compressed network; None without labels."""
         if self.accuracy_original is None or self.accuracy_compressed is None:
             return None
         return self.accuracy_original - self.accuracy_compressed
 
 
 def require_labels(labels: Tensor | None, classes: int) -> None:
-    """
+    """Require integer labels to be classes of the model.
+
     Raises:
-        LoaderError: an integer label is of none of the model's classes.
+        LoaderError: an integer label is none of the model's classes.
     """
     if labels is None or not len(labels) or labels.ndim != 1 or labels.is_floating_point():
         return
@@ -102,7 +102,7 @@ def divergence(
     probabilities: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The divergence of each sample, (N,) float64.
+    """Return the divergence of each sample, (N,) float64.
 
     With p, q the two outputs of one sample, P = softmax(p) and s the sigmoid:
 
@@ -114,8 +114,8 @@ def divergence(
     Args:
         kind: all but `given`.
         original, compressed: (N, ..., classes or features).
-        counted: (N, T) of outputs (N, T, ...), true at the positions that count: not at padding.
-        probabilities: whether the outputs are P or s, no scores.
+        counted: (N, T) for outputs (N, T, ...): true at the positions that count, false at padding.
+        probabilities: true if the outputs are P or s instead of scores.
         scale: as in `JudgedOutput`.
     """
     if kind in ("kl", "bernoulli"):
@@ -126,7 +126,7 @@ def divergence(
                 compressed.reshape(len(compressed), -1),
                 probabilities,
             )
-        # Sample by sample: copies of all logits of a language model are more than the network.
+        # Sample by sample: copies of all logits of a language model would be larger than the network.
         rows = [each(p, q, probabilities) for p, q in zip(original, compressed, strict=True)]
         values = torch.stack(rows).reshape(len(original), -1)
         weight = torch.ones_like(values) if counted is None else counted.to(values)
@@ -149,9 +149,10 @@ def divergence(
 
 
 def _token_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tensor:
-    """KL(original || compressed) over the last dimension, in float64.
+    """Return KL(original || compressed) over the last dimension, in float64.
 
-    Over a vocabulary in float32, good to 1e-6: there float64 takes as long as the network.
+    A large vocabulary is computed in float32, accurate to 1e-6: float64 would take as long as the
+    network.
     """
     wide = torch.float32 if original.shape[-1] > 4096 else torch.float64
     original, compressed = original.to(wide), compressed.to(wide)
@@ -164,7 +165,9 @@ def _token_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tens
 
 
 def _label_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tensor:
-    """KL(original || compressed) of independent Bernoulli variables, summed over the last dimension."""
+    """Return KL(original || compressed) of independent Bernoulli variables, summed over the last
+    dimension.
+    """
     if probabilities:
         low = torch.finfo(original.dtype).eps  # a sigmoid in float32 is 1 from 17 on
         original, compressed = (t.double().clamp(low, 1 - low).logit() for t in (original, compressed))
@@ -175,20 +178,20 @@ def _label_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tens
 
 @dataclass(frozen=True)
 class Criterion:
-    """How far a compressed network's outputs are from the original's: the sum over outputs.
+    """Divergence of a compressed network's outputs from the original's, summed over outputs.
 
-    A sum, so that a limit on it is a limit on each output.
+    Outputs are summed, not averaged, so that a limit on the sum is a limit on each output.
     """
 
     kind: Divergence
-    """Of the main output."""
+    """Divergence of the main output."""
     function: Function | None = None
-    """Of `given` alone."""
+    """User-defined divergence, for `given` alone."""
     outputs: tuple[JudgedOutput, ...] = ()
-    """The outputs that are judged; without any, every floating-point one, by `kind`."""
+    """Outputs that are judged; if empty, every floating-point output is judged by `kind`."""
 
     def kept(self, output: Any) -> Any:
-        """What of a network's output is compared: tensors by name, or for a function all of it."""
+        """Return the part of an output that is compared: tensors by name; all of it for `given`."""
         if self.kind == "given":
             return output
         tensors = float_outputs(output)
@@ -199,14 +202,14 @@ class Criterion:
         return rows or tensors
 
     def each(self, original: Any, compressed: Any, batch: Batch) -> dict[str, Tensor]:
-        """The divergence of each sample in each output, (N,) float64.
+        """Return the divergence of each sample in each output, (N,) float64.
 
         Args:
-            original, compressed: what `kept` gave.
-            batch: what they were computed from; padding in its mask does not count.
+            original, compressed: results of `kept`.
+            batch: the batch that they were computed from; padding in its mask does not count.
 
         Raises:
-            ActivationError: a function did not give one number a sample.
+            ActivationError: a user-defined divergence did not return one number per sample.
         """
         if self.function is None:
             judged = {output.name: output for output in self.outputs}
@@ -232,16 +235,18 @@ class Criterion:
         return {"": given.double()}
 
     def __call__(self, original: Any, compressed: Any, batch: Batch) -> Tensor:
-        """The divergence of each sample, (N,) float64; of several outputs, their sum. As `each`."""
+        """Return the divergence of each sample, summed over the outputs of `each`, (N,) float64."""
         return torch.stack([*self.each(original, compressed, batch).values()]).sum(0)
 
     @property
     def scores(self) -> bool:
-        """Whether the main output is of classes or labels."""
+        """True if the main output holds scores of classes or labels."""
         return self.kind in ("kl", "bernoulli")
 
     def scored(self, original: Any, compressed: Any, batch: Batch) -> Tensor:
-        """What the main outputs are worth, (N, 3) float64 as `scored`; NaN where they are no scores."""
+        """Return agreement and correctness of the main outputs, (N, 3) float64 as `scored`; NaN if they
+        are not scores.
+        """
         (a, *_), (b, *_) = original.values(), compressed.values()
         if not self.scores:
             return torch.full((len(a), 3), torch.nan, dtype=torch.float64)
@@ -252,7 +257,7 @@ class Criterion:
 
 
 class OutputScales:
-    """Spreads of the outputs that are judged by squared error, folded batch by batch."""
+    """Variances of the outputs that are judged by squared error, accumulated batch by batch."""
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion = criterion
@@ -292,7 +297,9 @@ class OutputScales:
         return replace(self.criterion, outputs=outputs)
 
     def _scale(self, name: str) -> float | None:
-        """The variance of a number, None where it hardly varies: then power is the measure."""
+        """Return the mean variance of an output's numbers; None if they hardly vary, so that their
+        power becomes the scale.
+        """
         spread = self._spreads.get(name)
         if spread is None:
             return None
@@ -300,7 +307,7 @@ class OutputScales:
         return variance if variance > 1e-12 * power else None
 
     def state(self) -> dict[str, Tensor]:
-        """All that it holds; `restore` takes it."""
+        """Return all tensors of the scales; `restore` reads them."""
         return {
             f"{k}.{part}": torch.as_tensor(getattr(self._spreads[name], part), dtype=torch.float64)
             for k, name in enumerate(self._names)
@@ -309,14 +316,14 @@ class OutputScales:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a `state` of the same outputs."""
+        """Load a `state` of the same outputs."""
         for k, name in enumerate(self._names):
             n, mean, squares = (state[f"{k}.{part}"] for part in ("n", "mean", "squares"))
             self._spreads[name] = Spread(float(n), mean, squares)
 
 
 def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
-    """Where an output (N, T, ...) is of real tokens, (N, T), true there; None where all count."""
+    """Return the mask (N, T) of an output (N, T, ...), true at real tokens; None if all count."""
     mask = batch.padding(decoder=True)
     if mask is None or output.ndim < 3 or mask.shape != output.shape[:2]:
         return None
@@ -324,10 +331,10 @@ def real_tokens(batch: Batch, output: Tensor) -> Tensor | None:
 
 
 def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """The largest difference of two outputs, and its share of the largest absolute value wanted.
+    """Return the largest difference of two outputs, and its share of the largest absolute value wanted.
 
-    Infinite where shapes differ, or where something else than zeros is found for zeros; NaN where
-    either holds one, which is below no tolerance.
+    Both are infinite where shapes differ. The share is infinite where zeros are wanted and other values
+    found. NaN in an output gives NaN, so that every tolerance check fails.
     """
     if wanted.shape != found.shape:
         return math.inf, math.inf
@@ -349,18 +356,18 @@ def scored(
     *,
     probabilities: bool = False,
 ) -> Tensor:
-    """What two networks' scores (N, ..., classes) are worth, sample by sample.
+    """Return agreement and correctness of two networks' scores (N, ..., classes), sample by sample.
 
     Args:
-        kind: `kl`, where a sample is of the class with the highest score, or `bernoulli`, where it has
-            each label with a positive one.
-        labels: (N,) integers, or 0 and 1 for each of several labels; they count where they have the
+        kind: `kl`, where the class with the highest score is predicted, or `bernoulli`, where each
+            label with a positive score is.
+        labels: (N,) integers, or 0 and 1 for each of several labels; they are used if they have the
             shape of the predictions.
         counted, probabilities: as in `divergence`.
 
     Returns:
-        (N, 3) float64: whether they agree (a share where there are tokens or several labels), and
-        whether each is right; NaN where that is not known.
+        (N, 3) float64: whether the networks agree (a share over tokens or labels, where there are
+        several), and whether each is right; NaN where the labels are not known.
 
     Raises:
         LoaderError: as `require_labels`.
@@ -391,7 +398,7 @@ def scored(
 
 @dataclass
 class Tally:
-    """Counts over batches of class scores of two networks."""
+    """Counts of equal and of correct predictions of two networks, over batches."""
 
     samples: int = 0
     agreed: float = 0.0
@@ -400,7 +407,7 @@ class Tally:
     right_compressed: float = 0.0
 
     def add(self, rows: Tensor) -> None:
-        """Count one batch of what `scored` gives, (N, 3)."""
+        """Count one batch of `scored` rows, (N, 3)."""
         agreed, first, second = rows.unbind(1)
         self.samples += len(agreed)
         self.agreed += float(agreed.sum())
@@ -410,35 +417,35 @@ class Tally:
             self.right_compressed += float(second.sum())
 
     def merged(self, total: Total) -> Tally:
-        """The counts of all processes."""
+        """Return the counts of all processes."""
         own = torch.tensor(astuple(self), dtype=torch.float64)
         samples, agreed, labelled, *right = total(own).tolist()
         return Tally(int(samples), agreed, int(labelled), *right)
 
     @property
     def agreement(self) -> float | None:
-        """Share of equal argmax; None where nothing was counted."""
+        """Share of equal predictions; None where nothing was counted."""
         return self.agreed / self.samples if self.samples else None
 
     def accuracy(self, right: float) -> float | None:
-        """`right` as a share; None where a sample had no label."""
+        """Return `right` as a share of the samples; None if a sample had no label."""
         return right / self.samples if self.samples and self.labelled == self.samples else None
 
     @property
     def accuracy_drop(self) -> float | None:
-        """What the compressed network gets right less, as a share."""
+        """Accuracy of the original minus that of the compressed network; None if a label is missing."""
         return self.accuracy(self.right_original - self.right_compressed)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One batch of outputs against another, sample by sample."""
+    """Outputs of two networks on one batch, compared sample by sample."""
 
     original: Any
     compressed: Any
     batch: Batch
     rows: Tensor
-    """(N, 5) float64 on the CPU: divergence, cosine, and what `scored` gives; NaN where not known."""
+    """Rows (N, 5) float64 on the CPU: divergence, cosine, and those of `scored`; NaN if not known."""
 
 
 def compare_outputs(
@@ -451,7 +458,7 @@ def compare_outputs(
     Accuracy is reported where every batch has labels and the outputs are class scores.
 
     Args:
-        watch: is told of each batch.
+        watch: called with each compared batch.
     """
     how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
     found: list[Tensor] = []
@@ -503,7 +510,9 @@ def _known_mean(values: Tensor) -> float | None:
 
 
 def interval(values: Tensor) -> tuple[float | None, float | None]:
-    """The 95 % percentile bootstrap interval of a mean over samples (Efron 1979); 2,000 resamples."""
+    """Return the 95 % percentile bootstrap interval of a mean over samples (Efron 1979), from 2,000
+    resamples.
+    """
     if len(values) < 2 or not bool(torch.isfinite(values).all()):
         return None, None
     from scipy import stats  # slow to import
@@ -526,10 +535,10 @@ def fidelity(
     criterion: Criterion | Divergence,
     watch: Callable[[Compared], None] | None = None,
 ) -> Fidelity:
-    """Run two networks, in any mode and on any device, on the same batches and compare.
+    """Run two networks, in any mode and on any device, on the same batches and compare their outputs.
 
     Args:
-        watch: is told of each batch.
+        watch: called with each compared batch.
 
     Raises:
         ModelError: a forward pass fails.

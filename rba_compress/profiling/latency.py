@@ -1,4 +1,4 @@
-"""Latency, as a paired ratio of two networks in one run."""
+"""Latency of two networks, as a paired ratio in one run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rba_compress.graph.activations import observe
 
 
 class Latency(Frozen):
-    """A paired comparison: original, compressed, original, compressed, ... in one run."""
+    """Latency of two networks, timed alternately: original, compressed, original, compressed, ..."""
 
     former: ClassVar[Mapping[str, str]] = {"dense_ms": "original_ms", "slim_ms": "compressed_ms"}
 
@@ -28,26 +28,26 @@ class Latency(Frozen):
     """Median of the original runs."""
     compressed_ms: float
     ratio: float
-    """Median of compressed/dense, pair by pair."""
+    """Median of compressed/original, pair by pair."""
     ratio_low: float
-    """Its quartiles."""
+    """Lower quartile of the ratio; `ratio_high` is the upper one."""
     ratio_high: float
     pairs: int
     batch: int
-    """Samples in a run."""
+    """Number of samples in a run."""
     device: str
 
 
 def benchmark(
     original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float = 1.0, pairs: int = 7
 ) -> Latency:
-    """Time two networks in pairs on one batch, after a warm-up of two.
+    """Time two networks in pairs on one batch, after two warm-up runs of each.
 
     Args:
         original, compressed: on one device, in any mode; they run in eval mode.
         example: one batch in any form that a loader may yield.
-        seconds: go on for about as long.
-        pairs: but take at least so many, and no fewer than 2.
+        seconds: approximate duration.
+        pairs: least number of pairs; at least 2 are timed.
     """
     batch = batch_of(original, example)
     inputs = {id(original): batch.to(original), id(compressed): batch.to(compressed)}
@@ -85,10 +85,10 @@ def benchmark(
 def block_times(
     model: nn.Module, chains: Sequence[Chain], batch: Batch, *, passes: int = 7
 ) -> list[list[float]]:
-    """Of each chain, the shares of its blocks in the network's time, the median over passes.
+    """Return, for each chain, the share of each block in the network's time, the median over passes.
 
-    A block is compared with the pass that it is part of: a pass that something else slowed down is
-    slow as a whole.
+    A block's time is divided by that of its own pass, because a pass that other load slows down is slow
+    as a whole.
     """
     moved, clock = batch.to(model), _clock(model)
     shares: list[list[list[float]]] = []
@@ -106,7 +106,7 @@ def block_times(
 
 
 def _clock(model: nn.Module) -> Callable[[], float]:
-    """Seconds, read when the model's device has done its work."""
+    """Return a clock, in seconds, that waits until the model's device has finished its work."""
     device = device_of(model)
 
     def clock() -> float:

@@ -1,4 +1,4 @@
-"""One pass over the calibration data: everything that the fits, the search and the plots need."""
+"""Profiling: one pass over the calibration data for all that the fits, search and plots need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rba_compress.core.batch import Batch, Form
 from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
-from rba_compress.core.distributed import current
+from rba_compress.core.distributed import Ranks, current
 from rba_compress.core.errors import ActivationError, ArtifactError, ModelError, PlanError
 from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.io import below, read_tensors, tensor_digest, write_tensors
@@ -39,7 +39,7 @@ from rba_compress.units.block_variants import Traces
 from rba_compress.units.offers import discover
 
 EVERY = 30.0
-"""Seconds from checkpoint to checkpoint."""
+"""Seconds between checkpoints."""
 
 
 class SavedProfile(Frozen):
@@ -67,21 +67,21 @@ class SavedProfile(Frozen):
 
 
 class Checkpoint(Frozen):
-    """The JSON header of a profile in work."""
+    """The JSON header of an unfinished profile."""
 
     schema_version: Literal[3] = 3
     weights: str
     loader: int
     config: Config
     rank: tuple[int, int]
-    """Of how many."""
+    """Rank of the process, and the number of ranks."""
     batches: int
     samples: int
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What `profile` saw: moments and similarity of every chain, costs, refusals."""
+    """Result of `profile`: moments and similarity of every chain, costs, refusals."""
 
     model: str
     """Class of the model."""
@@ -91,35 +91,35 @@ class Profile:
     refusals: tuple[Refusal, ...]
     original: Cost
     criterion: Criterion
-    """What the search minimises."""
+    """Divergence that the search minimises."""
     samples: int
-    """Samples that the moments were taken of."""
+    """Number of samples in the moments."""
     config: Config
     example: Batch
-    """The loader's first batch, on which costs and latency are taken."""
+    """The loader's first batch, on which costs and latency are measured."""
     order: tuple[int, ...]
     """Digests of the loader's batches; see `Split`."""
     lengths: tuple[int, ...]
-    """Samples of the loader, or of each of several that were profiled one by one."""
+    """Number of samples of the loader, or of each loader in a sum of profiles."""
     window: int | None = None
-    """The longest span whose moments were kept; None keeps all."""
+    """Length of the longest span whose moments were kept; None keeps all."""
     form: Form = field(default_factory=Form)
-    """Which items of a batch are inputs and labels."""
+    """Roles of a batch's items: inputs and labels."""
     notes: tuple[str, ...] = ()
-    """What was read as what, and what the output is taken for, line by line."""
+    """Interpretation of a batch's items and of the output, one note a line."""
     warnings: tuple[str, ...] = ()
     traces: Traces = field(default_factory=Traces, repr=False)
     """Traced blocks of the model, for the search; no file holds them."""
 
     def split(self, loader: Iterable[Any]) -> Split:
-        """The parts of the loader that was profiled; of a sum, the loaders one behind the other."""
+        """Return the parts of the profiled loader; of a sum, pass its loaders one behind the other."""
         return Split(loader, self.config.seed, self.order, self.lengths, self.form)
 
     def __add__(self, other: Profile) -> Profile:
-        """The profile of both loaders, one behind the other.
+        """Return the profile of both loaders, one behind the other.
 
         Raises:
-            PlanError: they are of other weights, chains, settings or batch sizes.
+            PlanError: the profiles differ in weights, chains, settings or batch sizes.
         """
         for what in ("model", "weights", "window", "config", "original", "form"):
             if getattr(self, what) != getattr(other, what):
@@ -141,12 +141,13 @@ class Profile:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file with a JSON header; of several ranks the first one writes.
+        """Write the profile to one safetensors file with a JSON header; only the first rank writes.
 
-        The file holds the loader's first batch, for costs and latency are taken on it.
+        The file holds the loader's first batch, because costs and latency are measured on it.
 
         Raises:
-            ArtifactError: it cannot be written, or the divergence is a function, which no file holds.
+            ArtifactError: the file cannot be written, or the divergence is a function, which no file
+                can hold.
         """
         if not current().leads:
             return
@@ -164,10 +165,10 @@ class Profile:
 
     @staticmethod
     def load(path: str | Path, *, device: torch.device | str = "cpu") -> Profile:
-        """A saved profile, its moments on a device.
+        """Return a saved profile, its moments on a device.
 
         Raises:
-            ArtifactError: the file is missing, no profile, or not what was saved.
+            ArtifactError: the file is missing, not a profile, or not what was saved.
         """
         header, tensors = read_tensors(Path(path), SavedProfile)
         chains = started(header.chains, header.window, device)
@@ -207,10 +208,10 @@ class Profile:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a state dict, read one by one.
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a state dict, read one by one.
 
     Raises:
-        ModelError: a weight is no plain tensor.
+        ModelError: a weight is not a plain tensor.
     """
     require_plain_weights(model)
     named = sorted(undispatched(model).state_dict().items())
@@ -230,20 +231,20 @@ def profile(
     """Find the chains of `model` and take the joint moments of their boundaries in one pass.
 
     Args:
-        model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; left as it is.
+        model: any `nn.Module` or `fx.GraphModule`, in any mode, on any device; not changed.
         loader: batches as in `rba_compress.core.loader`; half of the samples is used, the rest is
             held out for `search` and the report.
         config: `window`, `stride`, `memory`, `divergence` and `seed` matter here.
-        divergence: a function of one's own in place of `config.divergence`: of the two networks'
-            outputs and the batch, the divergence of each sample, (N,).
-        checkpoint: a file that is written twice a minute, and removed at the end. Where it is there at
-            the start, the profile goes on from it, and ends as if it had never stopped.
+        divergence: a user-defined function in place of `config.divergence`: it maps the two networks'
+            outputs and the batch to the divergence of each sample, (N,).
+        checkpoint: a file that is written twice a minute, and removed at the end. If the file exists at
+            the start, profiling resumes from it, with the same result as without an interruption.
 
     Raises:
         LoaderError: the loader is empty, one-shot, too small or of changing kind.
-        ModelError: the model cannot be analysed, or its moments do not fit into memory by any window;
+        ModelError: the model cannot be analysed, or its moments do not fit into memory with any window;
             NoChainError: nothing in it can be replaced.
-        MemoryLimitError: memory ran out all the same.
+        MemoryLimitError: memory ran out nevertheless.
         ActivationError: activations hold NaN or infinity.
         ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
@@ -263,25 +264,10 @@ def profile(
     notes = (str(split.form), *notes)
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:
-        ranks.require_equal("model", int(weights[:15], 16))
-        ranks.require_equal("loader", example.digest())
-        ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+        _require_equal_ranks(ranks, weights, example, config)
     window, narrowed = _window(support.chains, config, _accumulator_device(model))
     size = _moments_size(support.chains, window)
     dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
-    kept = None
-    if checkpoint is not None:
-        # Each rank has one of its own.
-        path = Path(f"{checkpoint}.{ranks.rank}" if ranks.count > 1 else checkpoint)
-        header = Checkpoint(
-            weights=weights,
-            loader=example.digest(),
-            config=config,
-            rank=(ranks.rank, ranks.count),
-            batches=0,
-            samples=0,
-        )
-        kept = path, header
     streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
     scales = OutputScales(criterion)
     with within_memory(
@@ -294,7 +280,7 @@ def profile(
             ranks.bar(dealt, _progress(split.form, size), unit="batch"),
             window=window,
             stride=config.stride,
-            checkpoint=kept,
+            checkpoint=None if checkpoint is None else _started(checkpoint, weights, example, config),
             scales=scales,
         )
     return Profile(
@@ -317,6 +303,33 @@ def profile(
     )
 
 
+def _require_equal_ranks(ranks: Ranks, weights: str, example: Batch, config: Config) -> None:
+    """
+    Raises:
+        RankError: ranks were given other models, loaders or settings.
+    """
+    ranks.require_equal("model", int(weights[:15], 16))
+    ranks.require_equal("loader", example.digest())
+    ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+
+
+def _started(
+    checkpoint: str | Path, weights: str, example: Batch, config: Config
+) -> tuple[Path, Checkpoint]:
+    """Return the file of this rank's own checkpoint, and its header before the first batch."""
+    ranks = current()
+    path = Path(f"{checkpoint}.{ranks.rank}" if ranks.count > 1 else checkpoint)
+    header = Checkpoint(
+        weights=weights,
+        loader=example.digest(),
+        config=config,
+        rank=(ranks.rank, ranks.count),
+        batches=0,
+        samples=0,
+    )
+    return path, header
+
+
 def _progress(form: Form, size: int) -> str:
     return f"profile of {form}, {size / 2**20:,.0f} MB of moments"
 
@@ -331,16 +344,19 @@ def calibrate(
     checkpoint: tuple[Path, Checkpoint] | None = None,
     scales: OutputScales | None = None,
 ) -> tuple[tuple[ChainProfile, ...], int]:
-    """Run `model` over the batches and fold the streams of every chain; returns the samples, too.
+    """Run `model` over the batches and accumulate the statistics of every chain.
 
-    Where several ranks work together, `batches` are one's own, and what comes back is of all of them.
+    With several ranks, `batches` are those of this rank, and the result is of all ranks.
 
     Args:
-        batches: the number of each one's first sample, and the batch.
-        window: of `Moments`.
-        stride: of `ChainProfile.update`.
-        checkpoint: where to go on from, and to write to; and what it must be of.
-        scales: folds the outputs, those of this rank.
+        batches: the index of each batch's first sample, and the batch.
+        window: as in `Moments`.
+        stride: as in `ChainProfile.update`.
+        checkpoint: the file to resume from and to write to, and the header that it must match.
+        scales: accumulates the outputs of this rank.
+
+    Returns:
+        The statistics of the chains, and the number of samples.
 
     Raises:
         ActivationError: a stream holds NaN or infinity.
@@ -384,10 +400,10 @@ def calibrate(
 def _resumed(
     path: Path, expected: Checkpoint, states: Sequence[ChainProfile], scales: OutputScales
 ) -> tuple[int, int]:
-    """Batches and samples that a checkpoint has seen; the states are made what they were.
+    """Load a checkpoint into the states, and return the numbers of batches and samples in it.
 
     Raises:
-        ArtifactError: it is of another profile.
+        ArtifactError: the checkpoint is of another profile.
     """
     header, tensors = read_tensors(path, Checkpoint)
     if header.model_copy(update={"batches": 0, "samples": 0}) != expected:
@@ -405,10 +421,10 @@ def restore(
     tensors: Mapping[str, Tensor],
     scales: OutputScales | None = None,
 ) -> None:
-    """Let states take over what a file holds.
+    """Load the tensors of a file into the statistics of chains and outputs.
 
     Raises:
-        ArtifactError: it holds something else.
+        ArtifactError: the file holds something else.
     """
     try:
         for k, state in enumerate(states):
@@ -420,21 +436,21 @@ def restore(
 
 
 def _moments_size(chains: Sequence[Chain], window: int | None) -> int:
-    """Bytes that the moments of chains take."""
+    """Return the size of the moments of chains in bytes."""
     return sum(moment_bytes(len(chain) + 1, chain.width, window) for chain in chains)
 
 
 def _window(
     chains: Sequence[Chain], config: Config, device: torch.device
 ) -> tuple[int | None, list[str]]:
-    """The longest span whose moments fit into memory, and what to say where that is not what is asked.
+    """Return the longest span whose moments fit into memory, and a warning if it is not as configured.
 
     Raises:
-        ModelError: not even those of single blocks do.
+        ModelError: not even the moments of single blocks fit.
     """
 
     size = partial(_moments_size, chains)
-    # Machines may differ: what fits everywhere.
+    # Machines may differ: take the limit that holds on all of them.
     own = torch.tensor([config.memory or device_bytes(device) // 2])
     limit = int(torch.cat(current().gathered(own)).min())
     asked = config.window

@@ -1,7 +1,7 @@
 """Reports as values, tables, figures and one HTML page.
 
 report           the table and the page
-report_data      what stands behind a report
-changed_samples  the samples that changed most
+report_data      data behind a report
+changed_samples  samples whose output changed most
 plots            figures
 """

@@ -1,4 +1,4 @@
-"""The samples on which a compressed network's output is farthest from the original's, to look at."""
+"""Samples on which a compressed network's output is farthest from the original's, for inspection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Changed(Frozen):
 
     divergence: float
     original: int | None = None
-    """The class that the original network gives; None where the output is no class scores."""
+    """Class that the original network predicts; None where the output is not class scores."""
     compressed: int | None = None
     label: int | None = None
     picture: str = ""
@@ -36,12 +36,13 @@ class Changed(Frozen):
 
 
 class MostChanged:
-    """Told of every batch that is compared, it keeps the samples with the largest divergence."""
+    """Collector of the samples with the largest divergence, called with every compared batch."""
 
     def __init__(self, model: nn.Module, count: int = 12) -> None:
-        """
+        """Start without samples.
+
         Args:
-            model: whose `pretrained_cfg` says how images were normalised, where it is timm's.
+            model: the original; the `pretrained_cfg` of a timm model tells how images were normalised.
         """
         known: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         self._mean, self._std = (known.get(name, (0.5,)) for name in ("mean", "std"))
@@ -50,10 +51,10 @@ class MostChanged:
         self._seen = 0
 
     def __call__(self, compared: Compared) -> None:
-        """One batch."""
+        """Collect the samples of one batch that changed most."""
         divergence = compared.rows[:, 0].nan_to_num(torch.inf)
         for row in divergence.topk(min(self._count, len(divergence))).indices.tolist():
-            # Earlier samples first among equals, whatever they hold.
+            # Of equal divergences the earlier sample comes first.
             key = float(divergence[row]), -(self._seen + row)
             if len(self._heap) < self._count or key > self._heap[0][:2]:
                 entry = (*key, self._changed(compared, row, key[0]))
@@ -63,7 +64,7 @@ class MostChanged:
         self._seen += len(divergence)
 
     def found(self) -> tuple[Changed, ...]:
-        """Those of all processes, the most changed first."""
+        """Return the samples of all processes, the most changed first."""
         own = [entry[2].model_dump(mode="json") for entry in sorted(self._heap, reverse=True)]
         every = [Changed(**value) for part in current().collected(own) for value in part]
         return tuple(sorted(every, key=lambda c: -c.divergence)[: self._count])
@@ -89,7 +90,9 @@ class MostChanged:
         return int(scores.argmax()) if scores.ndim == 1 else None
 
     def _picture(self, batch: Batch, row: int) -> str:
-        """The sample as a PNG, where its first tensor is (channels, height, width) of an image."""
+        """Return the sample as a PNG, if its first tensor is an image (channels, height, width);
+        otherwise an empty string.
+        """
         image = next(iter(batch.tensors.values()))[row].detach().cpu()
         if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
             return ""
@@ -102,7 +105,7 @@ class MostChanged:
         drawn = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         scale = _PIXELS / max(drawn.size)
         size = tuple(max(1, round(side * scale)) for side in drawn.size)
-        # Small pictures are enlarged in whole pixels, as they are seen by the network.
+        # Small images are enlarged in whole pixels, to show them as the network sees them.
         how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         buffer = io.BytesIO()
         drawn.resize((size[0], size[1]), how).save(buffer, "PNG")

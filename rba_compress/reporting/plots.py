@@ -1,4 +1,4 @@
-"""Figures, as values of matplotlib: nothing is shown, and no global state is touched."""
+"""Figures as matplotlib objects: nothing is shown, and no global state is touched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PICTURED: tuple[Metric, ...] = ("cosine", "cka", "r2")
 
 
 def plot_similarity(profiled: ChainProfile, metrics: tuple[Metric, ...] = PICTURED) -> Figure:
-    """Block-to-block similarity heatmaps of one chain, side by side.
+    """Plot block-to-block similarity heatmaps of one chain, side by side.
 
     Rows and columns are the chain's boundaries: its input, and the stream behind each block.
     """
@@ -41,10 +41,11 @@ def plot_similarity(profiled: ChainProfile, metrics: tuple[Metric, ...] = PICTUR
 
 
 def plot_span_errors(profiled: ChainProfile) -> Figure:
-    """How much of every span's target a skip and the best affine map miss, side by side.
+    """Plot the error of a skip and of the best affine map over every span, side by side.
 
-    The share of the target's variance: E ||h_stop - W h_start - b||^2 / E ||h_stop - E h_stop||^2, with
-    W = I, b = 0 on the left, over all rows. White is 0; above 1 is worse than the target's mean.
+    The error is the share of the target's variance that is missed, over all rows:
+    E ||h_stop - W h_start - b||^2 / E ||h_stop - E h_stop||^2, with W = I, b = 0 on the left. White is
+    0; above 1 is worse than the target's mean.
     """
     from matplotlib.figure import Figure
 
@@ -67,21 +68,23 @@ def plot_span_errors(profiled: ChainProfile) -> Figure:
 
 
 def _set_ticks(axis: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Name the columns and rows of a picture, thirteen at the most."""
+    """Label the columns and rows of a heatmap, at most thirteen of each."""
     places = range(0, len(columns), math.ceil(len(columns) / 13))
     axis.set_xticks(places, [columns[k] for k in places], rotation=90)
     axis.set_yticks(places, [rows[k] for k in places])
 
 
 def span_errors(profiled: ChainProfile) -> tuple[list[list[float]], list[list[float]]]:
-    """Of a skip and of the best affine map, (blocks + 1, blocks + 1), NaN where there is no span."""
+    """Return the errors of a skip and of the best affine map, (blocks + 1, blocks + 1), NaN where there
+    is no span.
+    """
     moments, size = profiled.moments, len(profiled.chain) + 1
     r2 = profiled.similarity("r2")
     skipped, fitted = ([[math.nan] * size for _ in range(size)] for _ in range(2))
     for start in range(size):
         for stop in range(start + 1, min(size, start + moments.window + 1)):
             own, target = (moments.comoments(b, b).trace() for b in (start, stop))
-            # Second moments about the means; a skip leaves the difference of these, too.
+            # Comoments are about the means; a skip also leaves the difference of the means.
             shift = (moments.mean[start] - moments.mean[stop]).square().sum() * moments.n
             apart = own + target - 2 * moments.comoments(start, stop).trace() + shift
             skipped[start][stop] = float(apart / target)
@@ -90,11 +93,11 @@ def span_errors(profiled: ChainProfile) -> tuple[list[list[float]], list[list[fl
 
 
 def plot_pareto(front: Sequence[Summary], kind: str = "kl") -> Figure:
-    """Divergence, and agreement or accuracy, over what is kept of MACs and latency.
+    """Plot divergence, and agreement or accuracy, over the kept share of MACs and latency.
 
     Args:
-        front: `result.report.details.front`, or summaries of networks of one's own.
-        kind: of the divergence, `result.plan.divergence`.
+        front: `result.report.details.front`, or summaries of other networks.
+        kind: the kind of divergence, `result.plan.divergence`.
     """
     from matplotlib.figure import Figure
 

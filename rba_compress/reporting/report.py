@@ -1,7 +1,7 @@
-"""What a compression costs and what it loses: as a value, as a table, and as one HTML page.
+"""Report of a compression, its cost and its fidelity: as a value, as a table, and as one HTML page.
 
-The page fetches nothing, and is for a phone, for print, by day and by night. Whatever comes from names
-of models and files is escaped, in the page and in its data.
+The page fetches nothing, suits phones and print, and has a light and a dark mode. Names of models and
+files are escaped, in the page and in its data.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ METHODS = {"ours": "this search", "paper": "the paper's map over one span", "hea
 
 
 class Report(Frozen):
-    """Cost and fidelity, before and after, on samples that nothing was chosen on."""
+    """Cost and fidelity, before and after, on samples that no choice was based on."""
 
     former: ClassVar[Mapping[str, str]] = {"dense": "original", "slim": "compressed"}
 
     model: str
     plan: str
     samples: str
-    """Which samples: the held-out part of the loader, or a test set."""
+    """Description of the samples: the held-out part of the loader, or a test set."""
     original: Cost
     compressed: Cost
     fidelity: Fidelity
     latency: Latency
     forward_passes: float | None = None
-    """Of the search, over the whole loader."""
+    """Number of forward passes of the search over the whole loader."""
     notes: tuple[str, ...] = ()
-    """What of the loader was read as what, and what the output was taken for."""
+    """Interpretation of the loader's items and of the output, one note a line."""
     warnings: tuple[str, ...] = ()
     details: Details | None = None
     seal: str | None = Field(None, exclude=True, repr=False)
-    """Of report.json, which carries its own: the times in it differ from run to run."""
+    """Hash of report.json, which the file itself carries: its times differ from run to run."""
     changed: tuple[Changed, ...] = Field((), exclude=True)
-    """The samples that changed most. They are in no JSON and in no artefact: they are its user's."""
+    """Samples that changed most. No JSON or artefact holds them, because they belong to the user."""
 
     @property
     def summary(self) -> Summary:
-        """Its measures, to draw them beside others'."""
+        """Measurements of this report, to be plotted beside those of other networks."""
         f, t = self.fidelity, self.latency
         return Summary(
             macs=self.compressed.macs,
@@ -76,17 +76,17 @@ class Report(Frozen):
         )
 
     def to_html(self, path: str | Path) -> None:
-        """Write it as one self-contained page: figures, pictures, decisions, provenance.
+        """Write the report as one self-contained page: figures, pictures, decisions, provenance.
 
-        The page shows the samples that changed most, where the report was made in this process.
+        The page shows the samples that changed most, if the report was made in this process.
 
         Raises:
-            ArtifactError: the file cannot be written; what was there is there still.
+            ArtifactError: the file cannot be written; an existing file is unchanged.
         """
         write_text(Path(path), page(self))
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Each measure: its name, before, after, and what is left of it."""
+        """Return a row for each measure: its name, before, after, and the ratio."""
         f, t = self.fidelity, self.latency
         rows = []
         if f.accuracy_original is not None and f.accuracy_compressed is not None:
@@ -118,7 +118,7 @@ class Report(Frozen):
         return html_table(f"{self.model}: {self.plan}", head, judged(self))
 
     def table(self) -> str:
-        """One table for a terminal."""
+        """Return the report as text for a terminal."""
         f, t = self.fidelity, self.latency
         lines = [*self.notes]
         lines += text_table(("", "before", "after", "after/before"), self.rows())
@@ -137,7 +137,7 @@ class Report(Frozen):
 
 
 def divergence_name(fidelity: Fidelity) -> str:
-    """What its divergence is called in a table."""
+    """Return the name of the divergence in a table."""
     if len(fidelity.outputs) > 1:
         return "divergence of all outputs"
     names = {
@@ -155,7 +155,7 @@ def _row(name: str, before: str, after: str, ratio: float | None = None) -> tupl
 
 
 class Row(NamedTuple):
-    """A measure before and after, and whether it differs."""
+    """Measure before and after, with its interval and verdict."""
 
     name: str
     before: str
@@ -166,7 +166,7 @@ class Row(NamedTuple):
 
 
 def page(report: Report) -> str:
-    """A report as one self-contained HTML page."""
+    """Return a report as one self-contained HTML page."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True)
@@ -200,11 +200,11 @@ def page(report: Report) -> str:
 
 
 def judged(report: Report) -> list[Row]:
-    """Each measure, with its interval and what that says: a difference within it is none."""
+    """Return each measure with its interval and verdict: a difference within the interval is none."""
     f, t = report.fidelity, report.latency
     said: dict[str, tuple[str, str]] = {}
     if f.drop_low is not None and f.drop_high is not None:
-        # A share of counts: no gain of 0.0 is written as -0.0.
+        # Adding 0.0 keeps a gain of zero from being written as -0.0.
         low, high = (round(-100 * v, 6) + 0.0 for v in (f.drop_high, f.drop_low))
         drop = f.accuracy_drop or 0.0
         more = "a loss" if drop > 0 else "a gain"
@@ -240,7 +240,7 @@ def _headline(report: Report) -> str:
 
 
 def _commands(row: Summary, report: Report) -> list[str]:
-    """What makes a network of the front, in Python and in a shell."""
+    """Return the commands that make a network of the front, in Python and in a shell."""
     details = report.details
     options = (details.options if details else "") or "--model NAME"
     files = "--images IMAGES --weights WEIGHTS.safetensors"

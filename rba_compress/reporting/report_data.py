@@ -1,4 +1,4 @@
-"""What stands behind a report: the network as it is drawn, the front, the decisions, the versions."""
+"""Data behind a report: the network as it is drawn, the front, the decisions, the versions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Matrix = tuple[tuple[float | None, ...], ...]
 
 
 class Summary(Frozen):
-    """One network's measures, under one name each; what was not measured is None."""
+    """Measurements of one network, under one name each; None if not measured."""
 
     former: ClassVar[Mapping[str, str]] = {"accuracy_dense": "accuracy_original"}
 
     macs: int
     macs_kept: float
-    """Of the original network's, as are `params_kept` and `latency_ratio`."""
+    """Share of the original network's, as are `params_kept` and `latency_ratio`."""
     params: int
     params_kept: float
     latency_ratio: float
     latency_low: float
-    """Quartiles of the pairs, `latency_high` too."""
+    """Lower quartile over the timed pairs; `latency_high` is the upper one."""
     latency_high: float
     divergence: float | None
     divergence_low: float | None
-    """95 % interval, `divergence_high` too."""
+    """95 % interval, to `divergence_high`."""
     divergence_high: float | None
     agreement: float | None
     accuracy: float | None
@@ -45,11 +45,11 @@ class Summary(Frozen):
     samples: int
     plan: str
     method: Method = "ours"
-    """Of this search, the paper's, or trained afterwards."""
+    """Origin of the network: this search, the paper's choice, or training afterwards."""
 
 
 class DrawnBlock(Frozen):
-    """A block of a chain, and what became of it."""
+    """Block of a chain, and its change."""
 
     path: str
     type: str
@@ -57,39 +57,39 @@ class DrawnBlock(Frozen):
     params: int
     state: Literal["kept", "re-solved", "thinned", "replaced"] = "kept"
     change: str = ""
-    """In words."""
+    """Description of the change."""
 
 
 class DrawnChain(Frozen):
-    """A chain of blocks, and how alike the streams between them are."""
+    """Chain of blocks, and the similarity of the streams between them."""
 
     name: str
     blocks: tuple[DrawnBlock, ...]
     similarity: dict[Metric, Matrix] = Field(default_factory=dict)
-    """By metric, row to column; None where it was not taken."""
+    """Similarity matrices by metric; None where a pair was not measured."""
 
 
 class Change(Frozen):
-    """What was put in place of a span, and how well it fits."""
+    """Replacement of a span, and how well it fits."""
 
     text: str
     diagnostics: Diagnostics | None
-    """None of what was not fitted."""
+    """Diagnostics of the fit; None without a fit."""
 
 
 class Details(Frozen):
-    """What stands behind the numbers of a report."""
+    """Data behind the numbers of a report."""
 
     chains: tuple[DrawnChain, ...] = ()
     changes: tuple[Change, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     steps: tuple[Step, ...] = ()
     front: tuple[Summary, ...] = ()
-    """The networks on the way, the last of ours is the one; and the paper's at its cost."""
+    """Networks of the search, the last of which is the result, and the paper's choice at its cost."""
     front_samples: str = ""
-    """Which samples those were measured on."""
+    """Description of the samples that the front was measured on."""
     options: str = ""
-    """Of a shell command on this network, where it tells what timm calls it."""
+    """Options of a shell command on this network, if its timm name is known."""
     provenance: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
@@ -102,7 +102,7 @@ class Details(Frozen):
         front_samples: str = "",
         options: str = "",
     ) -> Details:
-        """Of a plan and the profile that it was searched on."""
+        """Collect the data of a plan and of the profile that it was searched on."""
         chains = []
         for profiled in seen.chains:
             alike = {metric: _rounded(profiled.similarity(metric).tolist()) for metric in METRICS}
@@ -131,13 +131,13 @@ class Details(Frozen):
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that shape a result."""
+    """Return the versions of Python and of the packages that affect a result."""
     packages = ("rba_compress", "torch", "timm", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
-    """The blocks of a chain, and what a plan makes of each."""
+    """Return the blocks of a chain, and how a plan changes each."""
     state: dict[int, tuple[str, str]] = {}
     for refit in plan.refits:
         if refit.chain == chain.name and refit.block >= 0:

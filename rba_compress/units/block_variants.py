@@ -147,15 +147,23 @@ def thin(
 
 
 def _prune(module: nn.Module, used: set[str], *, keep: Sequence[str] = ()) -> None:
-    """Drop submodules, parameters and buffers that are not used; the others keep their paths."""
+    """Drop submodules, parameters and buffers that are not used; the others keep their paths.
+
+    Children are replaced by copies over the same tensors: the block that they came from stays whole.
+    """
     for name, child in list(module.named_children()):
         if name in keep:
             continue
         below = {path.removeprefix(f"{name}.") for path in used if path.startswith(f"{name}.")}
-        if below:
-            _prune(child, below)
-        else:
+        if not below:
             delattr(module, name)
+            continue
+        own = type(child).__new__(type(child))
+        own.__dict__.update(child.__dict__)
+        for held in ("_parameters", "_buffers", "_modules"):
+            own.__dict__[held] = dict(child.__dict__[held])
+        module._modules[name] = own
+        _prune(own, below)
     # Set to None, not deleted: a layer's repr reads its bias.
     for tensors in (module._parameters, module._buffers):
         tensors.update({name: None for name in tensors if name not in used})

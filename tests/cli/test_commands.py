@@ -372,7 +372,7 @@ def test_a_fault_is_one_line_and_a_traceback_where_asked_for(
     assert main(["verify", "compressed"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        "a fault of this program: ZeroDivisionError: of something; --debug shows where"
+        "an internal error; please report it: ZeroDivisionError: of something; --debug shows where"
     )
     assert main(["verify", "compressed", "--debug"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err

@@ -278,7 +278,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     how = Config(maps=("identity",), units=("span",), refit_steps=(1.0,))
     seen = profile(model, data, config=how)
     search = SearchContext(model, seen, data, Budget(macs=0.5))
-    (move,) = search.fitter.moves(search.start, [Site(0, 0, 1, "span")])
+    (move,) = search.fitter.candidates(search.start, [Site(0, 0, 1, "span")])
     draft = search.draft(with_candidate(search.start, move), search.start.cost - move.saving)
     better = search.statistics(draft)
     assert better.mean < 0.9 * draft.mean
@@ -295,7 +295,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     # Re-estimated again, they are as good: what does not help is not taken.
     assert search.statistics(better) is better
     # A span takes the statistics of the blocks that it replaces with it.
-    (further,) = search.fitter.moves(better, [Site(0, 2, 3, "span")])
+    (further,) = search.fitter.candidates(better, [Site(0, 2, 3, "span")])
     left = with_candidate(better, further)
     assert [r.path for r in left.plan.refits] == ["2.bn", "4.bn"]
     assert not any(key.startswith("3.bn.") for key in left.tensors)
@@ -321,8 +321,8 @@ def test_branches_under_a_layer_norm_behind_the_sum() -> None:
     found = [(b.path, b.norm) for b in chain.blocks[1].branches]
     layer = "encoder.layer.1"
     assert found == [
-        (f"{layer}.attention.output.original", f"{layer}.attention.output.LayerNorm"),
-        (f"{layer}.output.original", f"{layer}.output.LayerNorm"),
+        (f"{layer}.attention.output.dense", f"{layer}.attention.output.LayerNorm"),
+        (f"{layer}.output.dense", f"{layer}.output.LayerNorm"),
     ]
 
 

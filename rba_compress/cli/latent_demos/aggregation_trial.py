@@ -1,4 +1,4 @@
-"""Networks that each learned a part of a task, merged into one space: what is that space worth?"""
+"""Aggregation trial: quality of one space merged from networks that each learned a part of a task."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
 @dataclass(frozen=True)
 class AggregationTrial:
-    """How to divide, train and merge.
+    """Settings of the aggregation trial: division, training and merging.
 
     Args:
         settings: what the tasks have in common: the samples of four classes, beside two classes of its
-            own in each; all classes, of other samples; or neither, three or four classes each.
-        seeds: of the division, the weights and the order of samples.
-        tasks: how many.
-        anchors: how many, of the shared samples in the first setting, otherwise set apart before.
+            own in each; all classes, with different samples; or neither, three or four classes each.
+        seeds: seeds of the division, the weights and the order of samples.
+        tasks: number of tasks.
+        anchors: number of anchors, from the shared samples in the first setting, otherwise set apart
+            before the division.
         width: channels of every space.
-        steps: of Adam, of each network.
-        neighbours: of k-NN.
+        steps: steps of Adam for each network.
+        neighbours: number of neighbours in k-NN.
     """
 
     settings: tuple[Setting, ...] = SETTINGS
@@ -52,7 +53,7 @@ class AggregationTrial:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of the training and of the test images that one task has."""
+    """Rows of the training and of the test images that one task has."""
 
     train: list[int]
     test: list[int]
@@ -60,24 +61,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Worth:
-    """What a space is worth on the test images.
+    """Quality of a space on the test images.
 
-    `task` is the accuracy of a linear model that tells which task a sample belongs to, of those that
-    belong to one: what is above the end-to-end network's is the print of the network that it went
-    through.
+    `task` is the accuracy of a linear model that predicts the task of a sample, among the samples that
+    belong to one task. Accuracy above that of the end-to-end network shows traces of the network that
+    encoded a sample.
     """
 
     knn: float
     linear: float
     separability: float
     cka: float
-    """Linear, to the end-to-end network's space."""
+    """Linear CKA with the end-to-end network's space."""
     task: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """One space in one setting: means over seeds, and their standard deviations."""
+    """Result of one space in one setting: means over seeds, and standard deviations."""
 
     setting: Setting
     space: str
@@ -87,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What came of every setting, and spaces of the test images of the last seed, to be drawn."""
+    """Results of every setting, and the last seed's spaces of the test images, for figures."""
 
     rows: tuple[Row, ...]
     spaces: dict[Setting, dict[str, Tensor]]
@@ -99,7 +100,7 @@ class Aggregation:
 def divided(
     setting: Setting, labels: Data, how: AggregationTrial, generator: torch.Generator
 ) -> tuple[list[Part], list[int]]:
-    """The tasks' parts, and the training rows that are anchors."""
+    """Return the tasks' parts, and the training rows that are anchors."""
     order = torch.randperm(labels.classes, generator=generator).tolist()
     train, test = labels.train[1], labels.test[1]
     rows = torch.randperm(len(train), generator=generator).tolist()
@@ -151,10 +152,10 @@ class Merged:
 
     spaces: dict[str, tuple[Tensor, Tensor]]
     owners: tuple[Tensor, Tensor]
-    """`SEVERAL` where several tasks hold an image, `NONE` where none does."""
+    """Task of each image: `SEVERAL` where several tasks hold an image, `NONE` where none does."""
 
     def worths(self, data: Data, how: AggregationTrial) -> Iterator[tuple[str, Worth]]:
-        """Of every space; of single networks the mean."""
+        """Yield the quality of every space; of single networks, the mean."""
         singles = []
         for name, spaces in self.spaces.items():
             worth = self._worth(spaces, data, how)
@@ -211,7 +212,7 @@ def merging(
 
 
 class _Read:
-    """The networks, and what they make of images."""
+    """Networks of the tasks and the end-to-end network, which encode images."""
 
     def __init__(self, encoders: list[nn.Module], whole: nn.Module, anchors: Tensor) -> None:
         self.encoders, self.whole = encoders, whole
@@ -219,7 +220,7 @@ class _Read:
         self.anchors = whole(anchors)
 
     def of(self, images: Tensor, held: list[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
-        """Every space of these images, NaN where no task holds one, and the task of each."""
+        """Return every space of the images, NaN where no task holds an image, and each image's task."""
         seen = torch.stack([encoder(images) for encoder in self.encoders])
         holds = torch.zeros(len(held), len(images), 1)
         for task, rows in enumerate(held):
@@ -246,7 +247,7 @@ def _linear() -> Pipeline:
 
 
 def _cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two spaces of the same samples."""
+    """Return the linear CKA of two spaces of the same samples."""
     x, y = (space.double() - space.double().mean(0) for space in (x, y))
     return float((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 

@@ -1,4 +1,4 @@
-"""How much of true anchors does a bootstrap recover, and does a head read through what it found?"""
+"""Anchor trial: recovery of true anchors by bootstrapping, and stitching through the anchors found."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "adam": {"solver": "adam"},
     "least squares": {"solver": "least_squares"},
 }
-"""Ways to bootstrap; each is measured by the vectors that it ends with and by the samples nearest."""
+"""Ways to bootstrap; each is measured with its final vectors, and with the samples nearest to them."""
 
 
 @dataclass(frozen=True)
 class AnchorTrial:
-    """How to hide, recover and read.
+    """Settings of the anchor trial: hidden pairs, recovery and heads.
 
     Args:
-        repetitions: each with seeds, anchors and a head of its own.
-        seeds: pairs that are not hidden.
-        anchors: how many in all.
-        samples: of the training part, that anchors are looked for in.
-        head_steps: of the head that reads the relative space.
-        runs: of `RUNS`.
+        repetitions: number of repetitions, each with seeds, anchors and a head of its own.
+        seeds: number of pairs that are not hidden.
+        anchors: number of anchors in all.
+        samples: number of training samples that anchors are looked for in.
+        head_steps: training steps of the head that reads the relative space.
+        runs: names of `RUNS`.
     """
 
     repetitions: int = 5
@@ -59,16 +59,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to have anchors, means over repetitions.
+    """Result of one way to have anchors, means over repetitions.
 
     `jaccard`, `mrr` and `cosine` are of `retrieval` on the test part; `accuracy` is that of x's head
-    reading y's relative space there; `recovered` the share of the MRR between seeds alone and ground
-    truth; `right` the share of anchors beside the seeds whose pair is the true one.
+    on y's relative space there; `recovered` is the recovered share of the MRR between seeds alone and
+    ground truth; `right` is the share of anchors, without the seeds, whose pair is the true one.
     """
 
     pair: str
     samples: int
-    """That anchors were looked for in."""
+    """Number of samples that anchors were looked for in."""
     anchors: str
     jaccard: float
     mrr: float
@@ -84,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Rows, and what the last repetition of the last run found, to be drawn."""
+    """Rows, and the anchors of the last run in the last repetition, for figures."""
 
     rows: tuple[Row, ...]
     found: Bootstrapped
@@ -104,7 +104,7 @@ def recovering(pair: Pair, how: AnchorTrial) -> Recovery:
 
 @dataclass(frozen=True)
 class _Way:
-    """Vectors (K, d) of both spaces about their centres, how many are right, what they took."""
+    """Vectors (K, d) of both spaces about their centres, the share that is right, and the time."""
 
     x: Tensor
     y: Tensor
@@ -115,7 +115,7 @@ class _Way:
 def _ways(
     pair: Pair, how: AnchorTrial, repetition: int, progress: Callable[[], object]
 ) -> tuple[dict[str, _Way], Bootstrapped]:
-    """Every way to have anchors of one repetition, and what the last run found."""
+    """Return every way to have anchors in one repetition, and the anchors of the last run."""
     x, y = (space[: how.samples] for space in pair.train[:2])
     seeds = [(row, row) for row in random_points(x, how.seeds, seed=repetition)]
     ways: dict[str, _Way] = {}
@@ -138,7 +138,7 @@ def _ways(
 def _measured(
     pair: Pair, how: AnchorTrial, ways: dict[str, _Way], found: Bootstrapped, repetition: int
 ) -> dict[str, dict[str, float]]:
-    """Retrieval and stitching of every way; one head for each number of anchors."""
+    """Measure retrieval and stitching of every way, with one head for each number of anchors."""
     x, labels = pair.train[0] - found.x_centre, pair.train[2]
     test_x, test_y = pair.test[0] - found.x_centre, pair.test[1] - found.y_centre
     heads: dict[int, nn.Module] = {}
@@ -159,7 +159,7 @@ def _measured(
 
 
 def _share(value: float, low: float, high: float) -> float:
-    """Of the way from low to high; NaN where there is none to go."""
+    """Return the share of the way from low to high; NaN if they are equal."""
     return math.nan if low == high else (value - low) / (high - low)
 
 

@@ -24,7 +24,7 @@ class Data:
 
 
 def encoder(kind: Kind, image: Tensor, width: int) -> nn.Sequential:
-    """Images (N, C, S, S) -> (N, width)."""
+    """Build an encoder, images (N, C, S, S) -> (N, width)."""
     channels, size = image.shape[0], image.shape[1]
     if kind == "mlp":
         return nn.Sequential(
@@ -42,7 +42,7 @@ def encoder(kind: Kind, image: Tensor, width: int) -> nn.Sequential:
 
 
 def head(inputs: int, outputs: int) -> nn.Sequential:
-    """(N, inputs) -> (N, outputs)."""
+    """Build a head, (N, inputs) -> (N, outputs)."""
     return nn.Sequential(
         nn.LayerNorm(inputs), nn.Linear(inputs, 128), nn.GELU(), nn.Linear(128, outputs)
     )
@@ -74,7 +74,7 @@ def fit(
 
 
 def score(output: Tensor, target: Tensor) -> float:
-    """Accuracy, or R² over all pixels of all samples."""
+    """Return the accuracy, or R² over all pixels of all samples."""
     if not target.is_floating_point():
         return float((output.argmax(1) == target).double().mean())
     left = (output - target).double().square().sum()
@@ -90,7 +90,7 @@ def trained(
     steps: int,
     seed: int,
 ) -> nn.Sequential:
-    """An encoder and a head, trained together on inputs (N, C, S, S) and targets."""
+    """Return an encoder and a head, trained together on inputs (N, C, S, S) and targets."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = encoder(kind, pairs[0][0], width)

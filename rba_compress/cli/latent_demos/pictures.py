@@ -1,4 +1,4 @@
-"""Figures of spaces, as values of matplotlib: nothing is shown, and no global state is touched."""
+"""Figures of spaces as matplotlib objects: nothing is shown, and no global state is touched."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "os^Dvp*X"
-"""Of tasks, in turn."""
+"""Markers of the tasks, in turn."""
 
 WRITTEN = 10
-"""Up to so many spaces, the numbers are written into a heatmap."""
+"""Largest number of spaces for which the numbers are written into a heatmap."""
 
 
 def plot_spaces(spaces: Mapping[str, Tensor], metrics: Sequence[Invariant] = INVARIANTS) -> Figure:
-    """Relative similarity of every two spaces of the same samples, a heatmap for each invariance.
+    """Plot the relative similarity of every two spaces of the same samples, a heatmap per invariance.
 
     Raises:
-        SpaceError: of `relative_similarity`.
+        SpaceError: as `relative_similarity`.
     """
     from matplotlib.figure import Figure
 
@@ -49,11 +49,11 @@ def plot_spaces(spaces: Mapping[str, Tensor], metrics: Sequence[Invariant] = INV
 
 
 def plot_anchors(found: Bootstrapped, y_space: Tensor, truth: Sequence[int]) -> Figure:
-    """Where anchors were found in y, and where they are: the two main axes of its samples.
+    """Plot the found and the true anchors in y, on the two main axes of its samples.
 
     Args:
-        y_space: in which they were looked for, (M, d_y).
-        truth: the row of y that each anchor's sample is.
+        y_space: the space in which anchors were looked for, (M, d_y).
+        truth: the row of y that is each anchor's sample.
     """
     from matplotlib.figure import Figure
 
@@ -88,9 +88,9 @@ def plot_aggregated(
     merged: Aggregation,
     names: Sequence[str] = ("end to end", "naive", "aggregated", "aggregated, task hidden"),
 ) -> Figure:
-    """Spaces of the test samples on their two main axes, a row for each setting.
+    """Plot spaces of the test samples on their two main axes, a row for each setting.
 
-    A colour for each class, a marker for each task, dots where several tasks hold a sample.
+    Each class has a colour and each task a marker; dots are samples that several tasks hold.
     """
     from matplotlib.figure import Figure
 
@@ -114,6 +114,6 @@ def plot_aggregated(
 
 
 def _main_axes(samples: Tensor) -> Tensor:
-    """Of largest variance, (d, 2)."""
+    """Return the two axes of largest variance, (d, 2)."""
     axes: Tensor = torch.linalg.svd(samples - samples.mean(0), full_matrices=False).Vh[:2].T
     return axes

@@ -1,8 +1,8 @@
-"""Does a head read an encoder that it was not trained with? Networks trained apart, each pair stitched.
+"""Stitching trial: heads on encoders that they were not trained with, for each pair of networks.
 
-Each network is an encoder trained with a head of its own, to tell classes or to give its input back.
-The encoder is then kept as it is, and for every bridge a head is trained on its space alone: no network
-sees another one before the pair is stitched. All random state is passed in.
+Each network is an encoder trained with a head of its own, to classify or to reconstruct its input. The
+encoder is then frozen, and for every bridge a head is trained on its space alone: no network sees
+another one before the pair is stitched. All random state is passed in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAPS = {
     "affine map": MapSpec(kind="affine", damping=1e-2),
     "orthogonal map": MapSpec(kind="orthogonal"),
 }
-"""Fitted to the anchors of both spaces: the strong rivals, which must be fitted for every pair."""
+"""Maps fitted to the anchors of both spaces: strong baselines, which must be fitted for every pair."""
 PRODUCTS: dict[str, Aggregation] = {f"product, {name}": name for name in get_args(Aggregation)}
 TRAINED = ("absolute", *INVARIANTS, *PRODUCTS)
 """Methods with a head of their own; a map leads to the space that the absolute one reads."""
@@ -39,14 +39,14 @@ Bridge = Invariant | InvarianceProduct | MapSpec | None
 
 @dataclass(frozen=True)
 class Trial:
-    """How to train and stitch.
+    """Settings of the stitching trial: training and stitching.
 
     Args:
-        seeds: of initial weights and the order of samples, one network of each kind a seed.
-        kinds: of encoders.
-        anchors: how many.
+        seeds: seeds of initial weights and the order of samples, one network of each kind a seed.
+        kinds: kinds of encoders.
+        anchors: number of anchors.
         width: channels of every space.
-        encoder_steps, head_steps: of Adam, at `batch` samples.
+        encoder_steps, head_steps: steps of Adam, at `batch` samples.
     """
 
     task: Task = "classification"
@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """One method over all ordered pairs of networks: accuracy, or R² of the pixels.
+    """Result of one method over all ordered pairs of networks: accuracy, or R² of the pixels.
 
     `own` is the mean over networks of the head on the encoder that it was trained with.
     """
@@ -78,7 +78,7 @@ class Row:
 
 
 def bridge_of(method: str, how: Trial) -> Bridge:
-    """What a method puts between two spaces, its weights not trained yet; None is nothing."""
+    """Return the bridge of a method between two spaces, not trained yet; None for no bridge."""
     if method in PRODUCTS:
         return InvarianceProduct(INVARIANTS, PRODUCTS[method], anchors=how.anchors)
     known: dict[str, Bridge] = {"absolute": None, **{m: m for m in INVARIANTS}, **MAPS}
@@ -86,13 +86,13 @@ def bridge_of(method: str, how: Trial) -> Bridge:
 
 
 def crossed(source: Anchors, target: Anchors, bridge: Bridge) -> nn.Module:
-    """The module of a bridge from one space to another."""
+    """Return the module of a bridge from one space to another."""
     return nn.Identity() if bridge is None else bridge_between(source, target, bridge)
 
 
 @dataclass
 class _Network:
-    """One encoder's space of the test images, and what was trained on its space."""
+    """Space of the test images of one encoder, and the heads and bridges on that space."""
 
     kind: Kind
     test: Tensor
@@ -101,14 +101,14 @@ class _Network:
     heads: dict[str, nn.Module]
 
     def reads(self, other: _Network, method: str) -> Tensor:
-        """What this network's head gives on the test images as `other` encodes them."""
+        """Return the output of this network's head on the test images as `other` encodes them."""
         bridge = crossed(other.anchors, self.anchors, self.bridges[method])
         output: Tensor = self.heads["absolute" if method in MAPS else method](bridge(other.test))
         return output
 
 
 def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterator[_Network]:
-    """Each network of each seed, trained, with its heads."""
+    """Yield the network of each kind and seed, trained, with its heads."""
     x, labels = data.train
     target = labels if how.task == "classification" else x.flatten(1)
     outputs = data.classes if how.task == "classification" else x[0].numel()
@@ -143,7 +143,7 @@ def networks(data: Data, how: Trial, progress: Callable[[str], None]) -> Iterato
 
 @torch.no_grad()
 def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
-    """Every method over the ordered pairs of one kind, and of two."""
+    """Score every method over the ordered pairs of one kind, and of two."""
     images, labels = data.test
     target = labels if how.task == "classification" else images.flatten(1)
     rows = []
@@ -164,7 +164,7 @@ def table(made: Sequence[_Network], data: Data, how: Trial) -> list[Row]:
 
 @dataclass(frozen=True)
 class Stitching:
-    """What came of every pair, and the spaces of the test images, by network."""
+    """Results of every pair, and the spaces of the test images, by network."""
 
     rows: tuple[Row, ...]
     spaces: dict[str, Tensor]
