@@ -49,7 +49,7 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Plan, Refit, Replacement, Site
+from rba_compress.core.plan import FoldRefit, Plan, Replacement, Site
 from rba_compress.graph.activations import observe
 from rba_compress.linalg.maps import fit_map, map_macs
 from rba_compress.linalg.moments import PairMoments
@@ -218,7 +218,7 @@ def replace_me(bench: Bench) -> Found:
         matrix = fit_map(LINEAR, pair).tensors["weight"]
         layer = bench.case.model.get_submodule(path)
         tensors = {f"{path}.{n}": matrix @ p.detach().double() for n, p in layer.named_parameters()}
-        refit = Refit(chain=chain.name, block=start - 1, path=path, damping=0.0, step=1.0, folded=True)
+        refit = FoldRefit(chain=chain.name, block=start - 1, path=path, damping=0.0, step=1.0)
         (replacement,) = bench.mapped(span, SKIP).plan.replacements
         yield gone, Solution(Plan(replacements=(replacement,), refits=(refit,)), tensors)
 

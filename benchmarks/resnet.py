@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.real_data import cifar10, resnet20
 from rba_compress import Budget, Config, profile, search
 from rba_compress.core.batch import Batch, as_batch
-from rba_compress.core.plan import Site
+from rba_compress.core.plan import NormRefit, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import statistics as re_estimated
 from rba_compress.planning.state import Solution, with_candidate
@@ -109,7 +109,7 @@ def measured(
         "kl": round(found.divergence, 4),
         "kl_low": round(found.divergence_low or 0.0, 4),
         "kl_high": round(found.divergence_high or 0.0, 4),
-        "norms": sum(r.statistics for r in solution.plan.refits),
+        "norms": sum(isinstance(r, NormRefit) for r in solution.plan.refits),
         "plan": str(solution.plan),
     }
 

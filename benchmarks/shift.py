@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Plan, profile
 from rba_compress.core.batch import as_batch
-from rba_compress.profiling.drift import Usual
+from rba_compress.profiling.drift import ReferenceStatistics
 
 RESULTS = Path(__file__).with_name("results")
 ORDERS = 10
@@ -74,8 +74,8 @@ def main() -> None:
     calibration = imagenet(original, "calibration", 50)
     seen = profile(original, calibration)
     held = (batch for _, _, batch in seen.split(calibration).deal("validation", "test"))
-    usual = Usual.of(original, Plan(), seen.chains, held)
-    assert usual is not None
+    reference = ReferenceStatistics.of(original, Plan(), seen.chains, held)
+    assert reference is not None
     batches = imagenet(original, "test", 50)
     mean, std = (torch.tensor(known[name])[:, None, None] for name in ("mean", "std"))
     found = []
@@ -84,13 +84,13 @@ def main() -> None:
         images, labels = corrupt(images[::2]), labels[::2]
         scores: list[Tensor] = []
         hook = original.register_forward_hook(partial(_keep, scores))
-        numbers = torch.cat([usual.numbers(original, as_batch(x)) for x in images.split(50)])
+        numbers = torch.cat([reference.numbers(original, as_batch(x)) for x in images.split(50)])
         hook.remove()
         right = int((torch.cat(scores) == labels).sum())
         row: dict[str, Any] = {"images": name, "accuracy": right / len(labels)}
         for size in SIZES:
             shifts = [
-                usual.judged(numbers[part])
+                reference.shift_of(numbers[part])
                 for seed in range(ORDERS)
                 for part in torch.randperm(
                     len(images), generator=torch.Generator().manual_seed(seed)
@@ -105,7 +105,7 @@ def main() -> None:
     (RESULTS / "shift.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
     head = ["test images", "accuracy", *(f"{n} images" for n in SIZES), "distance / threshold, 50"]
     lines = [
-        f"{len(usual.held)} held-out images, {len(usual.places)} boundaries; "
+        f"{len(reference.held)} held-out images, {len(reference.places)} boundaries; "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}",
         "",
         f"| {' | '.join(head)} |",

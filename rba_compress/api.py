@@ -30,7 +30,7 @@ from rba_compress.core.inference import unwrap
 from rba_compress.core.loader import Split, workers_named
 from rba_compress.core.loader_form import form_of
 from rba_compress.core.offload import device_of
-from rba_compress.core.plan import Healed, JudgedOutput, Plan
+from rba_compress.core.plan import ComparedOutput, Healed, Plan
 from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
 from rba_compress.healing.distillation import distil
@@ -40,7 +40,7 @@ from rba_compress.planning.span_fits import paper_span
 from rba_compress.planning.state import Solution
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.criterion import criterion_of
-from rba_compress.profiling.drift import Shift, Usual
+from rba_compress.profiling.drift import ReferenceStatistics, Shift
 from rba_compress.profiling.fidelity import Criterion, Fidelity, Function, fidelity
 from rba_compress.profiling.latency import Latency, benchmark
 from rba_compress.profiling.profiler import Profile, fingerprint, profile
@@ -68,7 +68,7 @@ class Result:
     profile: Profile
     front: tuple[Point, ...] = ()
     """Network of every step of the search; `front[k].splice(model)` builds one."""
-    usual: Usual | None = None
+    reference: ReferenceStatistics | None = None
     """Reference statistics for `check`; None for a result that was opened again."""
 
     def save(
@@ -99,13 +99,13 @@ class Result:
             ArtifactError: the result was opened from a directory, which holds no moments, or the
                 network's streams have no separate rows for each sample.
         """
-        if self.usual is None:
+        if self.reference is None:
             raise ArtifactError(
                 "a result that was opened from a directory has no moments to compare with: check with "
                 "the one that `compress` returned. Nor has one whose streams have no rows of their own "
                 "for each sample"
             )
-        found = self.usual.shift(self.model, as_batch(batch, self.profile.form))
+        found = self.reference.shift(self.model, as_batch(batch, self.profile.form))
         if found.shifted:
             warnings.warn(f"{found}: what the report says may not hold for them", stacklevel=2)
         return found
@@ -158,7 +158,7 @@ def compress(
     budget, original = Budget.of(budget), unwrap(model)
     seen = profile(original, loader, config=config, divergence=divergence)
     test = list(seen.split(loader).part("test"))
-    # Held-out samples that cannot be judged raise an error here, before the search.
+    # Held-out samples that cannot be compared raise an error here, before the search.
     fidelity(original, original, test, seen.criterion)
     found = search(original, seen, loader, budget=budget)
     compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
@@ -192,12 +192,12 @@ def compress(
     )
     if report is not unmeasured:
         _require_near(report, budget, seen.criterion.outputs)
-    usual = steps.run(
-        "the statistics of `check`", lambda: _usual(compressed, found.plan, seen, loader), None
+    reference = steps.run(
+        "the statistics of `check`", lambda: _reference(compressed, found.plan, seen, loader), None
     )
     warned = (*report.warnings, *steps.failed)
     report = report.model_copy(update={"details": details, "warnings": warned})
-    return Result(compressed, found.plan, report, found.tensors, seen, front, usual)
+    return Result(compressed, found.plan, report, found.tensors, seen, front, reference)
 
 
 class _Steps:
@@ -264,13 +264,15 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
     )
 
 
-def _usual(compressed: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]) -> Usual | None:
+def _reference(
+    compressed: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]
+) -> ReferenceStatistics | None:
     """Return the reference statistics of held-out samples inside the compressed network."""
     held = (batch for _, _, batch in seen.split(loader).deal("validation", "test"))
-    return Usual.of(compressed, plan, seen.chains, held)
+    return ReferenceStatistics.of(compressed, plan, seen.chains, held)
 
 
-def _require_near(report: Report, budget: Budget | None, judged: Sequence[JudgedOutput]) -> None:
+def _require_near(report: Report, budget: Budget | None, compared: Sequence[ComparedOutput]) -> None:
     """Require a network that is near the original, unless a budget was given.
 
     Raises:
@@ -281,7 +283,7 @@ def _require_near(report: Report, budget: Budget | None, judged: Sequence[Judged
         return
     if not math.isfinite(found.divergence):
         raise FidelityError("the compressed network's output holds NaN or infinity on held-out samples")
-    kinds = {output.name: output.divergence for output in judged} or {"": found.kind}
+    kinds = {output.name: output.divergence for output in compared} or {"": found.kind}
     means = found.outputs or {"": found.divergence}
     bounds = {name: BOUNDS.get(kinds.get(name, found.kind), math.inf) for name in means}
     far = next((name for name, mean in means.items() if mean > bounds[name]), None)
@@ -406,8 +408,10 @@ def heal(
         details = details.model_copy(update={"front": (*details.front, healed_row)})
     notes = (*report.warnings, *filter(None, [course.note]))
     report = report.model_copy(update={"details": details, "warnings": notes})
-    usual = compressed.usual and _usual(model, plan, seen, loader)
-    return replace(compressed, model=model, plan=plan, tensors=tensors, report=report, usual=usual)
+    reference = compressed.reference and _reference(model, plan, seen, loader)
+    return replace(
+        compressed, model=model, plan=plan, tensors=tensors, report=report, reference=reference
+    )
 
 
 def _after(first: Healed | None, second: Healed) -> Healed:
@@ -427,7 +431,7 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         original: the network that the compressed one was made from.
 
     Raises:
-        ArtifactError: as `load`; or the artefact is folded, or was judged by a function.
+        ArtifactError: as `load`; or the artefact is folded, or was compared by a function.
         PlanError: the artefact was made from another network.
         LoaderError: as `compress`.
     """
@@ -436,7 +440,7 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
         raise ArtifactError(f"{directory} is folded: heal the result before it is saved with fold=True")
     kind = manifest.plan.divergence
     if kind == "given":
-        raise ArtifactError(f"{directory} was judged by a function of one's own: heal the result")
+        raise ArtifactError(f"{directory} was compared by a function of one's own: heal the result")
     weights = fingerprint(original)
     if weights != manifest.original_weights:
         raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
@@ -540,7 +544,7 @@ def compare(
     watch = MostChanged(original)
     found = fidelity(original, compressed, batches, seen.criterion, watch)
     timed = Latency(
-        **current().told(
+        **current().broadcast(
             lambda: benchmark(original, compressed, seen.example, seconds=seconds).model_dump()
         )
     )

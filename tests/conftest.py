@@ -82,10 +82,31 @@ def _cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> None:
+    """Import and trace once, before any test is measured."""
+    import timm  # noqa: F401
+    import transformers  # noqa: F401
+
+    torch.export.export(nn.Linear(2, 2), (torch.zeros(2, 2),), strict=False)
+
+
+LONGEST = 5.0
+"""CPU seconds of a test that is not marked slow."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     started = _cpu_seconds()
     try:
-        return (yield)
+        result = yield
     finally:
-        item.user_properties.append(("cpu", f"{_cpu_seconds() - started:.2f}"))
+        seconds = _cpu_seconds() - started
+        item.user_properties.append(("cpu", f"{seconds:.2f}"))
+    marked = {"slow", "catalogue"} & {mark.name for mark in item.iter_markers()}
+    if seconds > LONGEST and not marked:
+        pytest.fail(
+            f"took {seconds:.1f} CPU seconds: make it shorter than {LONGEST:g}, or mark it slow",
+            pytrace=False,
+        )
+    return result

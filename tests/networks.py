@@ -19,8 +19,10 @@ def images(n: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-LIGHT = Config(maps=("folded",), shrinks=(0.6,), units=("span",), swaps=0, refit=False)
-"""A quick search, for tests of what comes before and behind it."""
+LIGHT = Config(
+    maps=("folded",), shrinks=(0.6,), units=("span",), swaps=0, refit=False, keep_features=True
+)
+"""A quick search, for tests of what comes before and behind it; no block is traced."""
 
 
 BRIEF_SEARCH = Config(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rba_compress
 from rba_compress import Budget, Config, FidelityError, Result, compress, supports
 from rba_compress.cli.digits import Split
-from tests.networks import LIGHT, Chain, loader, rows, seeded
+from tests.networks import BRIEF_SEARCH, LIGHT, Chain, loader, rows, seeded
 
 
 def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor, Tensor]) -> None:
@@ -26,6 +26,7 @@ def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor,
     assert result.report.latency.ratio < 1  # on blocks this small, calls cost as much as products
 
 
+@pytest.mark.slow
 def test_features_are_kept_where_they_are_asked_for(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:
@@ -41,7 +42,7 @@ def test_the_exact_pass_alone_costs_nothing(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:
     """Where it meets the budget, nothing else is done."""
-    compressed = compress(digits, digits_loader[:1], budget=Budget(macs=0.95), config=LIGHT)
+    compressed = compress(digits, digits_loader[:1], budget=Budget(macs=0.95), config=BRIEF_SEARCH)
     (only,) = compressed.plan.replacements
     assert only.exact
     assert compressed.report.fidelity.divergence < 1e-9
@@ -148,6 +149,7 @@ def test_the_public_names() -> None:
     assert all(hasattr(rba_compress, name) for name in rba_compress.__all__)
 
 
+@pytest.mark.slow
 def test_import_has_no_side_effects_and_is_lazy() -> None:
     code = (
         "import random, torch; state = torch.get_rng_state(), random.getstate();"

@@ -169,6 +169,7 @@ def test_memory_that_runs_out_is_named_with_what_was_wanted() -> None:
     assert "Pass smaller batches, or Config(window=...)" in printed
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_process_is_seen_before() -> None:
     printed = script(
         "import resource, torch\n"

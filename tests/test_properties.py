@@ -140,7 +140,7 @@ def network(seed: int, depth: int, width: int) -> Chain:
         return Chain(depth, width).eval()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(SEEDS, st.integers(2, 6), st.integers(2, 12), st.sampled_from(FORMS))
 def test_splicing_nothing_is_the_identity(seed: int, depth: int, width: int, form: Any) -> None:
     model = form(network(seed, depth, width))
@@ -172,7 +172,7 @@ def plans(draw: Any) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
     return model, Plan(replacements=tuple(replacements)), tensors
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(plans())
 def test_the_cost_of_a_plan_is_the_cost_of_the_network_that_it_makes(
     made: tuple[Chain, Plan, dict[str, Tensor]],
@@ -193,7 +193,7 @@ def test_the_cost_of_a_plan_is_the_cost_of_the_network_that_it_makes(
     assert (compressed.macs, compressed.params) == (original.macs + macs, original.params + params)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(plans(), st.sampled_from(FORMS))
 def test_splicing_any_plan_leaves_the_original_and_both_forms_agree(
     made: tuple[nn.Module, Plan, dict[str, Tensor]], form: Any

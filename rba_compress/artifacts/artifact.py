@@ -58,7 +58,7 @@ from rba_compress.reporting.report import Report
 from rba_compress.reporting.report_data import versions
 from rba_compress.units.splice import splice
 
-SCHEMA = 6
+SCHEMA = 7
 WEIGHTS, MANIFEST, REPORT = "model.safetensors", "plan.json", "report.json"
 
 
@@ -209,9 +209,14 @@ def _probe(example: Batch, model: nn.Module) -> Probe | None:
 
 def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a compressed state dict that a plan added or changed."""
-    keys = (*(r.key for r in plan.replacements), *(r.key for r in plan.refits))
+    maps = tuple(r.key for r in plan.replacements)
     trained = () if plan.healed is None else plan.healed.keys
-    return {name: t for name, t in state.items() if name in trained or (keys and name.startswith(keys))}
+
+    def fitted(name: str) -> bool:
+        of_map = bool(maps) and name.startswith(maps)
+        return of_map or name in trained or any(refit.owns(name) for refit in plan.refits)
+
+    return {name: tensor for name, tensor in state.items() if fitted(name)}
 
 
 def _name_losses(
@@ -307,7 +312,9 @@ def rebuilt(root: Path, manifest: Manifest, *, original: nn.Module | None = None
             )
         if fingerprint(unwrap(original)) != manifest.original_weights:
             raise WeightsError(f"original is not the {manifest.model} that {root} was made from")
-        whole = splice(unwrap(original), manifest.plan, read_state(root / WEIGHTS))
+        whole = splice(
+            unwrap(original), manifest.plan, fitted_tensors(manifest.plan, read_state(root / WEIGHTS))
+        )
         return in_memory(whole, device="cpu").cpu().eval()
     if original is not None:
         skeleton = in_memory(copy_model(unwrap(original)), device="cpu").cpu().eval()

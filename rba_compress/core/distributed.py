@@ -69,7 +69,7 @@ class Ranks:
             dist.all_gather(found, padded, group=_group())
         return [part[:n].to(rows.device) for part, n in zip(found, lengths, strict=True)]
 
-    def told(self, make: Callable[[], Any]) -> Any:
+    def broadcast(self, make: Callable[[], Any]) -> Any:
         """Broadcast a JSON value of the leading rank, such as a time, which differs between ranks."""
         if self.count == 1:
             return make()

@@ -45,7 +45,7 @@ def output_name(path: Path) -> str:
     return ".".join(map(str, path)) or "output"
 
 
-def judged(path: Path) -> bool:
+def is_compared(path: Path) -> bool:
     """Tell whether an output leaf is neither a loss nor part of a cache.
 
     A legacy cache is a tuple of tuples in a tuple: three integers in a row. Lists of feature maps have
@@ -70,7 +70,7 @@ def float_outputs(output: Any) -> dict[str, Tensor]:
         for path, leaf in with_paths(output)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
-    chosen = {path: leaf for path, leaf in leaves.items() if judged(path)} or leaves
+    chosen = {path: leaf for path, leaf in leaves.items() if is_compared(path)} or leaves
     if not chosen:
         raise ModelError(
             f"the model's output, a {type(output).__name__}, holds no floating-point tensor"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rba_compress.core.call_signature import Signature
 from rba_compress.core.config import Budget, Config, Healing
@@ -189,31 +189,75 @@ _CHANNELS_SECOND = {(1, 3), (1, 4), (1, 5)}
 """Channel axis and number of dimensions of streams whose maps are 1x1 convolutions."""
 
 
-class Refit(Frozen):
-    """Kept linear layer with a new weight and bias, solved towards the original stream; or BatchNorm
-    with running statistics of its inputs in the compressed network."""
+STATISTICS = ("running_mean", "running_var")
+"""Buffers of a BatchNorm that are re-estimated."""
 
-    chain: str = ""
-    """Chain of a linear layer; like `block`, not set for a BatchNorm."""
-    block: int = -1
+
+class Refit(Frozen):
+    """Kept layer whose tensors were computed anew; one of the three kinds below."""
+
     path: ModulePath
-    damping: float = 0.0
     step: float
     """Share of the correction that was taken; of the last one, where the layer was re-solved again."""
-    folded: bool = False
-    """True where the correction replaces the span right behind the layer's block."""
-    statistics: bool = False
-    """True for a BatchNorm."""
 
     @property
     def key(self) -> str:
         """Prefix of the layer's tensors in a state dict."""
         return f"{self.path}."
 
+    def owns(self, name: str) -> bool:
+        """Return whether a tensor of a state dict is one that the refit sets."""
+        return name.startswith(self.key)
+
+
+class LayerRefit(Refit):
+    """Linear layer that ends a kept block's branch, solved towards the original stream."""
+
+    kind: Literal["layer"] = "layer"
+    chain: str = ""
+    block: int = -1
+    damping: float = 0.0
+
     def __str__(self) -> str:
-        if self.statistics:
-            return f"{self.path} re-estimated ({self.step:g})"
         return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
+
+
+class FoldRefit(Refit):
+    """Linear layer solved towards the stream behind the span that follows its block: the span's map."""
+
+    kind: Literal["fold"] = "fold"
+    chain: str
+    block: int
+    damping: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
+
+
+class NormRefit(Refit):
+    """BatchNorm with running statistics of its inputs in the compressed network."""
+
+    kind: Literal["norm"] = "norm"
+
+    def owns(self, name: str) -> bool:
+        """Return whether a tensor is one of the running statistics; weight and bias stay."""
+        return name in {f"{self.key}{statistic}" for statistic in STATISTICS}
+
+    def __str__(self) -> str:
+        return f"{self.path} re-estimated ({self.step:g})"
+
+
+AnyRefit = Annotated[LayerRefit | FoldRefit | NormRefit, Field(discriminator="kind")]
+
+
+def _of_today(value: Any) -> Any:
+    """Return a refit with its kind; up to schema 6, two flags said it."""
+    if not isinstance(value, dict) or "kind" in value:
+        return value
+    folded, norm = value.get("folded"), value.get("statistics")
+    kind = "norm" if norm else "fold" if folded else "layer"
+    gone = {"folded", "statistics", *(("chain", "block", "damping") if norm else ())}
+    return {"kind": kind} | {k: v for k, v in value.items() if k not in gone}
 
 
 class Refusal(Frozen):
@@ -234,7 +278,7 @@ Divergence = Literal["kl", "bernoulli", "nse", "cosine", "given"]
 """Measures of how far an output is from the original's: see `rba_compress.profiling.fidelity`."""
 
 
-class JudgedOutput(Frozen):
+class ComparedOutput(Frozen):
     """Output of the network, and the divergence by which it is evaluated."""
 
     name: str
@@ -305,7 +349,7 @@ class Plan(Frozen):
     """Replacements in a network, and the reasons for what is not replaced. Holds no tensors."""
 
     replacements: tuple[Replacement, ...] = ()
-    refits: tuple[Refit, ...] = ()
+    refits: tuple[Annotated[AnyRefit, BeforeValidator(_of_today)], ...] = ()
     refusals: tuple[Refusal, ...] = ()
     steps: tuple[Step, ...] = ()
     """The decisions, in order."""
@@ -315,7 +359,7 @@ class Plan(Frozen):
     config: Config = Field(default_factory=Config)
     divergence: Divergence = "nse"
     """Divergence of the main output, which was minimised."""
-    outputs: tuple[JudgedOutput, ...] = ()
+    outputs: tuple[ComparedOutput, ...] = ()
     """Outputs that were evaluated, the main one first; their divergences were added up."""
     forward_passes: float = 0.0
     """Samples that the search ran through a whole network's worth of blocks, over the loader's."""
@@ -340,8 +384,8 @@ class Plan(Frozen):
 
     def __str__(self) -> str:
         text = "; ".join(map(str, self.in_order)) or "nothing replaced"
-        normed = sum(refit.statistics for refit in self.refits)
-        kept = sum(not refit.folded for refit in self.refits) - normed
+        normed = sum(isinstance(refit, NormRefit) for refit in self.refits)
+        kept = sum(isinstance(refit, LayerRefit) for refit in self.refits)
         text += f"; kept layers re-solved: {kept}" if kept else ""
         text += f"; BatchNorms re-estimated: {normed}" if normed else ""
         text += f"; healed in {self.healed.steps} steps" if self.healed else ""

@@ -22,7 +22,7 @@ from rba_compress.core.call_signature import Input, Signature
 from rba_compress.core.plan import Block, Branch, Chain, Refusal
 from rba_compress.core.schema import Path, nested
 from rba_compress.core.weight_types import of_peft
-from rba_compress.graph.liveness import ALL, demand, packet_of
+from rba_compress.graph.liveness import ALL, liveness, packet_of
 from rba_compress.graph.tracer import Call, Recording, module_stack
 
 _aten = torch.ops.aten
@@ -603,7 +603,7 @@ def _read_positions(recording: Recording, stream: fx.Node, axis: int) -> tuple[i
         return 0, "its positions are not tokens"
     if shape[1] == 1:
         return 0, "it has one position"
-    found = demand(recording.graph)
+    found = liveness(recording.graph)
     need = found.needs.get(stream, ALL)
     if need.dim != 1:
         return 0, found.reader(stream, 1)

@@ -395,7 +395,7 @@ def leaves(operands: Operands) -> Iterator[Want]:
 
 
 @dataclass(frozen=True)
-class Demand:
+class Liveness:
     """Result of the liveness analysis: the part of each node that is read."""
 
     needs: dict[fx.Node, Need]
@@ -435,7 +435,7 @@ def _moved(user: fx.Node, value: fx.Node, dim: int) -> int | None:
     return None
 
 
-def demand(graph: fx.Graph) -> Demand:
+def liveness(graph: fx.Graph) -> Liveness:
     """Determine the part of each node that is read, backwards from the graph's outputs."""
     needs: dict[fx.Node, Need] = {}
 
@@ -460,4 +460,4 @@ def demand(graph: fx.Graph) -> Demand:
             operands = wanted(node.args), wanted(node.kwargs)
         for want in leaves(operands):
             join(want.node, want.need)
-    return Demand(needs)
+    return Liveness(needs)

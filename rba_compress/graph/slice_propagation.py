@@ -1,6 +1,6 @@
 """Propagate slices upstream through the graph.
 
-The rewrite applies the liveness analysis of `demand`: each operation of the new graph computes only the
+The rewrite applies the analysis of `liveness`: each operation of the new graph computes only the
 part of its value that is read. A joint projection to queries, keys and values is first split between
 its rows, so that queries can be computed for fewer positions than keys: [P x W_q, x W_k, x W_v]
 (weights are sliced, not copied). Where fewer positions are read than a head has channels, `attend`
@@ -29,7 +29,7 @@ from rba_compress.graph.liveness import (
     Want,
     argument,
     copy_graph,
-    demand,
+    liveness,
     operands_of,
     packet_of,
     shape_of,
@@ -43,9 +43,9 @@ def narrow(graph: fx.Graph) -> fx.Graph:
     """Return a new graph with the same output that computes only what is read."""
     split, _, output = copy_graph(graph)
     split.output(output)
-    _move_projections(split, demand(split).needs)
-    _split_projections(split, demand(split).needs)
-    needs = demand(split).needs
+    _move_projections(split, liveness(split).needs)
+    _split_projections(split, liveness(split).needs)
+    needs = liveness(split).needs
     compressed = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     parts: dict[tuple[fx.Node, Need], fx.Node] = {}

@@ -175,7 +175,7 @@ def _chosen(
     return keys, adapted
 
 
-class _Deck:
+class _Shuffled:
     """Training samples of one process, shuffled anew for every epoch."""
 
     def __init__(self, batches: list[Batch], size: int, seed: int) -> None:
@@ -183,20 +183,20 @@ class _Deck:
         whole = all(t.ndim and len(t) == len(b) for b in batches for t in b.tensors.values())
         self._joined = Batch.join(batches) if len(shapes) == 1 and whole else None
         self._batches, self._seed = batches, seed
-        self.cards = len(batches) if self._joined is None else len(self._joined)
+        self.count = len(batches) if self._joined is None else len(self._joined)
         """Number of samples; of batches, if samples differ in shape (text of several lengths)."""
         self._size = 1 if self._joined is None else size
 
     def deal(self, step: int) -> Batch:
         """Return the batch of a step."""
         places = range(step * self._size, (step + 1) * self._size)
-        cards = [self._order(place // self.cards)[place % self.cards] for place in places]
-        return self._batches[cards[0]] if self._joined is None else self._joined.select(cards)
+        drawn = [self._order(place // self.count)[place % self.count] for place in places]
+        return self._batches[drawn[0]] if self._joined is None else self._joined.select(drawn)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  as long as a training
     def _order(self, round_: int) -> list[int]:
         generator = torch.Generator().manual_seed(_mixed(self._seed, round_))
-        return torch.randperm(self.cards, generator=generator).tolist()
+        return torch.randperm(self.count, generator=generator).tolist()
 
 
 def _mixed(*numbers: int) -> int:
@@ -339,9 +339,9 @@ class _Run:
         self.teacher, self.student, self.objective, self.ranks = teacher, student, objective, ranks
         self.healing, self.samples = objective.healing, samples
         size = max(1, self.healing.batch // ranks.count)
-        self.deck = _Deck(samples.train, size, _mixed(self.healing.seed, ranks.rank))
-        cards = int(ranks.sum(self.deck.cards))
-        self.epoch = max(1, cards // (size * ranks.count))
+        self.shuffled = _Shuffled(samples.train, size, _mixed(self.healing.seed, ranks.rank))
+        drawn = int(ranks.sum(self.shuffled.count))
+        self.epoch = max(1, drawn // (size * ranks.count))
         """Number of steps per epoch."""
         self.steps = self.epoch * self.healing.epochs
         # Unused parameters have no gradient: a read-out, for one, computes no keys of its last block.
@@ -380,7 +380,7 @@ class _Run:
                     break
                 header = header.model_copy(update={"step": header.step + 1})
                 if header.step % self.epoch == 0:
-                    header = self._judged(header)
+                    header = self._evaluated(header)
                 bar.update()
                 if checkpoint is not None and time.monotonic() - written >= EVERY:
                     self._write(checkpoint, header)
@@ -389,7 +389,7 @@ class _Run:
             checkpoint.unlink(missing_ok=True)
         return self._course(header, note)
 
-    def _judged(self, header: Training) -> Training:
+    def _evaluated(self, header: Training) -> Training:
         """Measure the student, keep its state if it is the best, and return the updated header."""
         value = self.measure()
         if not value < header.best:
@@ -444,7 +444,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(_mixed(self.healing.seed, self.ranks.rank, number))
-        batch = self.deck.deal(number).to(self.teacher)
+        batch = self.shuffled.deal(number).to(self.teacher)
         mixed = augmented(batch, self.healing.augment, generator)
         with evaluating(self.teacher):
             wanted = self.teacher(mixed.batch)

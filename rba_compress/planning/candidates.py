@@ -11,7 +11,19 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.memory import out_of_memory
-from rba_compress.core.plan import Block, Branch, Chain, Plan, Refit, Replacement, Site
+from rba_compress.core.plan import (
+    STATISTICS,
+    Block,
+    Branch,
+    Chain,
+    FoldRefit,
+    LayerRefit,
+    NormRefit,
+    Plan,
+    Refit,
+    Replacement,
+    Site,
+)
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments, Total
 from rba_compress.planning.fit_statistics import SpanRows, Walk, batch_statistics, probed, span_rows
@@ -28,7 +40,7 @@ from rba_compress.planning.state import (
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.base import IDENTITY, Level
 from rba_compress.units.registry import unit_of
-from rba_compress.units.splice import STATISTICS, splice_shared
+from rba_compress.units.splice import splice_shared
 
 
 class CandidateFitter:
@@ -196,7 +208,7 @@ class CandidateFitter:
         middle = dampings[len(dampings) // 2]
         for damping in sorted(dampings, key=lambda damping: damping != middle):
             for step in sorted(self.config.refit_steps):
-                refit = Refit(chain=chain.name, block=block, path=path, damping=damping, step=step)
+                refit = LayerRefit(chain=chain.name, block=block, path=path, damping=damping, step=step)
                 tensors = _corrected(model, refit, gap)
                 yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
@@ -208,11 +220,11 @@ class CandidateFitter:
         seen = batch_statistics(model, path, self.batches)
         found = {name: each.merged(self.total, self.weight) for name, each in seen.items()}
         self.samples += self.held if found else 0
-        before = [r for r in solution.plan.refits if r.statistics]
+        before = [r for r in solution.plan.refits if isinstance(r, NormRefit)]
         for step in sorted(self.config.refit_steps) if found else ():
             tensors, refits = {}, []
             for name, spread in found.items():
-                refit = Refit(path=name, step=step, statistics=True)
+                refit = NormRefit(path=name, step=step)
                 layer = model.get_submodule(name)
                 measured = spread.mean, spread.variance
                 for key, new in zip(STATISTICS, measured, strict=True):
@@ -237,18 +249,17 @@ def _folded(model: nn.Module, candidate: Candidate, gap: PairMoments, branch: Br
     """Fold a candidate's map into the layer before its span, whose output lacks `gap`."""
     new = candidate.replacement
     assert new.map.shrink is not None
-    refit = Refit(
+    refit = FoldRefit(
         chain=new.chain,
         block=new.start - 1,
         path=branch.path,
         damping=new.map.damping,
         step=new.map.shrink,
-        folded=True,
     )
     return replace(candidate, refit=refit, tensors=_corrected(model, refit, gap))
 
 
-def _corrected(model: nn.Module, refit: Refit, gap: PairMoments) -> dict[str, Tensor]:
+def _corrected(model: nn.Module, refit: LayerRefit | FoldRefit, gap: PairMoments) -> dict[str, Tensor]:
     """Return the tensors of a kept layer, moved by a share of its correction."""
     layer = model.get_submodule(refit.path)
     own = dict(layer.named_parameters(recurse=False))

@@ -66,10 +66,10 @@ class SearchContext:
         self.limits.require_measurable(self.start.evaluation)
         if budget.latency is not None:
             example = profile.example
-            milliseconds = self.ranks.told(lambda: benchmark(model, model, example).original_ms)
+            milliseconds = self.ranks.broadcast(lambda: benchmark(model, model, example).original_ms)
             share = budget.latency if budget.latency <= 1 else budget.latency / milliseconds
             self.limits.costs["latency"] = share
-            self.fitter.times = self.ranks.told(lambda: block_times(model, self.chains, example))
+            self.fitter.times = self.ranks.broadcast(lambda: block_times(model, self.chains, example))
             self.start = replace(self.start, cost=self.fitter.cost(plan))
 
     def state(self, solution: Solution, cost: Cost) -> SearchState:
@@ -103,7 +103,9 @@ class SearchContext:
             return state
         model = self.fitter.compressed(without_unread(state.solution, self.profile))
         example = self.profile.example
-        ratio = self.ranks.told(lambda: benchmark(self.model, model, example, seconds=seconds).ratio)
+        ratio = self.ranks.broadcast(
+            lambda: benchmark(self.model, model, example, seconds=seconds).ratio
+        )
         return replace(state, cost=state.cost.model_copy(update={"latency": ratio}))
 
     def verified(self, state: SearchState) -> SearchState:

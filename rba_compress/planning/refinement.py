@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rba_compress.core.plan import Refit, Site
+from rba_compress.core.plan import FoldRefit, Refit, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.limits import progress
 from rba_compress.planning.selection import FINALISTS, Selection
@@ -102,7 +102,7 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
     taken = replaced_blocks(state.solution.plan, context.chains[chain])
     walk = context.fitter.walk(chain)
     for b in range(boundary, len(blocks)):
-        folded = {r.path for r in state.solution.plan.refits if r.folded}
+        folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
         for k, branch in enumerate(blocks[b].branches if b not in taken else ()):
             if branch.path in folded:
                 continue

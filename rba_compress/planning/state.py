@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rba_compress.core.cost import Cost
-from rba_compress.core.plan import Chain, Plan, Refit, Replacement, Site
+from rba_compress.core.plan import Chain, FoldRefit, Plan, Refit, Replacement, Site
 from rba_compress.planning.evaluator import Evaluation
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.base import IDENTITY
@@ -156,4 +156,5 @@ def with_candidate(state: SearchState, candidate: Candidate) -> Solution:
 
 def folded_for(plan: Plan, old: Replacement) -> list[Refit]:
     """Return the re-solved layer that a span's map was folded into."""
-    return [r for r in plan.refits if r.folded and r.chain == old.chain and r.block == old.start - 1]
+    place = (old.chain, old.start - 1)
+    return [r for r in plan.refits if isinstance(r, FoldRefit) and (r.chain, r.block) == place]

@@ -1,7 +1,7 @@
 """Measurements of the calibration data, in one pass, and of networks.
 
 cost, latency, fidelity  MACs and parameters, paired times, divergences
-criterion                the divergence that each output is judged by
+criterion                the divergence that each output is compared by
 chain_statistics         moments and similarities of a chain
 profiler                 `profile`
 drift                    distance of later data from the calibration samples

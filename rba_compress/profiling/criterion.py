@@ -2,8 +2,8 @@
 
 The main output is `logits`, or the first floating-point one. Its meaning is taken from the first source
 that tells it: a setting, the problem type of a transformers configuration, the labels of the loader,
-the graph. Other outputs are judged by their squared error. Losses, caches and outputs that no input
-reaches are not judged.
+the graph. Other outputs are compared by their squared error. Losses, caches and outputs that no input
+reaches are not compared.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from rba_compress.core.config import Config
 from rba_compress.core.errors import ModelError
-from rba_compress.core.outputs import judged, output_name
-from rba_compress.core.plan import Divergence, JudgedOutput
+from rba_compress.core.outputs import is_compared, output_name
+from rba_compress.core.plan import ComparedOutput, Divergence
 from rba_compress.core.schema import Path
 from rba_compress.graph.liveness import packet_of
 from rba_compress.graph.tracer import Recording
@@ -80,7 +80,7 @@ def criterion_of(
     kind, probabilities, assumed = _main_kind(
         model, path, main, several=several, config=config, labels=labels
     )
-    outputs = [JudgedOutput(name=output_name(path), divergence=kind, probabilities=probabilities)]
+    outputs = [ComparedOutput(name=output_name(path), divergence=kind, probabilities=probabilities)]
     apart: list[str] = []
     reached = _reached(recording.graph)
     for other, node in named.items():
@@ -91,20 +91,20 @@ def criterion_of(
             apart.append(f"{output_name(other)} {shape}")
             continue
         rest: Divergence = "cosine" if config.divergence == "cosine" else "nse"
-        outputs.append(JudgedOutput(name=output_name(other), divergence=rest))
+        outputs.append(ComparedOutput(name=output_name(other), divergence=rest))
     notes = [assumed] if assumed else []
     if len(outputs) > 1:
         each = ", ".join(f"{o.name} ({NAMES[o.divergence]})" for o in outputs)
-        notes.append(f"outputs judged, their divergences summed up: {each}")
+        notes.append(f"outputs compared, their divergences summed: {each}")
     if apart:
-        notes.append(f"outputs not judged, for they have no row a sample: {', '.join(apart)}")
+        notes.append(f"outputs not compared, for they have no row a sample: {', '.join(apart)}")
     return Criterion(kind, None, tuple(outputs)), tuple(notes), main.meta["shape"][-1]
 
 
 def _float_outputs(recording: Recording) -> dict[Path, fx.Node]:
     """Return the floating-point outputs by path, the main one first, as `outputs.float_outputs`."""
     floats = {p: n for p, n in recording.outputs.items() if n.meta["dtype"].is_floating_point}
-    chosen = {path: node for path, node in floats.items() if judged(path)} or floats
+    chosen = {path: node for path, node in floats.items() if is_compared(path)} or floats
     chosen = {path: node for path, node in chosen.items() if node.meta["shape"]} or chosen
     return {p: chosen[p] for p in sorted(chosen, key=lambda path: path[-1:] != ("logits",))}
 
@@ -153,8 +153,8 @@ def _main_kind(
     what = "class scores" if kind == "kl" else "probabilities of several labels"
     others = [name for name in ("kl", "bernoulli", "nse", "cosine") if name != kind]
     return kind, link == kind, (
-        f"the output {output_name(path)} (N, {shape[-1]}) is taken for {what} and judged by the "
-        f"{NAMES[kind]}; Config(divergence=...) judges it by another: {', '.join(others)}"
+        f"the output {output_name(path)} (N, {shape[-1]}) is taken for {what} and compared by the "
+        f"{NAMES[kind]}; Config(divergence=...) takes another: {', '.join(others)}"
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Usual:
+class ReferenceStatistics:
     """Reference statistics of held-out samples inside a compressed network."""
 
     places: tuple[Place, ...]
@@ -132,7 +132,7 @@ class Usual:
     @classmethod
     def of(
         cls, compressed: nn.Module, plan: Plan, chains: Sequence[ChainProfile], batches: Iterable[Batch]
-    ) -> Usual | None:
+    ) -> ReferenceStatistics | None:
         """Collect the statistics of held-out batches, of all ranks together. Return None if no boundary
         has separate rows for each sample.
         """
@@ -163,9 +163,9 @@ class Usual:
 
     def shift(self, compressed: nn.Module, batch: Batch) -> Shift:
         """Return the distance of a batch from the held-out samples."""
-        return self.judged(self.numbers(compressed, batch))
+        return self.shift_of(self.numbers(compressed, batch))
 
-    def judged(self, numbers: Tensor) -> Shift:
+    def shift_of(self, numbers: Tensor) -> Shift:
         """Return the distance of samples with these statistics from the held-out samples."""
         n, known = len(numbers), len(self.held)
         spread = self.held.std(0, correction=0)
@@ -178,13 +178,13 @@ class Usual:
         # Count how often each sample was drawn: a product instead of a copy of the rows of every draw.
         times = torch.zeros(_DRAWS, known, dtype=held.dtype)
         times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=held.dtype))
-        usual = (n * (times @ held / n).square().mean(1)).sqrt()
+        distances = (n * (times @ held / n).square().mean(1)).sqrt()
         each = [part.square().mean() for part in off.split([p.count for p in self.places])]
         worst = int(torch.stack(each).nan_to_num(torch.inf).argmax())
         return Shift(
             samples=n,
             distance=float((n * off.square().mean() / (1 + n / known)).sqrt()),
-            threshold=float(usual.quantile(1 - RARE)),
+            threshold=float(distances.quantile(1 - RARE)),
             boundary=self.places[worst].name,
         )
 

@@ -20,7 +20,7 @@ from rba_compress.core.distributed import current
 from rba_compress.core.errors import ActivationError, LoaderError
 from rba_compress.core.inference import evaluating, ran
 from rba_compress.core.outputs import float_outputs, per_sample
-from rba_compress.core.plan import Divergence, JudgedOutput
+from rba_compress.core.plan import ComparedOutput, Divergence
 from rba_compress.core.schema import Frozen
 from rba_compress.linalg.moments import Spread, Total
 
@@ -116,7 +116,7 @@ def divergence(
         original, compressed: (N, ..., classes or features).
         counted: (N, T) for outputs (N, T, ...): true at the positions that count, false at padding.
         probabilities: true if the outputs are P or s instead of scores.
-        scale: as in `JudgedOutput`.
+        scale: as in `ComparedOutput`.
     """
     if kind in ("kl", "bernoulli"):
         each = _token_kl if kind == "kl" else _label_kl
@@ -187,8 +187,8 @@ class Criterion:
     """Divergence of the main output."""
     function: Function | None = None
     """User-defined divergence, for `given` alone."""
-    outputs: tuple[JudgedOutput, ...] = ()
-    """Outputs that are judged; if empty, every floating-point output is judged by `kind`."""
+    outputs: tuple[ComparedOutput, ...] = ()
+    """Outputs that are compared; if empty, every floating-point output is compared by `kind`."""
 
     def kept(self, output: Any) -> Any:
         """Return the part of an output that is compared: tensors by name; all of it for `given`."""
@@ -212,11 +212,11 @@ class Criterion:
             ActivationError: a user-defined divergence did not return one number per sample.
         """
         if self.function is None:
-            judged = {output.name: output for output in self.outputs}
+            known = {output.name: output for output in self.outputs}
             samples = len(next(iter(original.values())))  # the main output has one row for each
             found = {}
             for name, a in original.items():
-                how = judged.get(name) or JudgedOutput(name=name, divergence=self.kind)
+                how = known.get(name) or ComparedOutput(name=name, divergence=self.kind)
                 found[name] = divergence(
                     how.divergence,
                     per_sample(a, samples),
@@ -257,7 +257,7 @@ class Criterion:
 
 
 class OutputScales:
-    """Variances of the outputs that are judged by squared error, accumulated batch by batch."""
+    """Variances of the outputs that are compared by squared error, accumulated batch by batch."""
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion = criterion
@@ -464,8 +464,8 @@ def compare_outputs(
     found: list[Tensor] = []
     means: dict[str, Tensor] = {}
     for original, compressed, batch in outputs:
-        judged = how if how.function is None else Criterion("nse")
-        a, b = (_on_cpu(judged.kept(output)) for output in (original, compressed))
+        kept_by = how if how.function is None else Criterion("nse")
+        a, b = (_on_cpu(kept_by.kept(output)) for output in (original, compressed))
         each = how.each(a, b, batch) if how.function is None else how.each(original, compressed, batch)
         each = {name: values.cpu() for name, values in each.items()}
         for name, values in each.items():

@@ -25,7 +25,7 @@ from rba_compress.core.loader import Split, workers_named
 from rba_compress.core.loader_form import form_of
 from rba_compress.core.memory import device_bytes, within_memory
 from rba_compress.core.offload import device_of, loaded, undispatched
-from rba_compress.core.plan import Chain, Divergence, JudgedOutput, Refusal
+from rba_compress.core.plan import Chain, ComparedOutput, Divergence, Refusal
 from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table
 from rba_compress.core.weight_types import require_plain_weights
@@ -55,7 +55,7 @@ class SavedProfile(Frozen):
     refusals: tuple[Refusal, ...]
     original: Cost
     divergence: Divergence
-    outputs: tuple[JudgedOutput, ...]
+    outputs: tuple[ComparedOutput, ...]
     form: Form
     notes: tuple[str, ...]
     samples: int
@@ -261,7 +261,6 @@ def profile(
     if criterion.kind == "kl":
         require_labels(example.labels, classes)
     assert split.form is not None
-    notes = (str(split.form), *notes)
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:
         _require_equal_ranks(ranks, weights, example, config)
@@ -297,7 +296,7 @@ def profile(
         lengths=(split.samples,),
         window=window,
         form=split.form,
-        notes=notes,
+        notes=(str(split.form), *notes),
         traces=traces,
         warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
     )

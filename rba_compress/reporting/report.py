@@ -115,7 +115,7 @@ class Report(Frozen):
 
     def _repr_html_(self) -> str:
         head = ("", "before", "after", "after/before", "95 % interval", "so")
-        return html_table(f"{self.model}: {self.plan}", head, judged(self))
+        return html_table(f"{self.model}: {self.plan}", head, verdicts(self))
 
     def table(self) -> str:
         """Return the report as text for a terminal."""
@@ -191,7 +191,7 @@ def page(report: Report) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         details=details,
-        rows=judged(report),
+        rows=verdicts(report),
         headline=_headline(report),
         heat=heat,
         boundary_names=boundary_names,
@@ -199,7 +199,7 @@ def page(report: Report) -> str:
     )
 
 
-def judged(report: Report) -> list[Row]:
+def verdicts(report: Report) -> list[Row]:
     """Return each measure with its interval and verdict: a difference within the interval is none."""
     f, t = report.fidelity, report.latency
     said: dict[str, tuple[str, str]] = {}

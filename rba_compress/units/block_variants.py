@@ -19,7 +19,7 @@ from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
 from rba_compress.core.plan import Block
-from rba_compress.graph.liveness import copy_graph, demand, packet_of
+from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import BlockModule
 from rba_compress.graph.slice_propagation import narrow
 
@@ -481,5 +481,5 @@ def _treats_apart(start: fx.Node, end: fx.Node) -> bool:
     first.meta = {"shape": tuple(1 if d == dim else s for d, s in enumerate(end.meta["shape"]))}
     graph.output(first)
     # What lies before `start` does not matter.
-    need = demand(graph).needs.get(values[start])
+    need = liveness(graph).needs.get(values[start])
     return need is not None and need.count == 1

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from rba_compress.core.errors import ModelError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.offload import execution_device, hold, take_place
-from rba_compress.core.plan import Plan, Refit, Replacement
+from rba_compress.core.plan import STATISTICS, NormRefit, Plan, Refit, Replacement
 from rba_compress.core.schema import nested
 from rba_compress.graph.rewrite import (
     copy_model,
@@ -25,9 +25,6 @@ from rba_compress.graph.rewrite import (
 from rba_compress.units.base import built
 from rba_compress.units.block_variants import Traces
 from rba_compress.units.registry import unit_of
-
-STATISTICS = ("running_mean", "running_var")
-"""Names of a BatchNorm's buffers of running statistics."""
 
 
 @torch.inference_mode(False)
@@ -203,11 +200,13 @@ def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
 
 
 def _refittable(layer: nn.Module, refit: Refit) -> bool:
-    return isinstance(getattr(layer, "running_mean" if refit.statistics else "weight", None), Tensor)
+    return isinstance(
+        getattr(layer, "running_mean" if isinstance(refit, NormRefit) else "weight", None), Tensor
+    )
 
 
 def _moved(layer: nn.Module, refit: Refit) -> list[tuple[str, Tensor]]:
     """Return the tensors of a layer that a refit changes."""
-    if refit.statistics:
+    if isinstance(refit, NormRefit):
         return [(name, getattr(layer, name)) for name in STATISTICS]
     return list(layer.named_parameters(recurse=False))

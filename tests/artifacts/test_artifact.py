@@ -60,7 +60,7 @@ def test_what_is_saved_is_loaded_bit_equal(
     assert result.report.changed
     assert read_report(compressed) == told
     assert Report.model_validate_json((compressed / "report.json").read_text()).seal is not None
-    x = held_out[0]
+    x = held_out[0][:50]
     for loaded in (load(compressed), load(compressed, original=digits_model(pretrained=False))):
         assert type(loaded) is type(result.model)
         assert torch.equal(loaded(x), result.model(x))
@@ -82,19 +82,22 @@ def test_other_dtypes_come_back_bit_equal(dtype: torch.dtype, tmp_path: Path) ->
 
 
 def test_a_timm_model_tells_its_own_architecture(tmp_path: Path) -> None:
-    model = seeded(timm.create_model, "vit_tiny_patch16_224", num_classes=7, img_size=32, in_chans=1)
+    model = seeded(
+        timm.create_model, "vit_tiny_patch16_224", num_classes=7, img_size=32, in_chans=1, depth=4
+    )
     data = [x.mean(1, keepdim=True) for x in images(30).split(10)]
     compress(model, data, budget=Budget(macs=0.95), config=LIGHT).save(tmp_path / "compressed")
     known = read_manifest(tmp_path / "compressed").architecture
     assert known == Architecture(
         name="vit_tiny_patch16_224.augreg_in21k_ft_in1k",
-        arguments={"num_classes": 7, "img_size": [32, 32], "in_chans": 1},
+        arguments={"num_classes": 7, "img_size": [32, 32], "in_chans": 1, "depth": 4},
     )
     assert load(tmp_path / "compressed")(data[0]).shape == (10, 7)
 
 
+@pytest.mark.slow
 def test_an_architecture_that_cannot_be_rebuilt_is_asked_for(tmp_path: Path) -> None:
-    model = seeded(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=4)
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=48)
     model.blocks[0].norm1.eps = 0.1  # no argument of timm builds that
     data = list(images(30).split(10))
     found = compress(model, data, budget=Budget(macs=0.8), config=LIGHT)
@@ -187,7 +190,7 @@ def test_a_damaged_artefact_is_named(compressed: Path) -> None:
 def test_a_newer_a_foreign_and_no_manifest_are_named(compressed: Path, tmp_path: Path) -> None:
     manifest = compressed / "plan.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"schema_version": 7}))
+    manifest.write_text(json.dumps(content | {"schema_version": 8}))
     with pytest.raises(ArtifactError, match="has schema 7, this version reads up to 6: upgrade"):
         load(compressed)
     old = {k: v for k, v in content.items() if k not in ("seal", "folded", "probe")}

@@ -104,7 +104,9 @@ def test_what_a_timm_network_was_built_with_is_kept(name: str, tmp_path: Path) -
 READ_OFF = ("input sizes", "widths", "drop rates", "resnet")
 
 
-@pytest.mark.parametrize("name", READ_OFF)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "widths" else ()) for n in READ_OFF]
+)
 def test_arguments_are_read_off_where_timm_keeps_none(name: str, tmp_path: Path) -> None:
     model = TIMM[name]()
     for note in ("_model_args", "_traits", "pretrained_model_args"):  # from timm 1.0.31 on
@@ -211,7 +213,13 @@ LOST: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("an attribute", "one rate of many") else ())
+        for n in LOST
+    ],
+)
 def test_what_no_argument_builds_is_named(name: str, tmp_path: Path) -> None:
     build, batch, message = LOST[name]
     with pytest.warns(UserWarning, match=message):

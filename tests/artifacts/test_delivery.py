@@ -144,6 +144,7 @@ def pixels(n: int = 30) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} for part in drawn.split(10)]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_network_needs_the_directory_alone(tmp_path: Path) -> None:
     model = vit()
     found = compress(model, pixels(), budget=Budget(macs=0.8), config=LIGHT)
@@ -406,6 +407,7 @@ def test_a_read_only_place_is_named(result: Result, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(result: Result, tmp_path: Path) -> None:
     code = """
 import resource, sys

@@ -87,6 +87,7 @@ def test_any_flipped_byte_of_an_export_is_caught(name: str, delivered: Path) -> 
         path.write_bytes(good)
 
 
+@pytest.mark.slow
 def test_verify_measures_the_file_and_not_its_certificate(
     delivered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_verify_measures_the_file_and_not_its_certificate(
     assert "other.onnx has no certificate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_module_and_a_static_shape(tmp_path: Path) -> None:
     model = seeded(Chain).train()
     certificate = export_onnx(model, tmp_path / "chain.onnx", rows(4), original=model)
@@ -123,6 +125,7 @@ def test_a_module_and_a_static_shape(tmp_path: Path) -> None:
         OnnxModel(fixed / "chain.onnx")(rows(7))
 
 
+@pytest.mark.slow
 def test_text_of_any_length(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=50,
@@ -169,6 +172,7 @@ def test_integers_in_columns_are_no_sequences(tmp_path: Path) -> None:
     assert len(certificate.parity) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param("onnx", marks=half_onnx), "pt2"])
 def test_half_precision_is_measured_or_refused_by_name(
     form: str, result: Result, held_out: tuple[Tensor, Tensor], tmp_path: Path
@@ -182,6 +186,7 @@ def test_half_precision_is_measured_or_refused_by_name(
         export_onnx(model.bfloat16(), tmp_path / "brain" / "model.onnx", held_out[0][:8])
 
 
+@pytest.mark.slow
 def test_a_torch_export_program(
     result: Result, held_out: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
@@ -258,6 +263,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("mine")

@@ -35,6 +35,7 @@ def test_every_step_is_a_point_that_is_spliced_without_searching_again(
         assert point.plan.steps[-1].macs == point.report.compressed.macs
 
 
+@pytest.mark.slow
 def test_a_front_is_written_and_each_point_loads(
     result: Result, digits: nn.Module, digits_loader: list[Any], tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert free_directory(tmp_path / "demo") == tmp_path / "demo-3"
 
 
+@pytest.mark.slow
 def test_supports_prints_chains_refusals_and_the_row_of_a_network(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -92,6 +93,7 @@ def arguments(folder: Path, command: str = "compress", **changed: str) -> list[s
     return [command] + [part for k, v in (options | changed).items() for part in (f"--{k}", v)]
 
 
+@pytest.mark.slow
 def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"test-split": str(folder / "test.txt"), "device": "cpu"}
     assert main(arguments(folder, **more)) == 0
@@ -191,6 +193,7 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "was made from another VisionTransformer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @reads_folders
 def test_a_stock_network_from_files(folder: Path) -> None:
     assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
@@ -201,6 +204,7 @@ def test_a_stock_network_from_files(folder: Path) -> None:
     assert main(["verify", str(folder / "compressed")]) == 0
 
 
+@pytest.mark.slow
 def test_what_is_reported_on_is_not_calibrated_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,6 +385,7 @@ def test_a_fault_is_one_line_and_a_traceback_where_asked_for(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_help_fits_a_screen_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "rba_compress", "--help"],

@@ -46,13 +46,13 @@ QUICK = [
 ]
 FAST = (
     "densenet121",
-    "resnetv2_18",
-    "mobilevitv2_050",
+    "tnt_s_legacy_patch16_224",
     "transformers/albert",
+    "transformers/bart",
     "transformers/gpt2",
-    "torchvision/mobilenet_v2",
-    "nn/transformer",
     "transformers/mamba",
+    "nn/transformer",
+    "convnextv2_atto",
 )
 """One network a mechanism, in the default run."""
 EXPORTED = ("mixer_s16_224", "regnetx_002", "transformers/distilbert", "transformers/swin")

@@ -62,7 +62,7 @@ def results(job: str, folder: Path, count: int = 2) -> list[tuple[str, dict[str,
 def decisions(plan: Plan) -> list[Any]:
     """What a plan does, and why; figures that depend on the order of a sum are not in it."""
     taken = [(r.chain, r.start, r.stop, r.unit, r.map, r.exact, r.reads) for r in plan.replacements]
-    refits = [(r.path, r.damping, r.step, r.folded, r.statistics) for r in plan.refits]
+    refits = [r.model_dump() for r in plan.refits]
     judged = [(c.step, c.chain, c.start, c.stop, c.unit, c.map, c.macs) for c in plan.candidates]
     return [taken, refits, judged, [(s.action, s.macs) for s in plan.steps], plan.forward_passes]
 
@@ -87,9 +87,8 @@ def test_two_processes_make_the_plan_of_one(tmp_path: Path, result: Result) -> N
     require_same(Plan.model_validate_json(first[0]), first[1], result.plan, result.tensors)
 
 
-@pytest.mark.parametrize(
-    ("job", "batch", "count"), [pytest.param("uneven", 9, 3, marks=pytest.mark.slow), ("empty", 40, 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "batch", "count"), [("uneven", 9, 3), ("empty", 40, 2)])
 def test_shards_of_any_size(tmp_path: Path, job: str, batch: int, count: int) -> None:
     data = list(rows(40).split(batch))
     alone = compress(seeded(Chain), data, budget=Budget(macs=0.7), config=LIGHT)

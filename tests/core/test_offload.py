@@ -33,7 +33,7 @@ from rba_compress import (
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.core import offload
 from rba_compress.core.offload import Offloaded, dispatched, in_memory, undispatched
-from rba_compress.core.plan import Refit
+from rba_compress.core.plan import LayerRefit, NormRefit
 from rba_compress.profiling.profiler import fingerprint
 from tests.networks import BRIEF_SEARCH, Block, Chain, images, loader, rows, seeded
 from tests.releases import INFERS_ALIKE
@@ -148,7 +148,10 @@ def every_map() -> Result:
     return compress(seeded(Chain), loader(), budget=Budget(macs=0.6), config=config)
 
 
-@pytest.mark.parametrize("dispatch", EVERY_WAY)
+@pytest.mark.parametrize(
+    "dispatch",
+    [pytest.param(way, marks=pytest.mark.slow if k > 1 else ()) for k, way in enumerate(EVERY_WAY)],
+)
 def test_each_way_to_dispatch(dispatch: Dispatch, tmp_path: Path, in_memory_result: Result) -> None:
     plain, model = seeded(Chain), dispatch(seeded(Chain), tmp_path / "weights")
     before = places(model)
@@ -184,7 +187,7 @@ def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
     dispatch: Dispatch, tmp_path: Path, every_map: Result
 ) -> None:
     plain, model, wanted = seeded(Chain), dispatch(seeded(Chain), tmp_path), every_map
-    refit = Refit(path="head", step=1.0)
+    refit = LayerRefit(path="head", step=1.0)
     tensors = {**wanted.tensors, "head.weight": torch.ones(3, 8), "head.bias": torch.zeros(3)}
     plan = wanted.plan.model_copy(update={"refits": (*wanted.plan.refits, refit)})
     compressed = splice(model, plan, tensors)
@@ -194,7 +197,8 @@ def test_every_map_and_refit_is_put_in_memory_where_its_block_ran(
     assert torch.equal(model(rows(5)), compressed(rows(5)))
 
 
-@pytest.mark.parametrize("whole", ["Block", pytest.param("Attention", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", ["Block", "Attention"])
 def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
     plain, model = (seeded(timm.create_model, "vit_tiny_patch16_224", **sizes) for _ in range(2))
@@ -236,7 +240,7 @@ def test_offloaded_buffers(tmp_path: Path) -> None:
         compress(m, loader(), budget=Budget(macs=0.7), config=config) for m in (plain, model)
     )
     assert_same(found, wanted)
-    plan = Plan(refits=(Refit(path="blocks.2.norm", step=1.0, statistics=True),))
+    plan = Plan(refits=(NormRefit(path="blocks.2.norm", step=1.0),))
     tensors = {f"blocks.2.norm.running_{name}": torch.rand(8) + 1 for name in ("mean", "var")}
     wanted_model, compressed = (splice(m, plan, tensors) for m in (plain, model))
     assert torch.equal(compressed(rows(5)), wanted_model(rows(5)))

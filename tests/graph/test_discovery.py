@@ -13,6 +13,7 @@ from rba_compress import LoaderError, ModelError, NoChainError, profile, support
 from tests.networks import Block, Chain, images, loader, rows, seeded
 
 # name, arguments, [(chain, blocks, channel axis)]
+FAST = ("vit_tiny_patch16_224",)
 TIMM: list[tuple[str, dict[str, Any], list[tuple[str, int, int]]]] = [
     ("vit_tiny_patch16_224", {"img_size": 32, "depth": 3}, [("blocks", 3, 2)]),
     ("deit_tiny_patch16_224", {"img_size": 32, "depth": 3}, [("blocks", 3, 2)]),
@@ -37,7 +38,10 @@ TIMM: list[tuple[str, dict[str, Any], list[tuple[str, int, int]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "expected"), TIMM, ids=[row[0] for row in TIMM])
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [pytest.param(*row, id=row[0], marks=() if row[0] in FAST else pytest.mark.slow) for row in TIMM],
+)
 def test_timm_chains_are_found_in_modules_and_in_graph_modules(
     name: str, arguments: dict[str, Any], expected: list[tuple[str, int, int]]
 ) -> None:
@@ -61,7 +65,11 @@ def test_the_class_tokens_that_the_head_reads() -> None:
     assert supports(pooled, images(2)).chains[0].class_tokens == ()
 
 
-@pytest.mark.parametrize("row", [TIMM[0], TIMM[4], TIMM[6]], ids=["vit", "convnext", "resnet"])
+@pytest.mark.parametrize(
+    "row",
+    [TIMM[0], *(pytest.param(TIMM[k], marks=pytest.mark.slow) for k in (4, 6))],
+    ids=["vit", "convnext", "resnet"],
+)
 def test_an_exported_program(row: tuple[str, dict[str, Any], list[tuple[str, int, int]]]) -> None:
     name, arguments, expected = row
     model = seeded(timm.create_model, name, **arguments)

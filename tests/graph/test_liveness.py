@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rba_compress.core.batch import as_batch
 from rba_compress.graph.few_query_attention import attend
-from rba_compress.graph.liveness import ALL, Need, demand, packet_of
+from rba_compress.graph.liveness import ALL, Need, liveness, packet_of
 from rba_compress.graph.slice_propagation import narrow
 from rba_compress.graph.tracer import record
 
@@ -148,14 +148,14 @@ def test_rotated_keys_stay_and_values_do_not() -> None:
 def test_what_reads_every_position_is_named(function: Callable[..., Any], reader: str) -> None:
     graph = traced(function, normal(2, 9, 4))
     x = next(iter(graph.nodes))
-    found = demand(graph)
+    found = liveness(graph)
     assert found.needs[x] == ALL
     assert reader in found.reader(x, 1)
 
 
 def test_two_readers_join_their_needs() -> None:
     graph = traced(lambda x: x[:, 0] + x[:, 1], normal(2, 9, 4))
-    assert demand(graph).needs[next(iter(graph.nodes))] == Need(1, 2)
+    assert liveness(graph).needs[next(iter(graph.nodes))] == Need(1, 2)
 
 
 class Written(nn.Module):
@@ -167,7 +167,7 @@ class Written(nn.Module):
 
 def test_a_selection_of_what_was_written_through_a_view() -> None:
     graph = record(nn.Sequential(Written()), as_batch(torch.ones(2, 9, 4))).graph
-    assert demand(graph).needs[next(iter(graph.nodes))] == ALL
+    assert liveness(graph).needs[next(iter(graph.nodes))] == ALL
 
 
 def test_a_slice_that_takes_everything_is_gone() -> None:

@@ -13,7 +13,7 @@ from rba_compress import ModelError, Plan, PlanError, splice, supports
 from rba_compress.core.call_signature import Signature
 from rba_compress.core.map_spec import Kind, MapSpec
 from rba_compress.core.plan import Chain as FoundChain
-from rba_compress.core.plan import Healed, Refit, Replacement
+from rba_compress.core.plan import Healed, LayerRefit, NormRefit, Replacement
 from rba_compress.graph.rewrite import Spliced
 from rba_compress.linalg.maps import build_map
 from rba_compress.units.splice import splice_shared
@@ -63,7 +63,13 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments"), NETWORKS, ids=[row[0] for row in NETWORKS])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(*row, id=row[0], marks=pytest.mark.slow if k else ())
+        for k, row in enumerate(NETWORKS)
+    ],
+)
 def test_module_tree_and_graph_are_rewritten_to_equal_networks(
     name: str, arguments: dict[str, Any]
 ) -> None:
@@ -264,7 +270,7 @@ class Normed(Chain):
         return self.head(x)
 
 
-STATISTICS = Refit(path="norm", step=1.0, statistics=True)
+STATISTICS = NormRefit(path="norm", step=1.0)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -272,7 +278,7 @@ def test_refitted_layers_take_their_tensors_and_the_original_keeps_its_own(share
     model = seeded(Normed)
     model.blocks[0].down.bias.requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    plan = Plan(refits=(STATISTICS, Refit(path="blocks.0.down", step=1.0)))
+    plan = Plan(refits=(STATISTICS, LayerRefit(path="blocks.0.down", step=1.0)))
     generator = torch.Generator().manual_seed(0)
     new = {
         key: torch.rand(before[key].shape, generator=generator, dtype=torch.float64)
@@ -335,10 +341,10 @@ def healed(*keys: str) -> Healed:
             {},
             "no layer 'stem' to refit",
         ),
-        (Plan(refits=(Refit(path="blocks", step=1.0),)), {}, "no layer 'blocks' to refit"),
-        (Plan(refits=(Refit(path="far", step=1.0),)), {}, "no layer 'far' to refit"),
+        (Plan(refits=(LayerRefit(path="blocks", step=1.0),)), {}, "no layer 'blocks' to refit"),
+        (Plan(refits=(LayerRefit(path="far", step=1.0),)), {}, "no layer 'far' to refit"),
         (
-            Plan(refits=(Refit(path="stem", step=1.0),)),
+            Plan(refits=(LayerRefit(path="stem", step=1.0),)),
             {"stem.weight": (4, 4), "stem.bias": (4,), "norm.weight": (4,)},
             r"\['norm.weight'\] belong to no",
         ),
@@ -376,12 +382,12 @@ def test_what_is_refitted_or_replaced_is_not_inside_of_what_is_gone(path: str) -
     gone = replacement(chain, 1, 2)
     tensors = tensors_for(Plan(replacements=(gone,)))
     with pytest.raises(PlanError, match="it is inside of a block that is|has no layer 'blocks'"):
-        splice(model, Plan(replacements=(gone,), refits=(Refit(path=path, step=1.0),)), tensors)
+        splice(model, Plan(replacements=(gone,), refits=(LayerRefit(path=path, step=1.0),)), tensors)
     (block,) = gone.blocks
     inner = gone.model_copy(update={"blocks": (block.model_copy(update={"path": path}),)})
     with pytest.raises(PlanError, match=f"share the block {path}"):
         splice(model, Plan(replacements=(gone, inner)), tensors)
-    far = Refit(path="blocks.2.down", step=1.0)
+    far = LayerRefit(path="blocks.2.down", step=1.0)
     given = {"blocks.2.down.weight": torch.zeros(4, 8), "blocks.2.down.bias": torch.zeros(4)}
     compressed = splice(model, Plan(replacements=(gone,), refits=(far,)), tensors | given)
     assert not compressed.blocks[2].down.weight.any()

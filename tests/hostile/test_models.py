@@ -563,6 +563,7 @@ def test_a_model_is_refused_by_name(case: Case) -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_hundred_blocks() -> None:
     model = seeded(Chain, depth=200)
     (found,) = supports(model, rows(4)).chains

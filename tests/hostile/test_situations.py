@@ -308,7 +308,7 @@ def test_every_float_output_is_judged() -> None:
     assert [*fidelity.outputs] == ["logits", "pred_boxes", "last_hidden_state"]
     assert fidelity.divergence == pytest.approx(sum(fidelity.outputs.values()))
     assert [o.divergence for o in result.plan.outputs] == ["kl", "nse", "nse"]
-    assert "outputs judged" in result.report.table()
+    assert "outputs compared" in result.report.table()
 
 
 class Heads(Chain):
@@ -335,7 +335,7 @@ class Heads(Chain):
 def test_losses_caches_and_constants_are_not_judged() -> None:
     seen = profile(seeded(Heads), loader())
     assert [o.name for o in seen.criterion.outputs] == ["logits", "extra.age", "extra.frames"]
-    assert seen.notes[-1] == "outputs not judged, for they have no row a sample: summary (3,)"
+    assert seen.notes[-1] == "outputs not compared, for they have no row a sample: summary (3,)"
 
 
 class Single(Chain):
@@ -374,8 +374,8 @@ def test_labels_decide_what_an_output_is(build: Any, labels: Tensor | None, kind
 def test_a_bare_tensor_is_taken_for_scores_and_the_report_says_so() -> None:
     result = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT)
     assert result.report.table().splitlines()[1] == (
-        "the output output (N, 3) is taken for class scores and judged by the KL of the softmax; "
-        "Config(divergence=...) judges it by another: bernoulli, nse, cosine"
+        "the output output (N, 3) is taken for class scores and compared by the KL of the softmax; "
+        "Config(divergence=...) takes another: bernoulli, nse, cosine"
     )
     how = LIGHT.model_copy(update={"divergence": "bernoulli"})
     result = compress(seeded(Chain), loader(), budget=Budget(agreement=0.8), config=how)
@@ -399,10 +399,10 @@ def test_a_problem_type_is_obeyed(problem: str, kind: str) -> None:
     ids, mask = text(20)
     data = [{"input_ids": ids[k : k + 5], "attention_mask": mask[k : k + 5]} for k in range(0, 20, 5)]
     model = bert(problem_type=problem)
-    assert profile(model, data).criterion.kind == kind
+    assert profile(model, data, config=LIGHT).criterion.kind == kind
     labels = {"bernoulli": TARGETS[:20, :1].expand(-1, 4), "nse": drawn(20, 4), "kl": classes(20, 4)}
     labelled = [b | {"labels": labels[kind][5 * k : 5 * k + 5]} for k, b in enumerate(data)]
-    seen = profile(model, labelled)
+    seen = profile(model, labelled, config=LIGHT)
     assert seen.criterion.kind == kind
     assert seen.form.labels == "labels"
 
@@ -516,9 +516,9 @@ def test_frames_are_no_samples(build: Callable[[], nn.Module]) -> None:
     model = seeded(build)
     result = compress(model, VIDEOS, budget=Budget(macs=0.85), config=LIGHT)
     assert not [w for w in result.report.warnings if "could not" in w]
-    assert result.usual is not None
-    assert len(result.usual.held) == 16  # half of 32 samples, whatever their frames
-    assert result.usual.shift(result.model, as_batch(torch.cat(VIDEOS[:3]))).samples == 12
+    assert result.reference is not None
+    assert len(result.reference.held) == 16  # half of 32 samples, whatever their frames
+    assert result.reference.shift(result.model, as_batch(torch.cat(VIDEOS[:3]))).samples == 12
     with pytest.warns(UserWarning, match="outside of the calibration data"):
         assert result.check(3 + torch.cat(VIDEOS[:3])).shifted
 
@@ -535,14 +535,15 @@ def test_a_stream_may_count_samples_second() -> None:
         assert result.profile.chains[0].moments.n == float(sum(m.sum() for m in fitted(result, data)))
         plans.append(result.plan)
     assert str(plans[0]) == str(plans[1])
-    assert result.usual is not None
-    assert len(result.usual.held) == 20
+    assert result.reference is not None
+    assert len(result.reference.held) == 20
 
 
 def fitted(result: Result, data: Any) -> list[Tensor]:
     return [b.kwargs["attention_mask"] for b in result.profile.split(data).part("fit")]
 
 
+@pytest.mark.slow
 def test_costs_of_thinned_frames_are_the_measured_ones() -> None:
     result = compress(seeded(Frames), VIDEOS, budget=Budget(macs=0.8))
     assert any(r.unit != "span" for r in result.plan.replacements)
@@ -557,13 +558,13 @@ def test_rows_that_belong_to_no_sample_alone(build: type[nn.Module]) -> None:
     data = [v[:, 0] for v in VIDEOS] if build is Packed else VIDEOS
     result = compress(seeded(build), data, budget=Budget(macs=0.8), config=LIGHT)
     assert result.plan.replacements
-    assert result.usual is None
+    assert result.reference is None
     with pytest.raises(ArtifactError, match="no rows of their own"):
         result.check(data[0])
 
 
 @pytest.mark.parametrize(
-    "step", ["measure_front", "compare", "paper_span", "_usual", "architecture_of"]
+    "step", ["measure_front", "compare", "paper_span", "_reference", "architecture_of"]
 )
 def test_a_step_after_the_search_loses_none_of_its_work(step: str, monkeypatch: Any) -> None:
     def broken(*_: Any, **__: Any) -> Any:

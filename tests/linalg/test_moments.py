@@ -326,8 +326,8 @@ def test_the_memory_is_that_of_what_is_held(boundaries: int, window: int | None)
 
 
 def test_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = {0: SimpleNamespace(total_memory=5e9), 1: SimpleNamespace(total_memory=7e9)}
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device.index])
+    drawn = {0: SimpleNamespace(total_memory=5e9), 1: SimpleNamespace(total_memory=7e9)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: drawn[device.index])
     assert device_bytes(torch.device("cuda", 1)) == 7_000_000_000
     said = Path("/proc/meminfo")
     if not said.exists():

@@ -14,13 +14,14 @@ from torch import Tensor, fx, nn
 
 from rba_compress import Budget, Config, Plan, PlanError, compress, profile, splice, supports
 from rba_compress.core.batch import as_batch
-from rba_compress.core.plan import Branch, Refit, Site
+from rba_compress.core.plan import Branch, LayerRefit, Site
 from rba_compress.graph.activations import run_with_streams
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Rows, _lacking, batch_statistics
+from rba_compress.planning.refinement import statistics
 from rba_compress.planning.search import take
 from rba_compress.planning.selection import Selection
 from rba_compress.planning.state import with_candidate
@@ -71,7 +72,11 @@ def small_vit() -> tuple[nn.Module, list[torch.Tensor]]:
     return model, list(images(30).split(10))
 
 
-@pytest.mark.parametrize("form", [lambda m: m, fx.symbolic_trace], ids=["module", "graph"])
+@pytest.mark.parametrize(
+    "form",
+    [lambda m: m, pytest.param(fx.symbolic_trace, marks=pytest.mark.slow)],
+    ids=["module", "graph"],
+)
 def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: Any) -> None:
     model, data = small_vit()
     model = form(model)
@@ -206,7 +211,7 @@ def test_the_gap_of_a_layer_by_hand() -> None:
 def test_refits_are_spliced_and_checked() -> None:
     model, data = small_vit()
     layer = model.blocks[1].mlp.fc2
-    refit = Refit(chain="blocks", block=1, path="blocks.1.mlp.fc2", damping=1.0, step=0.5)
+    refit = LayerRefit(chain="blocks", block=1, path="blocks.1.mlp.fc2", damping=1.0, step=0.5)
     plan = Plan(refits=(refit,))
     tensors = {f"{refit.key}weight": layer.weight * 2, f"{refit.key}bias": layer.bias + 1}
     before = layer.weight.clone()
@@ -279,10 +284,10 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     seen = profile(model, data, config=how)
     search = SearchContext(model, seen, data, Budget(macs=0.5))
     (move,) = search.fitter.candidates(search.start, [Site(0, 0, 1, "span")])
-    draft = search.draft(with_candidate(search.start, move), search.start.cost - move.saving)
-    better = search.statistics(draft)
+    draft = search.state(with_candidate(search.start, move), search.start.cost - move.saving)
+    better = statistics(search, draft)
     assert better.mean < 0.9 * draft.mean
-    assert search.steps[-1].action == "statistics"
+    assert search.log.steps[-1].action == "statistics"
     plan = better.solution.plan
     assert [r.path for r in plan.refits] == ["2.bn", "3.bn", "4.bn"]
     assert str(plan).endswith("BatchNorms re-estimated: 3")
@@ -293,7 +298,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     assert torch.equal(search.fitter.compressed(better.solution)(data[0]), compressed(data[0]))
     assert not torch.equal(compressed.get_submodule("2.bn").running_mean, model[2].bn.running_mean)
     # Re-estimated again, they are as good: what does not help is not taken.
-    assert search.statistics(better) is better
+    assert statistics(search, better) is better
     # A span takes the statistics of the blocks that it replaces with it.
     (further,) = search.fitter.candidates(better, [Site(0, 2, 3, "span")])
     left = with_candidate(better, further)

@@ -56,8 +56,8 @@ def test_profile_sees_what_stored_activations_say(digits: nn.Module, digits_load
             for kept, h in zip(stored, streams, strict=True):
                 kept.append(h)
     whole = [torch.cat(kept).double() for kept in stored]  # (N, 17, 64) each
-    assert seen.samples == len(whole[0]) == 160
-    assert profiled.moments.n == 160 * 17
+    assert seen.samples == len(whole[0]) == 97
+    assert profiled.moments.n == 97 * 17
     x, y = whole[3].reshape(-1, 64), whole[6].reshape(-1, 64)
     expected = (x - x.mean(0)).T @ (y - y.mean(0))
     error = (profiled.moments.comoments(3, 6) - expected).norm() / expected.norm()
@@ -96,7 +96,9 @@ def test_padding_never_enters_the_moments() -> None:
         "input_ids": torch.cat([ids, padding], 1),
         "attention_mask": torch.cat([torch.ones_like(ids), padding], 1),
     }
-    plain, masked = (profile(model, [batch]).chains[0].moments for batch in (short, padded))
+    plain, masked = (
+        profile(model, [batch], config=LIGHT).chains[0].moments for batch in (short, padded)
+    )
     assert plain.n == masked.n == 5 * 6
     torch.testing.assert_close(plain.comoments(0, 2), masked.comoments(0, 2), rtol=1e-4, atol=1e-4)
 
@@ -149,6 +151,7 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
     assert better > 13  # and mostly better
 
 
+@pytest.mark.slow
 def test_a_folded_plan_is_a_stock_network(digits: nn.Module, digits_loader: list[Any]) -> None:
     config = LIGHT.model_copy(update={"keep_features": True, "window": 2})
     compressed = compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
@@ -170,6 +173,7 @@ def test_a_loader_sorted_by_class_gives_the_quality_of_a_shuffled_one(digits: nn
     assert found["sorted"] < 1.5 * found["shuffled"] + 0.005
 
 
+@pytest.mark.slow
 def test_several_chains_share_one_budget() -> None:
     model = seeded(
         timm.create_model, "convnext_atto", depths=(1, 1, 3, 2), dims=(8, 16, 24, 32), num_classes=5
@@ -200,10 +204,11 @@ def test_another_seed_is_another_split() -> None:
     assert found[0].plan.steps[-1].divergence != found[2].plan.steps[-1].divergence
 
 
+@pytest.mark.slow
 def test_a_module_and_its_graph_get_the_same_plan() -> None:
-    sizes: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2}
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
     model, data = seeded(timm.create_model, "vit_tiny_patch16_224", **sizes), list(images(20).split(10))
-    budget, config = Budget(macs=0.7), Config(shrinks=(0.6,), swaps=0)
+    budget, config = Budget(macs=0.8), Config(shrinks=(0.6,), swaps=0)
     plain = compress(model, data, budget=budget, config=config)
     graph = compress(fx.symbolic_trace(model), data, budget=budget, config=config)
     assert {r.unit for r in plain.plan.replacements} - {"span"}
@@ -323,7 +328,7 @@ def test_a_decoder_has_a_mask_of_its_own() -> None:
     ids = torch.randint(1, 50, (10, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < 3).long().expand(10, -1)
     batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
-    rows_seen = {p.chain.name: p.moments.n for p in profile(model, [batch]).chains}
+    rows_seen = {p.chain.name: p.moments.n for p in profile(model, [batch], config=LIGHT).chains}
     assert rows_seen == {"encoder.block": 5 * 3, "decoder.block": 5 * 6}
 
 
@@ -342,7 +347,7 @@ def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same()
     for memory in (None, 4_000, 1):  # of 16 samples, 13 boundaries, 8 channels in float32
         config = Config(units=("span",), swaps=0, memory=memory, window=1)
         seen = profile(model, data, config=config.model_copy(update={"memory": None}))
-        run = SearchContext(model, replace(seen, config=config), data, Budget(macs=0.8))
+        run = SearchContext(model, replace(seen, config=config), data, Budget(macs=0.9))
         found = search_run(run)
         plans.append(found.plan)
         kept.append(sorted(run.evaluator._streams[0][0]))
@@ -466,7 +471,7 @@ def test_sites_are_free_and_no_longer_than_what_is_asked() -> None:
     run = started(Budget(macs=0.5))
     every = [(a, b) for a in range(4) for b in range(a + 1, 5)]
     assert sorted(spans(Selection(run, run.start).sites())) == [s for s in every if s[1] - s[0] <= 3]
-    near = Selection(run, run.start, replace(run.start.cost, macs=1080 - 256)).sites()
+    near = Selection(run, run.start, run.start.cost.model_copy(update={"macs": 1080 - 256})).sites()
     assert sorted(spans(near)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     chain = run.chains[0]
     move = Candidate(0, unit_of("span").choice(chain, 1, 2), {}, Cost(macs=256, params=280))

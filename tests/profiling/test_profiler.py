@@ -112,6 +112,7 @@ class Stopped:
             yield batch
 
 
+@pytest.mark.slow
 def test_a_profile_that_was_killed_goes_on_and_ends_bit_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

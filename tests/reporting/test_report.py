@@ -22,7 +22,7 @@ from rba_compress.cli.main import main
 from rba_compress.core.batch import as_batch
 from rba_compress.profiling.fidelity import Fidelity, compare_outputs
 from rba_compress.reporting.changed_samples import MostChanged
-from rba_compress.reporting.report import judged, page
+from rba_compress.reporting.report import page, verdicts
 from rba_compress.reporting.report_data import Change, DrawnBlock
 from tests.networks import seeded
 
@@ -206,15 +206,15 @@ def test_a_difference_within_its_interval_is_none(result: Result) -> None:
             "latency": timed,
         }
     )
-    rows = {row.name: row for row in judged(within)}
+    rows = {row.name: row for row in verdicts(within)}
     assert rows["accuracy"].interval == "-3.0 to +1.0 points"
     assert rows["accuracy"].verdict == "no difference within the interval"
     assert rows["agreement"].verdict == "20 of 200 samples changed class"
     assert rows[f"latency, batch {timed.batch}"].verdict == "no difference"
     lost = report.model_copy(update={"fidelity": fidelity_of(drop_low=0.002, drop_high=0.02)})
-    assert {row.name: row.verdict for row in judged(lost)}["accuracy"] == "a loss of 1.0 points"
+    assert {row.name: row.verdict for row in verdicts(lost)}["accuracy"] == "a loss of 1.0 points"
     gained = fidelity_of(accuracy_compressed=0.85, drop_low=-0.08, drop_high=-0.02)
-    assert {row.name: row.verdict for row in judged(report.model_copy(update={"fidelity": gained}))}[
+    assert {row.name: row.verdict for row in verdicts(report.model_copy(update={"fidelity": gained}))}[
         "accuracy"
     ] == "a gain of 5.0 points"
 

@@ -18,7 +18,7 @@ from rba_compress.core.plan import Replacement
 from rba_compress.planning.plan_cost import chain_cost
 from rba_compress.planning.state import Solution, with_read_outs
 from rba_compress.profiling.cost import cost
-from rba_compress.units.block_variants import Thinned
+from rba_compress.units.block_variants import Thinned, Traces
 from rba_compress.units.registry import unit_of
 from tests.graph.test_rewrite import tensors_for
 from tests.networks import images, seeded
@@ -94,7 +94,12 @@ def outputs(model: nn.Module, example: Any) -> Tensor:
         return main_output(batch.run(model))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+FAST = ("ViT", "DeiT distilled", "HF ViT")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in NETWORKS]
+)
 def test_an_exact_read_out_is_exact(name: str) -> None:
     """To 1e-5 in float32 and 1e-12 in float64, at a share of the block's cost."""
     model, example = NETWORKS[name]()
@@ -184,6 +189,8 @@ def thinned_plan(chain: FoundChain, unit: str, b: int = 1) -> Plan:
     return Plan(replacements=(new.model_copy(update={"map": spec}),))
 
 
+FIRST = ("traced", "mlp_free")
+"""Of the forms as a graph, the one in the default run."""
 GRAPHS: dict[str, Any] = {
     "module": lambda model, _: model,
     "traced": lambda model, _: fx.symbolic_trace(model),
@@ -194,7 +201,7 @@ GRAPHS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("form", GRAPHS)
+@pytest.mark.parametrize("form", ["module", "traced", pytest.param("exported", marks=pytest.mark.slow)])
 def test_a_thinned_block_is_what_it_says(unit: str, form: str) -> None:
     model = vit()
     x = images(4)
@@ -219,7 +226,7 @@ def test_a_thinned_block_is_what_it_says(unit: str, form: str) -> None:
     assert kept <= set(whole.state_dict())
 
 
-@pytest.mark.parametrize("form", ["traced", "exported"])
+@pytest.mark.parametrize("form", ["traced", pytest.param("exported", marks=pytest.mark.slow)])
 def test_an_exact_read_out_of_a_graph(form: str) -> None:
     model, x = vit(), images(4)
     whole = GRAPHS[form](model, x)
@@ -233,7 +240,7 @@ def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> N
     """A map and a block without attention behind it run for the read positions alone."""
     model, x = vit(depth=4), images(4)
     (chain,) = supports(model, x).chains
-    spec = MapSpec(kind="affine")
+    spec, traces = MapSpec(kind="affine"), Traces()
     parts: list[list[Replacement]] = [
         [unit_of("span").choice(chain, 3, 4)],
         [unit_of("attention_free").choice(chain, 3, 4)],
@@ -247,7 +254,7 @@ def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> N
         given = tuple(r.model_copy(update={"map": spec}) for r in part)
         full = Solution(Plan(replacements=given), tensors_for(Plan(replacements=given)))
         handed = with_read_outs(full, (chain,))
-        compressed, wide = (splice(model, s.plan, s.tensors) for s in (handed, full))
+        compressed, wide = (splice(model, s.plan, s.tensors, traces=traces) for s in (handed, full))
         torch.testing.assert_close(outputs(compressed, x), outputs(wide, x), rtol=1e-5, atol=1e-5)
         saved = cost(model, as_batch(x)).macs - cost(compressed, as_batch(x)).macs
         counted = chain_cost(chain, ()).macs - chain_cost(chain, handed.plan.replacements).macs
@@ -271,6 +278,7 @@ def test_other_batch_sizes_other_modes_and_precisions() -> None:
     assert weight.grad is not None
 
 
+@pytest.mark.slow
 def test_a_call_that_was_never_seen_is_refused() -> None:
     """A mask that comes where none was must not be left out in silence."""
     model, example = hugging_face("BERT")
@@ -283,6 +291,7 @@ def test_a_call_that_was_never_seen_is_refused() -> None:
         block(stream, torch.zeros(2, 1, 9, 9), stream)
 
 
+@pytest.mark.slow
 def test_masks_of_ones_and_others_are_both_run() -> None:
     """Hugging Face drops a mask of ones on the way, so a block is called in two ways."""
     model, example = hugging_face("BERT")
