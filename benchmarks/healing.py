@@ -127,7 +127,7 @@ def resolved(model: nn.Module, calibration: Loader, compressed: Result) -> nn.Mo
     towards the original streams, from the first that was replaced on, whether that helps or not.
     """
     seen = profile(model, calibration, config=compressed.plan.config)
-    run = SearchContext(model, seen, calibration, Budget(macs=0.5))
+    run = SearchContext.read(model, seen, calibration, Budget(macs=0.5))
     solution = Solution(
         compressed.plan.model_copy(update={"steps": (), "candidates": ()}), compressed.tensors
     )

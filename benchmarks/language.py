@@ -155,7 +155,7 @@ def main(how: Run) -> None:
             found[f"{method}/{count}"] = fit_spans(seen.chains[0], spans, spec)
             took[f"{method}/{count}"] = time.perf_counter() - start
     start = time.perf_counter()
-    search = SearchContext(model, seen, calibration, Budget(macs=0.5))
+    search = SearchContext.read(model, seen, calibration, Budget(macs=0.5))
     for count, solution in zip(how.removed, searched(search, ranked, how.removed), strict=True):
         found[f"ours/{count}"] = solution
         took[f"ours/{count}"] = time.perf_counter() - start

@@ -128,7 +128,7 @@ class Bench:
     def run(self, **config: Any) -> SearchContext:
         """A search that has taken nothing yet, with another `Config`."""
         seen = replace(self.seen, config=_whole_blocks(self.seed, **config))
-        return SearchContext(self.case.model, seen, self.case.calibration, Budget(macs=1.0))
+        return SearchContext.read(self.case.model, seen, self.case.calibration, Budget(macs=1.0))
 
     def spans(self, blocks: int) -> list[tuple[int, int, int]]:
         return [

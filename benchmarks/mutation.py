@@ -1,12 +1,12 @@
 """How many small faults, put into a module one at a time, its tests notice.
 
     pip install mutmut
-    python -m benchmarks.mutation linalg.moments linalg.maps graph.rewrite planning.search=100
+    python -m benchmarks.mutation linalg.moments linalg.maps units.splice planning.selection=100
 
 Faults are those of mutmut: another number, operator or constant, an argument gone or None, an
 assignment of None. Annotations, docstrings, decorators, what is raised and the case of strings stay as
 they are. The first failure of a module's tests ends them, in a fork of one process that holds all heavy
-imports. `planning.search=100` takes a sample of 100, the same for the same `--seed`. Survivors are
+imports. `planning.selection=100` takes a sample of 100, the same for the same `--seed`. Survivors are
 printed as they are found, then a table.
 """
 
@@ -40,6 +40,15 @@ NUMBERS = [
     "tests/planning/test_fit_statistics.py::test_a_correction_is_ridge_regression_of_the_gap",
     *("tests/hostile/test_numbers.py", "-k", "not (another_scale or nearly)"),
 ]
+REWRITE = [
+    *("tests/graph/test_rewrite.py", "tests/units/test_block_variants.py", "-k"),
+    "not (exact or combination or module-)",
+]
+SEARCH = [
+    *("tests/planning/test_budget.py", "tests/planning/test_search.py", "-k"),
+    "not (agreement or quality or decision or logged or padding or decoder or profile_sees"
+    " or worse_than or fewer_streams or taken_first)",
+]
 TESTS = {
     "linalg.moments": [
         "tests/linalg/test_moments.py",
@@ -48,17 +57,13 @@ TESTS = {
         *NUMBERS,
     ],
     "linalg.maps": ["tests/linalg/test_maps.py", *NUMBERS],
-    "graph.rewrite": [
-        *("tests/graph/test_rewrite.py", "tests/graph/test_block_variants.py", "-k"),
-        "not (swin or resnet18 or convnext or exact or exported or combination or masks or never_seen"
-        " or module-)",
-    ],
-    "planning.search": [
-        *("tests/planning/test_budget.py", "tests/planning/test_search.py", "-k"),
-        "not (a_module_and or real_network or agreement or quality or decision or same_inputs or logged"
-        " or padding or decoder or profile_sees or sorted or several_chains or folded_plan"
-        " or worse_than or fewer_streams or taken_first)",
-    ],
+    "graph.rewrite": REWRITE,
+    "units.splice": REWRITE,
+    "planning.limits": SEARCH,
+    "planning.plan_cost": [*SEARCH[:2], "tests/units/test_block_variants.py", *SEARCH[2:]],
+    "planning.refinement": SEARCH,
+    "planning.search": SEARCH,
+    "planning.selection": SEARCH,
 }
 """The quick ones: a fault that is not noticed is seen by all of them."""
 
@@ -99,7 +104,7 @@ class Faults(cst.CSTVisitor):  # type: ignore[misc]
 
 def faults(module: str, count: int | None, seed: int) -> list[tuple[str, str]]:
     """Faulty versions of a module, all or a sample: the line, what became of what; and the source."""
-    wrapper = MetadataWrapper(cst.parse_module((PACKAGE / f"{module}.py").read_text()))
+    wrapper = MetadataWrapper(cst.parse_module(source_of(module).read_text()))
     visitor, tree = Faults(), wrapper.module
     wrapper.visit(visitor)
     found = visitor.found

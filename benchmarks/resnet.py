@@ -75,7 +75,7 @@ def main(how: Run) -> None:
     calibration, test = loaders(how.batch_size)
     config = Config(maps=("linear", "shrunk"), units=("span",), seed=how.seed)
     seen = profile(model, calibration, config=config)
-    single = SearchContext(model, seen, calibration, Budget(macs=0.5))
+    single = SearchContext.read(model, seen, calibration, Budget(macs=0.5))
     found = list(single_blocks(single))
     for share in (0.9, 0.8, 0.7):
         for statistics in (False, True):

@@ -41,7 +41,7 @@ def screening(model: Any, loader: list[Any], seed: int) -> dict[str, Any]:
     """Of the first step: the rank that screening gave the span that is best on all samples."""
     config = Config(units=("span",), maps=("identity", "shrunk"), seed=seed)
     seen = profile(model, loader, config=config)
-    run = SearchContext(model, seen, loader, Budget(macs=0.75))
+    run = SearchContext.read(model, seen, loader, Budget(macs=0.75))
     sites: list[Site] = [s for s in Selection(run, run.start).sites() if s[2] - s[1] <= 3]
     moves = run.fitter.candidates(run.start, sites)
     lacking = run.limits.lacking(run.start.cost)

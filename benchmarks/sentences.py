@@ -107,7 +107,7 @@ def fidelity(original: Tensor, compressed: Tensor) -> dict[str, float]:
 
 def baselines(model: nn.Module, seen: Profile, calibration: Any) -> Iterator[tuple[str, Solution]]:
     """The layers that are best skipped, one and two of them, skipped and mapped."""
-    finder = SearchContext(model, seen, calibration, Budget(macs=0.5))
+    finder = SearchContext.read(model, seen, calibration, Budget(macs=0.5))
     layers: list[int] = []
     for _ in range(2):
         trials = [sorted([*layers, b]) for b in range(len(seen.chains[0].chain)) if b not in layers]

@@ -77,7 +77,10 @@ def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration", 16), list(read(imagenet(model, "test", 50)))
     seen = profile(model, calibration, config=Config(seed=seed))
-    run, start = SearchContext(model, seen, calibration, Budget(macs=min(shares))), time.perf_counter()
+    run, start = (
+        SearchContext.read(model, seen, calibration, Budget(macs=min(shares))),
+        time.perf_counter(),
+    )
     draft, found = run.start, []
     for share in shares:
         run.limits.costs = Budget(macs=share).limits(seen.original.macs, seen.original.params)

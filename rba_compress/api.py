@@ -27,15 +27,15 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ArtifactError, FidelityError, PlanError
 from rba_compress.core.inference import unwrap
-from rba_compress.core.loader import Split, workers_named
+from rba_compress.core.loader import Dealt, Split, workers_named
 from rba_compress.core.loader_form import form_of
-from rba_compress.core.offload import device_of
+from rba_compress.core.offload import device_of, undispatched
 from rba_compress.core.plan import ComparedOutput, Healed, Plan
 from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
 from rba_compress.healing.distillation import distil
 from rba_compress.planning.plan_cost import network_cost
-from rba_compress.planning.search import DEFAULT_BUDGET, search
+from rba_compress.planning.search import DEFAULT_BUDGET, searched
 from rba_compress.planning.span_fits import paper_span
 from rba_compress.planning.state import Solution
 from rba_compress.profiling.cost import cost
@@ -157,10 +157,11 @@ def compress(
     """
     budget, original = Budget.of(budget), unwrap(model)
     seen = profile(original, loader, config=config, divergence=divergence)
-    test = list(seen.split(loader).part("test"))
+    dealt = list(seen.split(loader).deal("fit", "validation", "test"))
+    test = [batch for part, _, batch in dealt if part == "test"]
     # Held-out samples that cannot be compared raise an error here, before the search.
     fidelity(original, original, test, seen.criterion)
-    found = search(original, seen, loader, budget=budget)
+    found = searched(undispatched(original), seen, dealt, budget)
     compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     front = steps.run(
@@ -193,7 +194,7 @@ def compress(
     if report is not unmeasured:
         _require_near(report, budget, seen.criterion.outputs)
     reference = steps.run(
-        "the statistics of `check`", lambda: _reference(compressed, found.plan, seen, loader), None
+        "the statistics of `check`", lambda: _reference(compressed, found.plan, seen, dealt), None
     )
     warned = (*report.warnings, *steps.failed)
     report = report.model_copy(update={"details": details, "warnings": warned})
@@ -265,10 +266,10 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
 
 
 def _reference(
-    compressed: nn.Module, plan: Plan, seen: Profile, loader: Iterable[Any]
+    compressed: nn.Module, plan: Plan, seen: Profile, dealt: Iterable[Dealt]
 ) -> ReferenceStatistics | None:
     """Return the reference statistics of held-out samples inside the compressed network."""
-    held = (batch for _, _, batch in seen.split(loader).deal("validation", "test"))
+    held = (batch for part, _, batch in dealt if part != "fit")
     return ReferenceStatistics.of(compressed, plan, seen.chains, held)
 
 
@@ -408,7 +409,8 @@ def heal(
         details = details.model_copy(update={"front": (*details.front, healed_row)})
     notes = (*report.warnings, *filter(None, [course.note]))
     report = report.model_copy(update={"details": details, "warnings": notes})
-    reference = compressed.reference and _reference(model, plan, seen, loader)
+    held = seen.split(loader).deal("validation", "test")
+    reference = compressed.reference and _reference(model, plan, seen, held)
     return replace(
         compressed, model=model, plan=plan, tensors=tensors, report=report, reference=reference
     )

@@ -199,3 +199,19 @@ def test_every_result_has_its_interval_or_says_why_not() -> None:
     some = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=LIGHT).report.fidelity
     assert some.divergence_low is not None
     assert some.agreement_low is not None
+
+
+def test_the_samples_are_dealt_once() -> None:
+    """A profile reads the loader; what a search, the report and `check` need is read once more."""
+
+    class Counted(list[Tensor]):
+        batches = 0
+
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                Counted.batches += 1
+                yield batch
+
+    data = Counted(loader())
+    compress(seeded(Chain), data, budget=Budget(macs=0.8), config=LIGHT)
+    assert Counted.batches <= 2 * len(data) + 1  # and the first batch, for its form

@@ -25,6 +25,9 @@ from rba_compress.core.memory import out_of_memory
 
 Part = Literal["fit", "validation", "test"]
 
+Dealt = tuple[Part, list[int], Batch]
+"""Samples of one batch in one part: the part, their numbers in the part, and the samples."""
+
 
 ENDLESS = 100_000
 """Number of batches after which a loader without a length is taken to be endless."""
@@ -299,7 +302,7 @@ class Split:
         for _, _, batch in self.deal(part):
             yield batch
 
-    def deal(self, *parts: Part) -> Iterator[tuple[Part, list[int], Batch]]:
+    def deal(self, *parts: Part) -> Iterator[Dealt]:
         """Yield the batches of several parts in one read: part, samples' numbers in the part, batch.
 
         Raises:

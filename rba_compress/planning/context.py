@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rba_compress.core.config import Budget
 from rba_compress.core.cost import Cost
+from rba_compress.core.distributed import current
+from rba_compress.core.loader import Dealt
 from rba_compress.core.plan import Plan, Replacement, Site
 from rba_compress.planning.candidates import CandidateFitter
 from rba_compress.planning.evaluator import Evaluator
@@ -32,17 +34,16 @@ class SearchContext:
     """Context of one search: samples, limits, and the network that candidates are evaluated against."""
 
     def __init__(
-        self, model: nn.Module, profile: Profile, loader: Iterable[Any], budget: Budget
+        self, model: nn.Module, profile: Profile, dealt: Iterable[Dealt], budget: Budget
     ) -> None:
         self.model, self.profile, self.config = model, profile, profile.config
         self.chains = [entry.chain for entry in profile.chains]
         self.order = {chain.name: k for k, chain in enumerate(self.chains)}
         self.limits, self.log = Limits(profile, budget), SearchLog()
-        split = profile.split(loader)
-        self.ranks = split.ranks
-        dealt = list(split.deal("fit", "validation"))
-        fit = [batch.to(model) for part, _, batch in dealt if part == "fit"]
-        held = [(places, batch) for part, places, batch in dealt if part == "validation"]
+        self.ranks = current()
+        samples = list(dealt)
+        fit = [batch.to(model) for part, _, batch in samples if part == "fit"]
+        held = [(places, batch) for part, places, batch in samples if part == "validation"]
         self.fitter = CandidateFitter(model, profile, fit)
         self.evaluator = Evaluator(
             model,
@@ -71,6 +72,13 @@ class SearchContext:
             self.limits.costs["latency"] = share
             self.fitter.times = self.ranks.broadcast(lambda: block_times(model, self.chains, example))
             self.start = replace(self.start, cost=self.fitter.cost(plan))
+
+    @classmethod
+    def read(
+        cls, model: nn.Module, profile: Profile, loader: Iterable[Any], budget: Budget
+    ) -> SearchContext:
+        """Start a search on the samples of a loader."""
+        return cls(model, profile, profile.split(loader).deal("fit", "validation"), budget)
 
     def state(self, solution: Solution, cost: Cost) -> SearchState:
         """Evaluate a solution, and make it the network that candidates are evaluated against."""

@@ -25,7 +25,7 @@ from torch import nn
 from rba_compress.core.config import Budget
 from rba_compress.core.errors import BudgetError, PlanError
 from rba_compress.core.inference import unwrap
-from rba_compress.core.loader import workers_named
+from rba_compress.core.loader import Dealt, workers_named
 from rba_compress.core.memory import within_memory
 from rba_compress.core.offload import undispatched
 from rba_compress.core.plan import Site
@@ -70,6 +70,17 @@ def search(
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     if fingerprint(model) != profile.weights:
         raise PlanError(f"the profile is of a {profile.model} with other weights: profile this one")
+    return searched(model, profile, profile.split(loader).deal("fit", "validation"), budget)
+
+
+def searched(
+    model: nn.Module, profile: Profile, dealt: Iterable[Dealt], budget: Budget | None
+) -> Solution:
+    """Search as `search` does, on samples that were read already.
+
+    Args:
+        dealt: fit and validation samples, of a split of the profile; others are passed over.
+    """
     chains = [profiled.chain for profiled in profile.chains]
     streams = sum((len(chain) + 1) * chain.positions * chain.width for chain in chains) * 4
     widest = max(chains, key=lambda chain: chain.width * len(chain))
@@ -79,7 +90,7 @@ def search(
         f"takes {8 * len(widest) * widest.width**2:,}. Pass fewer or smaller samples, or "
         "Config(memory=...), or Config(window=...)"
     ):
-        return run(SearchContext(model, profile, loader, budget or DEFAULT_BUDGET))
+        return run(SearchContext(model, profile, dealt, budget or DEFAULT_BUDGET))
 
 
 def run(context: SearchContext) -> Solution:

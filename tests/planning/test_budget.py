@@ -144,7 +144,7 @@ def test_the_dense_network_takes_all_of_its_time(limit: float, monkeypatch: pyte
     monkeypatch.setattr("rba_compress.planning.context.block_times", lambda *_: [[0.1, 0.2, 0.3, 0.2]])
     model = seeded(Chain)
     seen = profile(model, loader(), config=LIGHT)
-    run = SearchContext(model, seen, loader(), Budget(latency=limit))
+    run = SearchContext.read(model, seen, loader(), Budget(latency=limit))
     assert run.limits.lacking(run.start.cost) == {"latency": pytest.approx(0.25)}
     assert run.fitter.saving(run.start, Site(0, 1, 3, "span")).latency == pytest.approx(0.5)
 

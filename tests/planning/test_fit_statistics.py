@@ -80,7 +80,7 @@ def small_vit() -> tuple[nn.Module, list[torch.Tensor]]:
 def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: Any) -> None:
     model, data = small_vit()
     model = form(model)
-    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     draft = take(run, run.start)
     assert draft is not None
     for move in run.fitter.candidates(draft, Selection(run, draft).sites()):
@@ -113,7 +113,7 @@ def t5() -> tuple[nn.Module, list[Any]]:
 @pytest.mark.parametrize("networks", [lambda: (seeded(Towers), loader()), t5], ids=["towers", "t5"])
 def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(networks: Any) -> None:
     model, data = networks()
-    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
+    run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     assert len(run.chains) == 2
     first = next(m for m in run.fitter.candidates(run.start, [Site(0, 0, 1, "span")]))
     draft = run.state(with_candidate(run.start, first), run.start.cost - first.saving)
@@ -150,7 +150,7 @@ def test_a_scale_that_is_no_parameter_is_no_layer_scale() -> None:
 
 def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
     model, data = small_vit()
-    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
+    run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
     moves = run.fitter.candidates(run.start, [Site(0, 3, 4, "span")])
     folded = next(m for m in moves if m.replacement.map.kind == "folded")
     draft = run.state(with_candidate(run.start, folded), run.start.cost - folded.saving)
@@ -163,7 +163,7 @@ def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
 
 def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
     model, data = small_vit()
-    run = SearchContext(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
+    run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
     solution = run.start.solution
     for _ in range(2):
         _, solution = next(iter(run.fitter.refits(run.fitter.walk(0), solution, 2, 1)))
@@ -186,7 +186,7 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     """With a layer scale: what `mlp.fc2` lacks is (h - g) / gamma behind its block."""
     model, data = small_vit()
     seen = profile(model, data, config=LIGHT)
-    run = SearchContext(model, seen, data, Budget(macs=0.5))
+    run = SearchContext.read(model, seen, data, Budget(macs=0.5))
     found_move = Selection(run, run.start).best([Site(0, 1, 2, "span")])
     assert found_move is not None
     compressed, chain, b = (
@@ -282,7 +282,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
         layer.running_mean, layer.running_var = spread.mean.float(), spread.variance.float()
     how = Config(maps=("identity",), units=("span",), refit_steps=(1.0,))
     seen = profile(model, data, config=how)
-    search = SearchContext(model, seen, data, Budget(macs=0.5))
+    search = SearchContext.read(model, seen, data, Budget(macs=0.5))
     (move,) = search.fitter.candidates(search.start, [Site(0, 0, 1, "span")])
     draft = search.state(with_candidate(search.start, move), search.start.cost - move.saving)
     better = statistics(search, draft)

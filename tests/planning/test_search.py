@@ -138,7 +138,7 @@ def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: li
     """In held-out divergence, over a third of the 78 spans of the chain."""
     config = Config(units=("span",), keep_features=True)
     seen = profile(digits, digits_loader[:1], config=config)
-    run = SearchContext(digits, seen, digits_loader[:1], Budget(macs=0.5))
+    run = SearchContext.read(digits, seen, digits_loader[:1], Budget(macs=0.5))
     spans: list[Site] = [Site(0, *span, "span") for span in seen.chains[0].chain.spans()[::3]]
     moves = run.fitter.candidates(run.start, spans)
     better = 0
@@ -347,7 +347,7 @@ def test_fewer_streams_are_kept_where_memory_is_small_and_the_plan_is_the_same()
     for memory in (None, 4_000, 1):  # of 16 samples, 13 boundaries, 8 channels in float32
         config = Config(units=("span",), swaps=0, memory=memory, window=1)
         seen = profile(model, data, config=config.model_copy(update={"memory": None}))
-        run = SearchContext(model, replace(seen, config=config), data, Budget(macs=0.9))
+        run = SearchContext.read(model, replace(seen, config=config), data, Budget(macs=0.9))
         found = search_run(run)
         plans.append(found.plan)
         kept.append(sorted(run.evaluator._streams[0][0]))
@@ -382,7 +382,7 @@ def test_a_near_tie_goes_to_what_saves_most(
 
 def started(budget: Budget, config: Config = LIGHT, depth: int = 4) -> SearchContext:
     model = seeded(Chain, depth)
-    return SearchContext(model, profile(model, loader(), config=config), loader(), budget)
+    return SearchContext.read(model, profile(model, loader(), config=config), loader(), budget)
 
 
 def test_each_limit_lacks_what_is_above_it() -> None:
