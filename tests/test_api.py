@@ -38,6 +38,7 @@ def test_features_are_kept_where_they_are_asked_for(
     assert not any(r.exact for r in compressed.plan.replacements)
 
 
+@pytest.mark.slow
 def test_the_exact_pass_alone_costs_nothing(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:

@@ -95,6 +95,7 @@ def test_left_padding_changes_nothing_of_what_is_generated() -> None:
     assert torch.equal(found[1], alone[1][0])
 
 
+@pytest.mark.slow
 def test_the_divergence_is_of_real_tokens_alone() -> None:
     model = llama()
     how = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
@@ -134,6 +135,7 @@ def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> 
                        ours.model.generate(prompt, attention_mask=mask, **how))  # type: ignore[operator]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     model = llama().to(torch.bfloat16)
     result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",), swaps=0))

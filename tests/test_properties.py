@@ -172,7 +172,7 @@ def plans(draw: Any) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
     return model, Plan(replacements=tuple(replacements)), tensors
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(plans())
 def test_the_cost_of_a_plan_is_the_cost_of_the_network_that_it_makes(
     made: tuple[Chain, Plan, dict[str, Tensor]],

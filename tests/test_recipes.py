@@ -91,6 +91,7 @@ def test_to_safetensors_writes_the_whole_state(work: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_runner_prepares_images_as_timm_does_and_needs_no_torch(work: Path) -> None:
     run = (EXPORT / "serve" / "run.py", work / "compressed")
     found = recipe(

@@ -67,7 +67,13 @@ def test_what_is_saved_is_loaded_bit_equal(
         assert not loaded.training
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float64)),
+    ],
+)
 def test_other_dtypes_come_back_bit_equal(dtype: torch.dtype, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"img_size": 32, "depth": 4, "embed_dim": 32, "num_heads": 2}
     model = seeded(timm.create_model, "vit_tiny_patch16_224", num_classes=5, **sizes).to(dtype)
@@ -191,7 +197,7 @@ def test_a_newer_a_foreign_and_no_manifest_are_named(compressed: Path, tmp_path:
     manifest = compressed / "plan.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"schema_version": 8}))
-    with pytest.raises(ArtifactError, match="has schema 7, this version reads up to 6: upgrade"):
+    with pytest.raises(ArtifactError, match="has schema 8, this version reads up to 7: upgrade"):
         load(compressed)
     old = {k: v for k, v in content.items() if k not in ("seal", "folded", "probe")}
     old["architecture"] = {k: v for k, v in old["architecture"].items() if k != "library"}

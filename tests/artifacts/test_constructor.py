@@ -94,7 +94,10 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("swin", "a head put in") else ()) for n in TIMM],
+)
 def test_what_a_timm_network_was_built_with_is_kept(name: str, tmp_path: Path) -> None:
     model = TIMM[name]()
     write(model, tmp_path / "compressed", IMAGES)
@@ -105,7 +108,11 @@ READ_OFF = ("input sizes", "widths", "drop rates", "resnet")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "widths" else ()) for n in READ_OFF]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("widths", "drop rates", "input sizes") else ())
+        for n in READ_OFF
+    ],
 )
 def test_arguments_are_read_off_where_timm_keeps_none(name: str, tmp_path: Path) -> None:
     model = TIMM[name]()
@@ -158,6 +165,7 @@ def test_what_a_network_of_transformers_was_built_with_is_kept(name: str, tmp_pa
     assert not differing(settings(model), settings(load(tmp_path / "compressed")))
 
 
+@pytest.mark.slow
 def test_a_compressed_network_takes_other_sizes_after_loading(tmp_path: Path) -> None:
     model = vit(dynamic_img_size=True, depth=3, drop_path_rate=0.1)
     config = Config(foldable=True, shrinks=(0.6,), swaps=0, refit=False)
@@ -169,6 +177,7 @@ def test_a_compressed_network_takes_other_sizes_after_loading(tmp_path: Path) ->
         torch.testing.assert_close(load(tmp_path / str(fold))(x), found.model(x))
 
 
+@pytest.mark.slow
 def test_a_setting_that_a_folded_network_loses_is_named(tmp_path: Path) -> None:
     model = changed(vit, lambda m: setattr(m.blocks[0].attn.attn_drop, "p", 0.3))()
     with pytest.warns(UserWarning, match=r"folded network is .*attn_drop\.p: 0\.3, 0\.0 when rebuilt"):
@@ -216,7 +225,9 @@ LOST: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("an attribute", "one rate of many") else ())
+        pytest.param(
+            n, marks=pytest.mark.slow if n not in ("another buffer", "a layer of one's own") else ()
+        )
         for n in LOST
     ],
 )

@@ -29,21 +29,27 @@ from rba_compress.artifacts import onnx_export as exporting
 from rba_compress.artifacts.certificate import OnnxModel, read_certificate
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.cli.main import main
+from tests.conftest import once
 from tests.networks import Chain, rows, seeded
 from tests.releases import half_onnx
 
 DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def delivered(
     result: Result, held_out: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An artefact with a certified model.onnx; tests that change it copy it."""
-    directory = tmp_path_factory.mktemp("delivered") / "compressed"
-    result.save(directory, architecture=DIGITS)
-    export_onnx(directory, directory / "model.onnx", held_out[0][:16])
-    return directory
+
+    def build() -> Path:
+        directory = tmp_path_factory.mktemp("delivered") / "compressed"
+        result.save(directory, architecture=DIGITS)
+        export_onnx(directory, directory / "model.onnx", held_out[0][:16])
+        return directory
+
+    found: Path = once(tmp_path_factory, "delivered", build)
+    return found
 
 
 def test_the_certificate_of_an_artefact(

@@ -51,7 +51,6 @@ FAST = (
     "transformers/bart",
     "transformers/gpt2",
     "transformers/mamba",
-    "nn/transformer",
     "convnextv2_atto",
 )
 """One network a mechanism, in the default run."""

@@ -73,6 +73,7 @@ def test_other_formats_are_named(name: str, write: Write, message: str, tmp_path
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_lines_that_are_named_convert_a_checkpoint(nested: bool, tmp_path: Path) -> None:
     state = seeded(Chain).state_dict()

@@ -225,6 +225,7 @@ class Normed(Block):
         return super().forward(self.norm(x))
 
 
+@pytest.mark.slow
 def test_offloaded_buffers(tmp_path: Path) -> None:
     plain, model = (seeded(Chain, block=Normed) for _ in range(2))
     for network in (plain, model):
@@ -367,6 +368,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         supports(model, rows(5))
 
 
+@pytest.mark.slow
 def test_a_slim_network_is_exported_from_disk(tmp_path: Path) -> None:
     model = on_disk(seeded(Chain), tmp_path / "weights")
     found = compress(model, loader(), budget=Budget(macs=0.8), config=Config(swaps=0))

@@ -47,11 +47,12 @@ def test_timm_chains_are_found_in_modules_and_in_graph_modules(
 ) -> None:
     model = seeded(timm.create_model, name, **arguments)
     example = images(4, arguments.get("img_size", 64))
+    macs = []
     for form in (model, fx.symbolic_trace(model)):
         chains = supports(form, example).chains
         assert [(c.name, len(c), c.axis) for c in chains] == expected
-    plain = supports(model, example).chains
-    assert [c.macs for c in plain] == [c.macs for c in chains]
+        macs.append([c.macs for c in chains])
+    assert macs[0] == macs[1]
 
 
 def test_the_class_tokens_that_the_head_reads() -> None:

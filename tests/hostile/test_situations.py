@@ -622,6 +622,7 @@ def padded(k: int) -> dict[str, Tensor]:
     return {"x": drawn(8, 20, 32, seed=k), "pad": torch.arange(20)[None] >= lengths}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_padding_on_torchs_fast_path(norm_first: bool) -> None:
     model, data = seeded(Padded, norm_first), [padded(k) for k in range(6)]

@@ -23,7 +23,7 @@ from tests.networks import seeded
 SOLVERS = ("adam", "least_squares")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 12), columns=st.integers(2, 12))
 def test_a_transport_moves_all_of_both_masses(seed: int, rows: int, columns: int) -> None:
     cost = space(rows, columns, seed).abs()

@@ -184,6 +184,7 @@ def test_a_map_is_fitted_between_the_anchors(kind: Any, apart: tuple[Encoder, En
     assert torch.equal(stitched.encoder.turn, other.turn)
 
 
+@pytest.mark.slow
 def test_widths_may_differ_and_the_network_is_exported(tmp_path: Path) -> None:
     x = space(40, 6).float()
     wide = nn.Sequential(nn.Linear(6, 9, bias=False), nn.Tanh())

@@ -134,6 +134,7 @@ def test_the_logged_divergence_is_the_measured_one(
     assert found.divergence == pytest.approx(result.plan.steps[-1].divergence, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_no_span_is_ever_worse_than_skipped(digits: nn.Module, digits_loader: list[Any]) -> None:
     """In held-out divergence, over a third of the 78 spans of the chain."""
     config = Config(units=("span",), keep_features=True)

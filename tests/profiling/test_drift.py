@@ -22,6 +22,7 @@ def chain() -> Result:
     return compress(seeded(Chain), loader(400, 50), budget=Budget(macs=0.8), config=LIGHT)
 
 
+@pytest.mark.slow
 def test_one_in_a_hundred_batches_of_data_alike_is_called_shifted(chain: Result) -> None:
     assert chain.reference is not None
     for n in (2, 10, 50):

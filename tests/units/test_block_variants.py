@@ -94,7 +94,7 @@ def outputs(model: nn.Module, example: Any) -> Tensor:
         return main_output(batch.run(model))
 
 
-FAST = ("ViT", "DeiT distilled", "HF ViT")
+FAST = ("ViT",)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_an_exact_read_out_is_exact(name: str) -> None:
     assert saved > 0.5 * chain.macs[-1]
 
 
+@pytest.mark.slow
 def test_cait_reads_the_class_token_alone_as_it_is() -> None:
     """Its class attention reads every patch token, and its last blocks carry one token."""
     model = seeded(timm.create_model, "cait_xxs24_224", depth=3, img_size=32)
@@ -236,6 +237,7 @@ def test_an_exact_read_out_of_a_graph(form: str) -> None:
     torch.testing.assert_close(outputs(compressed, x), outputs(model, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> None:
     """A map and a block without attention behind it run for the read positions alone."""
     model, x = vit(depth=4), images(4)
