@@ -33,7 +33,7 @@ from rba_compress.core.offload import device_of, undispatched
 from rba_compress.core.plan import ComparedOutput, Healed, Plan
 from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
-from rba_compress.healing.distillation import distil
+from rba_compress.healing.loop import distil
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.search import DEFAULT_BUDGET, searched
 from rba_compress.planning.span_fits import paper_span

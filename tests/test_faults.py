@@ -28,7 +28,7 @@ import torch
 torch.set_num_threads(1)
 from rba_compress import Budget, Profile, compress, heal, load, profile, save
 from rba_compress.profiling import profiler as calibration
-from rba_compress.healing import distillation as healing
+from rba_compress.healing import loop as healing
 from safetensors.torch import load_file, save_file
 from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 
@@ -254,7 +254,7 @@ import os, resource, signal, sys
 from pathlib import Path
 from rba_compress import ArtifactError, Budget, compress, heal, profile, export_onnx
 from rba_compress.profiling import profiler as calibration
-from rba_compress.healing import distillation as healing
+from rba_compress.healing import loop as healing
 from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 folder = Path(sys.argv[1])
 calibration.EVERY = healing.EVERY = 0.0

@@ -1,5 +1,8 @@
 """Healing: training of a compressed network towards its original.
 
-distillation  the training
-augmentation  random mirroring, cropping and mixing of images
+student       which tensors of the compressed network are trained
+samples       samples to train on, and those held out
+augmentation  changes of images before both networks see them
+checkpoint    the state of a training, as a file
+loop          the objective and the training
 """

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rba_compress import Budget, compress, heal, profile
 from rba_compress.cli.digits import batches, digits_data, digits_model
 from rba_compress.core.distributed import current, launched
-from rba_compress.healing import distillation as healing
+from rba_compress.healing import loop as healing
 from tests.networks import BRIEF, BRIEF_SEARCH, LIGHT, Chain, loader, rows, seeded, to_heal
 
 

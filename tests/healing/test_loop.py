@@ -36,7 +36,7 @@ from rba_compress.core.config import Augmentation
 from rba_compress.core.loader import read
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.healing.augmentation import augmented
-from rba_compress.healing.distillation import Student
+from rba_compress.healing.student import Student
 from rba_compress.planning.span_fits import fit_spans
 from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
@@ -229,7 +229,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from rba_compress.healing import distillation as healing
+from rba_compress.healing import loop as healing
 healing.EVERY = 0.0
 torch.set_num_threads(1)
 from tests.networks import BRIEF, to_heal
