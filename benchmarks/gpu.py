@@ -173,7 +173,7 @@ def measured(network: str, kind: str, rates: Mapping[str, float], how: Run) -> d
     (chain,), original = (found.chain for found in seen.chains), seen.original.macs
     apart = parity(model, chain, batches, how.window)
     assert apart < TOLERANCE, f"the map is {apart:.2g} from least squares in float64"
-    length, macs = sum(map(len, batches)), {"dense": original, "moments": moments_macs(seen)}
+    length, macs = sum(map(len, batches)), {"original": original, "moments": moments_macs(seen)}
     images = {"loader_images": how.batch * len(loader), "images": length}
     row: dict[str, Any] = {"network": network, "dtype": kind, **images, "parity": apart}
     row |= of_profile(model, seen, how)
@@ -264,13 +264,13 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
     solution = fit_spans(profiled, [(b, b + 1) for b in thirds(profiled.chain)], AFFINE)
     compressed = splice(model, solution.plan, solution.tensors)
     assert all(bool(torch.isfinite(output).all()) for output in forward(compressed, [seen.example]))
-    macs = {"dense": seen.original.macs, "slim": cost(compressed, seen.example).macs}
-    rows, milliseconds = [], {"dense": 0.0, "slim": 0.0}
+    macs = {"original": seen.original.macs, "compressed": cost(compressed, seen.example).macs}
+    rows, milliseconds = [], {"original": 0.0, "compressed": 0.0}
     for batch in (1, how.batch):
         found = benchmark(
             model, compressed, seen.example.select(list(range(batch))), seconds=how.seconds
         )
-        milliseconds = {"dense": found.original_ms, "slim": found.compressed_ms}
+        milliseconds = {"original": found.original_ms, "compressed": found.compressed_ms}
         latency = {"median": found.ratio, "low": found.ratio_low, "high": found.ratio_high}
         rows.append(
             {"batch": batch, "pairs": found.pairs}
@@ -282,7 +282,7 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
     return {
         "fits": len(spans),
         "fit_seconds": round(fit_seconds, 3),
-        "macs_kept": round(macs["slim"] / macs["dense"], 4),
+        "macs_kept": round(macs["compressed"] / macs["original"], 4),
         "latency": rows,
         "gmacs_s": {name: round(value / 1e9, 1) for name, value in rate.items()},
     }

@@ -24,8 +24,13 @@ else:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("network", ["chain", pytest.param("digits", marks=pytest.mark.catalogue)])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param("chain", marks=pytest.mark.slow),
+        pytest.param("digits", marks=pytest.mark.catalogue),
+    ],
+)
 def test_processes_and_threads_give_the_same_bytes(network: str, tmp_path: Path) -> None:
     # Strings hash otherwise in every process: a set of them comes in another order.
     for threads in (1, 2):

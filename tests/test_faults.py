@@ -321,7 +321,10 @@ class Slow(Chain):  # the worker, which reads ahead, dies in a forward pass
 try:
     profile(seeded(Slow if sys.argv[1] == "slow" else Chain), DataLoader(Dying(), 4, num_workers=1))
 except LoaderError as error:
-    print(error)
+    try:
+        print(error)
+    except RuntimeError:  # torch's signal handler raises wherever the process is, once a worker
+        print(error)
 """
 
 
