@@ -117,6 +117,7 @@ def test_the_runner_prepares_images_as_timm_does_and_needs_no_torch(work: Path) 
     np.testing.assert_allclose(np.load(work / "w.npy"), wanted.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_runner_refuses_what_is_not_certified(work: Path, tmp_path: Path) -> None:
     runner = EXPORT / "serve" / "run.py"
     np.save(tmp_path / "x.npy", np.zeros((2, 3, 10, 10), np.float32))

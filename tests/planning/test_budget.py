@@ -173,7 +173,7 @@ def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.Monke
 def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the best step takes six blocks and breaks the limit, one of at most three is tried."""
     model = seeded(Chain, depth=8)
-    run = SearchContext(
+    run = SearchContext.read(
         model, profile(model, loader(), config=LIGHT), loader(), Budget(divergence=0.003)
     )
     asked: list[int | None] = []
