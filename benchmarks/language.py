@@ -106,7 +106,7 @@ def searched(
 def perplexities(
     original: nn.Module, slims: dict[str, nn.Module], test: Sequence[dict[str, Tensor]]
 ) -> dict[str, tuple[float, float, float]]:
-    """Of each network: perplexity, KL per token to the original, and agreement of the next token."""
+    """Return each network's perplexity, KL per token to the original, and next-token agreement."""
     nll = dict.fromkeys(slims, 0.0)
     kl, agreed, tokens, each = dict(nll), dict(nll), 0, 0
     with evaluating(original):

@@ -270,7 +270,7 @@ def outputs(model: nn.Module, test: Sequence[Batch]) -> list[Tensor]:
 def measured(
     original: Sequence[Tensor], compressed: Sequence[Tensor], test: Sequence[Batch]
 ) -> np.ndarray:
-    """Of each sample: divergence, agreement, and whether each network is right, (4, samples)."""
+    """Return each sample's divergence, agreement, and whether each network is right, (4, samples)."""
     columns = []
     for a, b, batch in zip(original, compressed, test, strict=True):
         assert batch.labels is not None

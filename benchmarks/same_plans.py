@@ -30,7 +30,7 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Run:
-    """What to do."""
+    """Files to write and to compare."""
 
     write: Path | None = None
     compare: tuple[Path, Path] | None = None
@@ -74,7 +74,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any, float]]] = {
 
 
 def chosen(plan: Any) -> list[dict[str, Any]]:
-    """What a plan does: units, blocks and maps, and the re-solved layers."""
+    """Return a plan's choices: units, blocks and maps, and the re-solved layers."""
     keys = ("chain", "start", "stop", "unit", "reads", "exact")
     parts = [{k: getattr(r, k) for k in keys} | {"map": str(r.map)} for r in plan.in_order]
     return parts + [{"refit": str(refit)} for refit in plan.refits]

@@ -48,6 +48,17 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
+class Normed(Block):
+    """A block behind a BatchNorm."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
 class Chain(nn.Module):
     """A stem, residual blocks, a head: the smallest network of the kind. (N, 4) -> (N, 3)."""
 

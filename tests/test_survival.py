@@ -1,4 +1,4 @@
-"""What a DeiT-tiny of timm can do, its compressed network can do too."""
+"""A compressed DeiT-tiny does what one of timm does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compressed(original: nn.Module, plan: Plan) -> nn.Module:
 
 @pytest.fixture
 def featured(original: nn.Module, plan: Plan) -> nn.Module:
-    """As `compressed`, with every position computed."""
+    """The network of `compressed`, with every position computed."""
     kept = tuple(r for r in plan.replacements if not r.exact)
     return spliced(original, plan.model_copy(update={"replacements": kept}))
 

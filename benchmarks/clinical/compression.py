@@ -46,7 +46,7 @@ class Compression(BaseModel):
     onnx_bytes: tuple[int, int]
     onnx_latency_ratio: float | None
     onnx_difference: float
-    """Of the compressed file from PyTorch at the most, relative."""
+    """Largest relative difference of the compressed file from PyTorch."""
 
 
 def shrink(

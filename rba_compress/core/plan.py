@@ -210,28 +210,29 @@ class Refit(Frozen):
         return name.startswith(self.key)
 
 
-class LayerRefit(Refit):
-    """Linear layer that ends a kept block's branch, solved towards the original stream."""
+class SolvedRefit(Refit):
+    """Linear layer that ends a branch of a kept block, with a new weight and bias."""
 
-    kind: Literal["layer"] = "layer"
-    chain: str = ""
-    block: int = -1
-    damping: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
-
-
-class FoldRefit(Refit):
-    """Linear layer solved towards the stream behind the span that follows its block: the span's map."""
-
-    kind: Literal["fold"] = "fold"
     chain: str
     block: int
     damping: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.path} refitted ({self.damping:g}, {self.step:g})"
+
+
+class LayerRefit(SolvedRefit):
+    """Layer solved towards the original stream."""
+
+    kind: Literal["layer"] = "layer"
+    chain: str = ""
+    block: int = -1
+
+
+class FoldRefit(SolvedRefit):
+    """Layer solved towards the stream behind the span that follows its block: the span's map."""
+
+    kind: Literal["fold"] = "fold"
 
 
 class NormRefit(Refit):

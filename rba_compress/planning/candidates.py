@@ -23,6 +23,7 @@ from rba_compress.core.plan import (
     Refit,
     Replacement,
     Site,
+    SolvedRefit,
 )
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments, Total
@@ -108,8 +109,8 @@ class CandidateFitter:
             inner = [s for s in wanted if any(place % 1 for place in _ends(s))]
             found += self._of_chain(model, c, inner, {})
             found += self._of_chain(model, c, [s for s in wanted if s not in inner], folds)
-        before, plan = self.cost(state.solution.plan), with_candidate
-        return [replace(f, saving=before - self.cost(plan(state, f).plan)) for f in found]
+        before = self.cost(state.solution.plan)
+        return [replace(f, saving=before - self.cost(with_candidate(state, f).plan)) for f in found]
 
     def _of_chain(
         self, model: nn.Module, c: int, sites: Sequence[Site], folds: dict[float, Branch]
@@ -259,7 +260,7 @@ def _folded(model: nn.Module, candidate: Candidate, gap: PairMoments, branch: Br
     return replace(candidate, refit=refit, tensors=_corrected(model, refit, gap))
 
 
-def _corrected(model: nn.Module, refit: LayerRefit | FoldRefit, gap: PairMoments) -> dict[str, Tensor]:
+def _corrected(model: nn.Module, refit: SolvedRefit, gap: PairMoments) -> dict[str, Tensor]:
     """Return the tensors of a kept layer, moved by a share of its correction."""
     layer = model.get_submodule(refit.path)
     own = dict(layer.named_parameters(recurse=False))

@@ -31,7 +31,7 @@ class Selection:
     """
 
     def __init__(self, context: SearchContext, state: SearchState, goal: Cost | None = None) -> None:
-        self.context, self.state, self.goal = context, state, goal
+        self.context, self.state = context, state
         self.lacking = context.limits.lacking(state.cost, goal)
 
     def sites(self) -> list[Site]:

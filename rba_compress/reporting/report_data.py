@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.core.plan import Chain, NormRefit, Plan, Refusal, Step
+from rba_compress.core.plan import Chain, Plan, Refusal, SolvedRefit, Step
 from rba_compress.core.schema import Frozen
 from rba_compress.linalg.similarity import METRICS, Metric
 from rba_compress.profiling.profiler import Profile
@@ -140,7 +140,7 @@ def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
     """Return the blocks of a chain, and how a plan changes each."""
     state: dict[int, tuple[str, str]] = {}
     for refit in plan.refits:
-        if not isinstance(refit, NormRefit) and refit.chain == chain.name and refit.block >= 0:
+        if isinstance(refit, SolvedRefit) and refit.chain == chain.name and refit.block >= 0:
             state[refit.block] = ("re-solved", str(refit))
     for new in plan.replacements:
         for b in range(new.start, new.stop) if new.chain == chain.name else ():

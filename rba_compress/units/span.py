@@ -9,8 +9,7 @@ from torch import nn
 from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import MapSpec
-from rba_compress.core.plan import Chain, Offer, Replacement, Site, listed
-from rba_compress.core.registry import UNITS
+from rba_compress.core.plan import Chain, Offer, Replacement, listed
 from rba_compress.units.base import Level, Trial, Unit
 from rba_compress.units.block_variants import Traces
 
@@ -29,10 +28,6 @@ class Span(Unit):
     def sites(self, chain: Chain, window: int | None) -> list[tuple[int, int]]:
         """Return every span of at most `window` blocks."""
         return chain.spans(window)
-
-    def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether `other` removes its blocks, too."""
-        return UNITS[other.unit].removes
 
     def levels(self, config: Config, width: int) -> list[MapSpec]:
         """Return every map, folded ones among them."""

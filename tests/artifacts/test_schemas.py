@@ -7,24 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from rba_compress import WeightsError, load, verify
 from rba_compress.artifacts.artifact import read_manifest, read_report
 from rba_compress.core.plan import FoldRefit, LayerRefit, NormRefit
-from tests.networks import Block, Chain, seeded
+from tests.networks import Chain, Normed, seeded
 
 SIX = Path(__file__).parent / "schema_6"
-"""Of a chain with BatchNorms: a mapped span, and a refit of every kind; with what it gives on a line."""
-
-
-class Normed(Block):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.norm = nn.BatchNorm1d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x))
+"""A chain with BatchNorms: a mapped span and a refit of every kind, with the outputs on a line."""
 
 
 @pytest.mark.parametrize("name", ["whole", "delta"])

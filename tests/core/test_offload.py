@@ -35,7 +35,7 @@ from rba_compress.core import offload
 from rba_compress.core.offload import Offloaded, dispatched, in_memory, undispatched
 from rba_compress.core.plan import LayerRefit, NormRefit
 from rba_compress.profiling.profiler import fingerprint
-from tests.networks import BRIEF_SEARCH, Block, Chain, images, loader, rows, seeded
+from tests.networks import BRIEF_SEARCH, Chain, Normed, images, loader, rows, seeded
 from tests.releases import INFERS_ALIKE
 from tests.test_language import ids, llama, texts
 
@@ -214,15 +214,6 @@ def test_thinned_blocks_of_modules_that_are_loaded_as_a_whole(whole: str, tmp_pa
         with mode():
             one, other = found.model(data[0]), wanted.model(data[0])
             torch.testing.assert_close(one, other, rtol=0, atol=0 if INFERS_ALIKE else 1e-6)
-
-
-class Normed(Block):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.norm = nn.BatchNorm1d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x))
 
 
 @pytest.mark.slow
