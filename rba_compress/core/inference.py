@@ -12,6 +12,7 @@ from torch import nn
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ModelError
 from rba_compress.core.loader import named_elsewhere
+from rba_compress.core.offload import modules_of
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -31,7 +32,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", None)
     if isinstance(inner, nn.Module):
         return unwrap(inner)
-    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in modules_of(model)):
         raise ModelError(
             "the model was compiled in place by its compile() method: pass a copy that was not, and "
             "compile the compressed one"
@@ -47,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     weights in it. torch's attention fast path is disabled meanwhile: it runs a block as one operation,
     on nested tensors where there is padding, and both hide what happens inside.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in modules_of(model)}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         _set_modes(dict.fromkeys(modes, False))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from rba_compress.core.call_signature import Signature
 from rba_compress.core.errors import ArtifactError, ModelError, PlanError
-from rba_compress.core.offload import copy_tree, deep_copy
+from rba_compress.core.offload import above, copy_tree, deep_copy, modules_of
 from rba_compress.core.plan import Block, Plan, listed
 from rba_compress.core.weight_types import of_peft
 from rba_compress.graph.tracer import module_stack
@@ -68,14 +68,14 @@ class RefusedWriter:
 def refuse_writers(model: nn.Module, plan: Plan) -> None:
     """Keep modules around replaced blocks from writing stock networks; PEFT may write its adapters."""
     replaced = [block.path for replacement in plan.replacements for block in replacement.blocks]
-    for path, module in model.named_modules():
+    for path in dict.fromkeys(part for each in replaced for part in above(each)):
+        module = model.get_submodule(path)
         if not hasattr(type(module), "from_pretrained") or of_peft(module):
             continue
         inside = [each for each in replaced if not path or each.startswith(f"{path}.")]
-        if inside:
-            for method in ("save_pretrained", "push_to_hub"):
-                if hasattr(type(module), method):
-                    setattr(module, method, RefusedWriter(module, method, inside))
+        for method in ("save_pretrained", "push_to_hub"):
+            if hasattr(type(module), method):
+                setattr(module, method, RefusedWriter(module, method, inside))
 
 
 def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
@@ -165,6 +165,8 @@ def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
     each kind (`layer_types`: full or sliding attention): without that layer a cached step would take
     every position for the first.
     """
+    if not any(hasattr(module, "layer_idx") for module in modules_of(model)):
+        return
     config: Any = getattr(model, "config", None)
     kinds = dict(enumerate(getattr(config, "layer_types", None) or ()))
     for parent in dict.fromkeys(block.path.rpartition(".")[0] for block in gone):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class CandidateFitter:
         self.traces = profile.traces
         self.times: list[list[float]] = []
         """Shares of each chain's blocks in the network's time; empty unless latency is limited."""
+        self._costs: dict[Hashable, Cost] = {}
+        """Costs of plans; the strength of a map changes none."""
 
     @property
     def total(self) -> Total | None:
@@ -76,7 +78,14 @@ class CandidateFitter:
 
     def cost(self, plan: Plan) -> Cost:
         """Return the cost of the network under a plan; the share of latency is an estimate."""
-        return network_cost(self.profile, plan, times=self.times)
+        parts = frozenset(
+            (r.chain, r.start, r.stop, r.unit, r.map.kind, r.map.rank, r.level, r.exact)
+            for r in plan.replacements
+        )
+        key = parts, bool(self.times)
+        if key not in self._costs:
+            self._costs[key] = network_cost(self.profile, plan, times=self.times)
+        return self._costs[key]
 
     def unfitted(self, site: Site, level: Level = IDENTITY) -> Replacement:
         """Return the replacement at a site, not fitted yet."""

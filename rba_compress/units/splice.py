@@ -128,7 +128,6 @@ def _refit(model: nn.Module, refit: Refit, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    modules = dict(model.named_modules())
     taken: dict[str, Replacement] = {}
     wanted: set[str] = set()
     for replacement in plan.replacements:
@@ -137,12 +136,13 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             if other is not None:
                 raise PlanError(f"{replacement} and {taken[other]} share the block {block.path}")
             taken[block.path] = replacement
-            if block.path not in modules:
+            module = _submodule(model, block.path)
+            if module is None:
                 raise PlanError(
                     f"{replacement}: {type(model).__name__} has no block {block.path!r}; the plan is "
                     "of another architecture"
                 )
-            kind = type(modules[block.path]).__name__
+            kind = type(module).__name__
             if not isinstance(model, fx.GraphModule) and kind != block.type:
                 raise PlanError(
                     f"{replacement}: {block.path} is a {kind}, the plan replaces a {block.type}"
@@ -157,22 +157,28 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
         wanted |= set(expected)
-    wanted |= _check_refits(model, modules, plan, tensors) | _check_healed(model, plan, tensors)
+    wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)
     stray = sorted(set(tensors) - wanted)
     if stray:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
 
 
-def _check_refits(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, tensors: Mapping[str, Tensor]
-) -> set[str]:
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path; None where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
     """Check the refits, and return the keys of their tensors."""
     wanted: set[str] = set()
     spans = [block.path for r in plan.replacements if unit_of(r.unit).removes for block in r.blocks]
     for refit in plan.refits:
         if any(f"{refit.path}.".startswith(f"{path}.") for path in spans):
             raise PlanError(f"{refit}: it is inside of a block that is replaced")
-        layer = modules.get(refit.path)
+        layer = _submodule(model, refit.path)
         if layer is None or not _refittable(layer, refit):
             raise PlanError(f"{type(model).__name__} has no layer {refit.path!r} to refit")
         for name, value in _moved(layer, refit):
