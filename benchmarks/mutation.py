@@ -64,6 +64,9 @@ TESTS = {
     "planning.refinement": SEARCH,
     "planning.search": SEARCH,
     "planning.selection": SEARCH,
+    "planning.solver": ["tests/planning/test_solver.py"],
+    "linalg.sketch": ["tests/linalg/test_sketch.py"],
+    "profiling.quadratic_form": ["tests/profiling/test_quadratic_form.py"],
 }
 """The quick ones: a fault that is not noticed is seen by all of them."""
 

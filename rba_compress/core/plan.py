@@ -309,7 +309,7 @@ class EvaluatedCandidate(Frozen):
     params: int
 
 
-Action = Literal["take", "settle", "swap", "refit", "statistics", "stop"]
+Action = Literal["take", "stage", "settle", "swap", "refit", "statistics", "choose", "stop"]
 """Kinds of decisions of a search; "stop" is taken before a step that breaks a limit of quality."""
 
 
@@ -324,6 +324,8 @@ class Step(Frozen):
     """Increase of the divergence at the price of the next best span, or without the change; where the
     search stopped, increase by the step that was not taken. A margin that is negligible beside the
     divergence means a tie: see `rba_compress.planning.search`."""
+    predicted: float | None = None
+    """Divergence that output changes predicted; None for decisions without a prediction."""
     macs: int
     params: int
 

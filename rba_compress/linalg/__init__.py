@@ -3,4 +3,5 @@
 moments     mergeable second moments
 maps        a fitted map and its module
 similarity  similarity of streams and of spaces
+sketch      random projection that keeps inner products
 """

@@ -13,4 +13,8 @@ context         what all steps of one search share
 selection       one step: candidates screened, evaluated, chosen
 refinement      maps fitted again, swaps, kept layers re-solved
 search          `search`, step by step to the budget
+sites           sites of the options of one stage
+output_changes  output changes of options, each run alone, and their inner products
+solver          combinations of options for every cost
+stages          a search in stages by output changes; `search` is greedy until this one is never worse
 """

@@ -14,7 +14,7 @@ from rba_compress.core.distributed import current
 from rba_compress.core.loader import Dealt
 from rba_compress.core.plan import Plan, Replacement, Site
 from rba_compress.planning.candidates import CandidateFitter
-from rba_compress.planning.evaluator import Evaluator
+from rba_compress.planning.evaluator import Evaluation, Evaluator
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.log import SearchLog
 from rba_compress.planning.state import (
@@ -56,6 +56,8 @@ class SearchContext:
         self._current: Solution | None = None
         self.rises: dict[Site, float] = {}
         """Rise of the divergence at each site when it was last screened."""
+        self.skipped: set[Site] = set()
+        """Sites that were measured in the last stage and are not measured again in the next one."""
         plan = Plan(
             refusals=profile.refusals,
             budget=budget,
@@ -96,9 +98,18 @@ class SearchContext:
             at: chain and boundary.
             screen: run a share of the samples alone.
         """
+        self.rebase(state)
+        return self.evaluator(self.fitter.compressed(solution), *at, screen=screen)
+
+    def rebase(self, state: SearchState) -> None:
+        """Make a state the network that candidates are evaluated against."""
         if self._current is not state.solution:
             self.state(state.solution, state.cost)
-        return self.evaluator(self.fitter.compressed(solution), *at, screen=screen)
+
+    def evaluation(self, state: SearchState, solution: Solution, at: tuple[int, int]) -> Evaluation:
+        """Evaluate a solution on all validation samples; arguments as in `divergences`."""
+        self.rebase(state)
+        return self.evaluator.evaluation(self.fitter.compressed(solution), *at)
 
     def evaluate(self, state: SearchState, candidate: Candidate, *, screen: bool = False) -> Tensor:
         """Return the divergence of each validation sample with a candidate, (samples,)."""
@@ -121,9 +132,13 @@ class SearchContext:
         done = state is not self.start and not self.limits.lacking(state.cost)
         return self.timed(state, seconds=3.0) if done else state
 
+    def undone(self, solution: Solution, old: Replacement) -> Solution:
+        """Return a solution with a replacement, and what was folded for it, undone."""
+        return changed(solution, drop=[old, *folded_for(solution.plan, old)])
+
     def without(self, state: SearchState, old: Replacement) -> SearchState:
         """Return the state with a replacement, and what was folded for it, undone."""
-        solution = changed(state.solution, drop=[old, *folded_for(state.solution.plan, old)])
+        solution = self.undone(state.solution, old)
         saved = self.fitter.cost(solution.plan) - self.fitter.cost(state.solution.plan)
         return self.state(solution, state.cost + saved)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,15 @@ class Evaluator:
         own = torch.tensor([[sum(map(len, part)) for part in parts]])
         self._counts = torch.cat(self.ranks.gathered(own)).tolist()
         """Number of samples of each rank, and of those that are screened on."""
-        self.held = sum(held for held, _ in self._counts)
+        self.held: int = sum(held for held, _ in self._counts)
         """Number of validation samples."""
+        self.screened: int = sum(screened for _, screened in self._counts)
+        """Number of samples that are screened on."""
         self.samples = 0.0
         self._memory = memory or device_bytes(device_of(original)) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
+        self.current: list[Any] = []
+        """Outputs of the current network on the screened batches."""
         with evaluating(original):
             self.expected = [criterion.kept(ran(original, batch)) for batch in self.batches]
         self.samples += self.held
@@ -106,13 +110,21 @@ class Evaluator:
                 self._streams.append([self._kept(found, apart) for found in seen.streams])
                 outputs.append(self.criterion.kept(seen.output))
         self.samples += self.held
+        self.current = outputs[: self._screened]
+        return self._evaluated(enumerate(outputs))
+
+    def evaluation(self, model: nn.Module, chain: int = 0, boundary: int = 0) -> Evaluation:
+        """Evaluate a candidate on all validation samples; arguments as in `outputs`."""
+        return self._evaluated(self.outputs(model, chain, boundary))
+
+    def _evaluated(self, outputs: Iterable[tuple[int, Any]]) -> Evaluation:
         tally, each = Tally(), []
-        for batch, expected, output in zip(self.batches, self.expected, outputs, strict=True):
-            each.append(self.criterion(expected, output, batch))
+        for k, output in outputs:
+            each.append(self.criterion(self.expected[k], output, self.batches[k]))
             if self.criterion.scores:
-                tally.add(self.criterion.scored(expected, output, batch))
+                tally.add(self.criterion.scored(self.expected[k], output, self.batches[k]))
         tally = tally.merged(self.ranks.total)
-        return Evaluation(self._of_all(each), tally.agreement, tally.accuracy_drop)
+        return Evaluation(self.of_all(each), tally.agreement, tally.accuracy_drop)
 
     @staticmethod
     def _kept(streams: dict[int, Tensor], apart: int) -> dict[int, Tensor]:
@@ -125,28 +137,40 @@ class Evaluator:
         """Return the divergence of each sample, (samples,) float64, infinite where it is not finite.
 
         Args:
+            model, chain, boundary, screen: as in `outputs`.
+        """
+        return self.of_all(
+            [
+                self.criterion(self.expected[k], kept, self.batches[k])
+                for k, kept in self.outputs(model, chain, boundary, screen=screen)
+            ]
+        )
+
+    def outputs(
+        self, model: nn.Module, chain: int = 0, boundary: int = 0, *, screen: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each of this rank's batches and what is compared of the model's output.
+
+        Args:
             model: a candidate that equals the current network up to `boundary` of `chain`; changed in
                 place.
             screen: run the first of `SCREEN` shares of the samples alone, which are spread evenly.
         """
-        found = []
         taken = range(self._screened if screen else len(self.batches))
         if taken:
             known = [b for b in self._streams[0][chain] if b <= boundary]
             boundary = max(known, default=0)
             resumed = Resumed(model, self.chains, chain, boundary, self._streams[0])
+        blocks = sum(len(c) for c in self.chains)
+        passed = boundary + sum(len(c) for c in self.chains[:chain])
+        run = sum(screened if screen else held for held, screened in self._counts)
+        self.samples += run * (1 - passed / blocks)
         with evaluating(model):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
-                kept = self.criterion.kept(output)
-                found.append(self.criterion(self.expected[k], kept, self.batches[k]))
-        divergences = self._of_all(found)
-        blocks = sum(len(c) for c in self.chains)
-        passed = boundary + sum(len(c) for c in self.chains[:chain])
-        self.samples += len(divergences) * (1 - passed / blocks)
-        return divergences
+                yield k, self.criterion.kept(output)
 
-    def _of_all(self, found: list[Tensor]) -> Tensor:
+    def of_all(self, found: list[Tensor]) -> Tensor:
         """Return the divergences of all ranks' samples, screened ones first, infinite if not finite."""
         own = torch.cat([torch.zeros(0, dtype=torch.float64), *(each.cpu() for each in found)])
         ranks = self.ranks.gathered(own)

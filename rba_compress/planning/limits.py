@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rba_compress.core.config import Budget
 from rba_compress.core.cost import Cost, kept
 from rba_compress.core.errors import BudgetError
@@ -122,6 +125,50 @@ class Limits:
         original = self.profile.original.model_copy(update={"latency": 1.0})
         asked, left = self.lacking(original), self.lacking(cost)
         return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
+
+    @property
+    def goal_size(self) -> float:
+        """Size at which all limits of cost are met; 0 without any."""
+        whole = {"macs": self.profile.original.macs, "params": self.profile.original.params}
+        return min((v / whole.get(k, 1.0) for k, v in self.costs.items()), default=0.0)
+
+    def tighten(self, estimated: float, measured: float) -> None:
+        """Lower the limit of the estimated latency to where a measured one suggests that it is met."""
+        limit = self.costs["latency"]
+        share = max((1 - measured) / max(1 - estimated, 1e-9), 0.1)
+        lower = max(min(1 - (1 - limit) / share, estimated - SAME_LATENCY / 2), 0.0)
+        self.costs = self.costs | {"latency": lower}
+
+    def size(self, cost: Cost) -> float:
+        """Return the share of the original's cost that is left, as `sizes`."""
+        return float(self.sizes(np.array([[cost.macs, cost.params, cost.latency]]))[0])
+
+    def saved(self, cost: Cost, saving: Cost) -> float:
+        """Return by how much a saving reduces the size of a network of that cost."""
+        return self.size(cost) - self.size(cost - saving)
+
+    def sizes(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the shares of the original's cost that are left, on one scale for all limits.
+
+        For one limit the share of that cost; for several ones that of the limit that is furthest from
+        being met, so that the smallest limited share is reached where all limits are met.
+
+        Args:
+            costs: MACs, parameters and shares of latency, (n, 3).
+        """
+        whole = self.profile.original
+        of = {"macs": (0, whole.macs), "params": (1, whole.params), "latency": (2, 1.0)}
+        limited = self.costs or {"macs": 0.0}
+        shares = {name: (of[name][0], limit / of[name][1]) for name, limit in limited.items()}
+        depth = max(1 - limit for _, limit in shares.values())
+        if depth <= 0:
+            return costs[:, of["macs"][0]] / max(whole.macs, 1)
+        asked = [
+            (costs[:, column] / of[name][1] - limit) / max(1 - limit, 1e-9)
+            for name, (column, limit) in shares.items()
+        ]
+        left: NDArray[np.float64] = 1 - depth * (1 - np.max(asked, axis=0))
+        return left
 
 
 def progress(saving: Cost, lacking: dict[str, float]) -> float:

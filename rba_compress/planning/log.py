@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rba_compress.core.plan import Action, EvaluatedCandidate, Step
@@ -15,7 +16,14 @@ class SearchLog:
         self.steps: list[Step] = []
         self.candidates: list[EvaluatedCandidate] = []
 
-    def decided(self, action: Action, change: object, state: SearchState, margin: float) -> SearchState:
+    def decided(
+        self,
+        action: Action,
+        change: object,
+        state: SearchState,
+        margin: float,
+        predicted: float | None = None,
+    ) -> SearchState:
         """Log a decision and return the state that it led to."""
         self.steps.append(
             Step(
@@ -23,6 +31,7 @@ class SearchLog:
                 change=str(change),
                 divergence=state.mean,
                 margin=margin,
+                predicted=predicted,
                 macs=state.cost.macs,
                 params=state.cost.params,
             )
@@ -46,3 +55,7 @@ class SearchLog:
                 params=cost.params,
             )
         )
+
+    def measured(self, state: SearchState, candidate: Candidate, divergence: float) -> None:
+        """Log an option that was run alone on the screened samples."""
+        self.evaluated(state, candidate, torch.tensor([divergence], dtype=torch.float64))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Plan, Replacement
 from rba_compress.planning.state import Solution, without_unread
@@ -24,19 +27,37 @@ def chain_cost(
             take as long, per MAC, as the whole block.
     """
     starts = {r.start: r for r in replacements if r.chain == chain.name}
-    positions, b, left = chain.positions, 0, []
+    positions, b, total = chain.positions, 0, np.zeros(3)
     while b < len(chain):
-        new = starts.get(b)
-        costs = [Cost(macs=chain.macs[b], params=chain.params[b])]
-        if new is not None:
-            costs, positions = unit_of(new.unit).cost(chain, new, positions)
-        left += costs
-        b += len(costs)
+        cost, b, positions = step_cost(chain, starts.get(b), b, positions, times=times)
+        total += cost
+    return Cost(macs=int(total[0]), params=int(total[1]), latency=float(total[2]))
+
+
+def step_cost(
+    chain: Chain,
+    new: Replacement | None,
+    b: int,
+    positions: int,
+    *,
+    times: Sequence[float] = (),
+) -> tuple[NDArray[np.float64], int, int]:
+    """Return the cost of one step of the walk, the block behind it, and the positions left there.
+
+    Args:
+        new: the replacement that starts at block `b`; None leaves the block as it is.
+        times: as in `chain_cost`.
+    """
+    costs = [Cost(macs=chain.macs[b], params=chain.params[b])]
+    if new is not None:
+        costs, positions = unit_of(new.unit).cost(chain, new, positions)
+    stop = b + len(costs)
     latency = 0.0
     if times:
-        latency = sum(t * c.macs / m for t, c, m in zip(times, left, chain.macs, strict=True) if m)
-    macs, params = (sum(getattr(c, name) for c in left) for name in ("macs", "params"))
-    return Cost(macs=macs, params=params, latency=latency)
+        per_mac = zip(times[b:stop], costs, chain.macs[b:stop], strict=True)
+        latency = sum(t * c.macs / m for t, c, m in per_mac if m)
+    total = [sum(c.macs for c in costs), sum(c.params for c in costs), latency]
+    return np.array(total, dtype=np.float64), stop, positions
 
 
 def plan_saving(

@@ -65,6 +65,32 @@ def settle(context: SearchContext, state: SearchState, chain: int, boundary: int
     return state
 
 
+def settled(context: SearchContext, state: SearchState) -> SearchState:
+    """Fit all maps again, on the streams of the network as it is now, and keep those fits if the
+    divergence falls.
+    """
+    replacements = {
+        Site(context.order[r.chain], r.start, r.stop, r.unit): r
+        for r in state.solution.plan.replacements
+    }
+    first = min((site.chain, site.start) for site in replacements)
+    behind = [site for site in sorted(replacements) if (site.chain, site.start) > first]
+    solution = state.solution
+    for candidate in context.fitter.candidates(state, behind) if behind else ():
+        old, new = replacements[candidate.site], candidate.replacement
+        if (new.map, new.level) == (old.map, old.level):
+            base = SearchState(solution, state.cost, state.evaluation)
+            solution = with_candidate(base, candidate)
+    if solution is state.solution:
+        return state
+    at = behind[0].chain, max(behind[0].start - 1, 0)
+    divergences = context.divergences(state, solution, at)
+    if not wins(context, divergences, state.evaluation.divergence):
+        return state
+    before, state = state.mean, context.state(solution, state.cost)
+    return context.log.decided("settle", "all maps", state, before - state.mean)
+
+
 def swap(context: SearchContext, state: SearchState, newest: Site) -> SearchState:
     """Undo each replacement but the newest and choose again, at no higher cost."""
     goal = state.cost

@@ -58,6 +58,12 @@ class Candidate:
         return Site(self.chain, new.start, new.stop, new.unit)
 
     @property
+    def removed(self) -> int:
+        """Number of blocks of which nothing is left."""
+        new = self.replacement
+        return new.stop - new.start if unit_of(new.unit).removes else 0
+
+    @property
     def boundary(self) -> int:
         """Boundary up to which the stream equals that of the search state."""
         return self.replacement.start - (self.refit is not None)

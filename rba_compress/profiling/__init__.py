@@ -2,6 +2,7 @@
 
 cost, latency, fidelity  MACs and parameters, paired times, divergences
 criterion                the divergence that each output is compared by
+quadratic_form           second-order form of a divergence
 chain_statistics         moments and similarities of a chain
 profiler                 `profile`
 drift                    distance of later data from the calibration samples

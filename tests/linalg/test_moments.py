@@ -17,7 +17,7 @@ from torch import Tensor
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.memory import device_bytes, out_of_memory
 from rba_compress.linalg.maps import fit_map
-from rba_compress.linalg.moments import Moments, PairMoments, full_precision, moment_bytes
+from rba_compress.linalg.moments import Moments, PairMoments, Spread, full_precision, moment_bytes
 
 
 def streams(rows: int, boundaries: int = 3, width: int = 4, seed: int = 0) -> list[Tensor]:
@@ -375,3 +375,24 @@ def test_the_callers_precision_is_back_after_an_error(
     finally:
         torch.set_float32_matmul_precision(before)
     assert [b.fp32_precision for b in backends] == ["tf32", "bf16", "none"]
+
+
+def test_spreads_of_parts_add_up_to_that_of_all_rows() -> None:
+    rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    whole, parts = Spread.of(rows), Spread.of(rows[:13]) + Spread.of(rows[13:])
+    for found in (whole, parts):
+        assert found.n == 50
+        torch.testing.assert_close(found.mean, rows.mean(0))
+        torch.testing.assert_close(found.variance, rows.var(0, correction=0))
+    flat = parts.flat()
+    assert flat.n == 200
+    torch.testing.assert_close(flat.variance[0], rows.var(correction=0))
+
+
+def test_a_spectrum_is_that_of_the_inputs() -> None:
+    rows = torch.randn(30, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pair = PairMoments.from_rows(rows, rows[:, :2]).with_spectrum()
+    assert pair.spectrum is not None
+    centred = (rows - rows.mean(0)).numpy()
+    wanted = np.linalg.eigvalsh(centred.T @ centred)
+    np.testing.assert_allclose(pair.spectrum.numpy(), wanted, rtol=1e-9)

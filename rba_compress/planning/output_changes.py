@@ -1,0 +1,184 @@
+"""Output changes of options: each is run alone, and their inner products tell how they add up.
+
+An option is a unit with one level at one site, fitted on the network of a search state. It is run from
+the cached stream of its boundary on the screened validation samples. Of its output change only inner
+products with the other options' changes are kept, so that the table does not grow with the samples.
+
+Not every option is run. Of each site one level is run first, the middle one of the last kind of map
+that is not folded. Its other levels, and the spans that are longer by a block, follow where the site
+belongs to the better half of its unit and length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rba_compress.core.errors import ActivationError
+from rba_compress.core.plan import Replacement, Site
+from rba_compress.linalg.sketch import Sketch
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.solver import Floats, rounded
+from rba_compress.planning.state import Candidate, SearchState, Solution, with_candidate
+from rba_compress.profiling.quadratic_form import Change, changes
+
+FEWEST = 4
+"""Sites of one unit and length of which no half is left out."""
+AGAIN = 4
+"""Sites for each block of the network that are measured again in the next stage, the best ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class OutputChanges:
+    """Options of one search state, and the rise of the divergence that they predict together.
+
+    The rise is x' linear + x' gram x / 2; x has an entry for each option, then for each replacement of
+    the state that is undone.
+    """
+
+    options: tuple[Candidate, ...]
+    undone: tuple[Replacement, ...]
+    linear: Floats
+    gram: Floats
+
+    def rise(self, rows: Sequence[int]) -> float:
+        """Return the predicted rise of the mean divergence with some of the rows together."""
+        taken = list(rows)
+        return float(self.linear[taken].sum() + self.gram[np.ix_(taken, taken)].sum() / 2)
+
+
+class _Runs:
+    """Runs of changed networks on the screened samples: rises, and sketched output changes."""
+
+    def __init__(self, context: SearchContext, state: SearchState) -> None:
+        context.rebase(state)
+        self._context, self._evaluator = context, context.evaluator
+        self._before = state.evaluation.divergence
+        unchanged = [self._changes(k, output) for k, output in enumerate(self._evaluator.current)]
+        self.interact = not context.ranks.sum(any(found is None for found in unchanged))
+        """False where the divergence has no second derivative: rises add up then."""
+        self._first: list[list[int]] = []
+        rows = 0
+        for found in unchanged:
+            self._first.append([])
+            for change in found or ():
+                self._first[-1].append(rows)
+                rows += len(change.rows)
+        self._sketch = Sketch(rows, seed=context.config.seed)
+        self._rows: list[Tensor] = []
+        self._duals: list[Tensor] = []
+        self.rises: list[float] = []
+        """Rise of the mean divergence in each run, not finite where the output is not."""
+
+    def _changes(self, k: int, output: Any) -> list[Change] | None:
+        evaluator = self._evaluator
+        expected, before = evaluator.expected[k], evaluator.current[k]
+        return changes(evaluator.criterion, expected, before, output, evaluator.batches[k])
+
+    def add(self, solution: Solution, at: tuple[int, int]) -> int:
+        """Run a network that equals the current one up to a boundary; return the index of the run."""
+        evaluator, found = self._evaluator, []
+        rows, duals = [torch.zeros(0)], [torch.zeros(0)]
+        model = self._context.fitter.compressed(solution)
+        for k, output in evaluator.outputs(model, *at, screen=True):
+            found.append(evaluator.criterion(evaluator.expected[k], output, evaluator.batches[k]))
+            made = (self._changes(k, output) or []) if self.interact else []
+            for first, change in zip(self._first[k], made, strict=False):
+                rows.append(self._sketch(change.rows, first=first).flatten().float().cpu())
+                if change.dual is not change.rows:
+                    duals.append(self._sketch(change.dual, first=first).flatten().float().cpu())
+        divergences = evaluator.of_all(found)
+        self.rises.append(float(divergences.mean() - self._before[: len(divergences)].mean()))
+        self._rows.append(torch.cat(rows).nan_to_num(0, 0, 0))
+        self._duals.append(torch.cat(duals).nan_to_num(0, 0, 0) if len(duals) > 1 else self._rows[-1])
+        return len(self.rises) - 1
+
+    def form(self) -> tuple[Floats, Floats]:
+        """Return the linear term and the Gram matrix of all runs, over all ranks."""
+        n = len(self.rises)
+        if not n:
+            return np.zeros(0), np.zeros((0, 0))
+        rows, duals = (torch.stack(each).double() for each in (self._rows, self._duals))
+        products = rows @ duals.T
+        total = self._context.ranks.total((products + products.T) / 2)
+        gram = np.asarray(total / self._evaluator.screened)
+        rises = np.nan_to_num(np.array(self.rises), nan=0.0, posinf=0.0, neginf=0.0)
+        return rises - np.diagonal(gram) / 2, gram
+
+
+def output_changes(
+    context: SearchContext, state: SearchState, candidates: Sequence[Candidate]
+) -> OutputChanges:
+    """Measure the output changes of candidates, and of every replacement undone, each alone.
+
+    Candidates whose output holds NaN or infinity are left out, and so are those that are not run.
+
+    Raises:
+        ActivationError: the output of every candidate holds NaN or infinity.
+    """
+    runs = _Runs(context, state)
+    options = _run(context, state, candidates, runs)
+    undone = tuple(state.solution.plan.in_order)
+    taken = [index for _, index in options if math.isfinite(runs.rises[index])]
+    for old in undone:
+        at = context.order[old.chain], max(old.start - 1, 0)
+        taken.append(runs.add(context.undone(state.solution, old), at))
+    linear, gram = runs.form()
+    finite = tuple(c for c, index in options if math.isfinite(runs.rises[index]))
+    return OutputChanges(finite, undone, linear[taken], gram[np.ix_(taken, taken)])
+
+
+def _run(
+    context: SearchContext, state: SearchState, candidates: Sequence[Candidate], runs: _Runs
+) -> list[tuple[Candidate, int]]:
+    """Run candidates, shorter spans first; return what was run, with the index of each run."""
+    of_site: dict[Site, list[Candidate]] = {}
+    for candidate in candidates:
+        of_site.setdefault(candidate.site, []).append(candidate)
+    groups: dict[tuple[int, str, int], list[Site]] = {}
+    for site, levels in of_site.items():
+        groups.setdefault((levels[0].removed, site.unit, site.chain), []).append(site)
+    done: list[tuple[Candidate, int]] = []
+    prices: dict[Site, float] = {}
+    left_out: set[Site] = set()
+
+    def run(candidate: Candidate) -> float:
+        index = runs.add(with_candidate(state, candidate), (candidate.chain, candidate.boundary))
+        done.append((candidate, index))
+        context.log.measured(state, candidate, state.mean + runs.rises[index])
+        price = runs.rises[index] / context.limits.saved(state.cost, candidate.saving)
+        return rounded(price) if math.isfinite(price) else math.inf
+
+    for _, sites in sorted(groups.items()):
+        wanted = [site for site in sites if not left_out.intersection(_shorter(site))]
+        first = {site: _first(of_site[site]) for site in wanted}
+        prices |= {site: run(first[site]) for site in wanted}
+        better = sorted(wanted, key=lambda site: prices[site])[: max(-(-len(wanted) // 2), FEWEST)]
+        left_out.update(site for site in sites if site not in better)
+        for site in better:
+            others = [run(level) for level in of_site[site] if level is not first[site]]
+            prices[site] = min([prices[site], *others])
+    if done and not context.skipped and not any(map(math.isfinite, runs.rises)):
+        raise ActivationError("every candidate makes the model's output NaN or infinite")
+    best = sorted(prices, key=lambda site: (prices[site], site))
+    context.skipped = set(best[AGAIN * sum(map(len, context.chains)) :])
+    return done
+
+
+def _shorter(site: Site) -> Iterable[Site]:
+    """Return the sites that are shorter by a block."""
+    return site._replace(stop=site.stop - 1), site._replace(start=site.start + 1)
+
+
+def _first(levels: Sequence[Candidate]) -> Candidate:
+    """Return the level of a site to run first: the middle one of the last kind that is not folded."""
+    own = [level for level in levels if level.refit is None] or levels
+    kind = own[-1].replacement.map.kind
+    alike = [level for level in own if level.replacement.map.kind == kind]
+    return alike[len(alike) // 2]

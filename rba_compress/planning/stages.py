@@ -1,0 +1,367 @@
+"""Stages of a search: measure options, solve, evaluate the best plans, and go on from one of them.
+
+Each stage starts from a verified network. Options are fitted and their output changes measured on that
+network, the solver combines them, and the plans that it predicts to be the best are evaluated on all
+validation samples. The next stage starts from the cheapest plan whose prediction held, about a tenth of
+the network below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from rba_compress.core.cost import Cost
+from rba_compress.core.errors import ActivationError, BudgetError
+from rba_compress.core.plan import Replacement
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.output_changes import OutputChanges, output_changes
+from rba_compress.planning.plan_cost import step_cost
+from rba_compress.planning.refinement import refit, settled, statistics
+from rba_compress.planning.sites import sites
+from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
+from rba_compress.planning.state import SearchState, Solution, with_candidate
+
+STAGE = 0.1
+"""Share of the original's cost that a stage goes down."""
+GRID = 0.01
+"""Sizes at which plans are evaluated, in the stage that meets the budget."""
+CAUTION = 0.1
+"""Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
+less its interactions are known, and a solver finds those that are predicted too well."""
+TRUST = 2.0
+"""Ratio of true to predicted rise up to which a plan's prediction counts as held."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Network that was evaluated on all validation samples, with the divergence predicted for it."""
+
+    state: SearchState
+    size: float
+    predicted: float
+
+
+def descend(context: SearchContext) -> Solution:
+    """Go down in stages until the budget is met or, with limits of quality alone, while they hold; then
+    refine the best network that was verified.
+
+    Returns:
+        The plan and its tensors; `points` are other verified networks on the way there, and it itself.
+
+    Raises:
+        BudgetError: no combination of options leads further, or none holds the limits of quality.
+        ActivationError: the output of every candidate holds NaN or infinity.
+    """
+    descent, limits = Descent(context), context.limits
+    state = timed = descent.best()
+    asked = dict(limits.costs)
+    while "latency" in asked:
+        timed = context.timed(state, seconds=3.0)
+        limits.costs, tightened = asked, limits.costs
+        if not limits.lacking(timed.cost):
+            break
+        limits.costs = tightened
+        limits.tighten(state.cost.latency, timed.cost.latency)
+        try:
+            state = descent.best()
+        except BudgetError:
+            limits.costs = asked
+            raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
+    if state.solution.plan.replacements:
+        before = state.mean
+        state = _refined(context, context.state(state.solution, state.cost))
+        context.log.decided("choose", state.solution.plan, state, before - state.mean)
+    final = context.finished(replace(state, cost=timed.cost))
+    front = [context.finished(each) for each in descent.front(state)]
+    return replace(final, points=(*front, final))
+
+
+def _refined(context: SearchContext, state: SearchState) -> SearchState:
+    """Refine a network: its maps, then the kept layers behind them, then its BatchNorms."""
+    state = settled(context, state)
+    for c, chain in enumerate(context.chains if context.config.refit else ()):
+        starts = [r.start for r in state.solution.plan.replacements if r.chain == chain.name]
+        if starts:
+            state = refit(context, state, c, min(starts))
+    return statistics(context, state) if context.config.statistics else state
+
+
+class Descent:
+    """Descent from the original in stages, and all networks that were verified on the way.
+
+    Stages do not depend on the budget, which says only where the descent ends: with a looser one at an
+    earlier stage.
+    """
+
+    def __init__(self, context: SearchContext) -> None:
+        self.context, self.limits = context, context.limits
+        self.state = context.start
+        size = self.limits.size(self.state.cost)
+        self.verified = [Verified(self.state, size, self.state.mean)]
+        self._target = size - STAGE
+
+    def best(self) -> SearchState:
+        """Go down until the budget is met; return the best network that meets it.
+
+        Raises:
+            BudgetError: no combination of options leads further, or none holds the limits of quality.
+        """
+        limits, context = self.limits, self.context
+        while True:
+            held = [v.state for v in self.verified if not limits.broken(v.state)]
+            met = [state for state in held if not limits.lacking(state.cost)]
+            deep = self.limits.size(self.state.cost) <= limits.goal_size + 1e-9
+            if deep and met:
+                return min(met, key=_order)
+            cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
+            if limits.costs and deep:
+                beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
+                after = max(beyond, key=lambda state: limits.size(state.cost))
+                raise BudgetError(limits.unreached(cheapest, after, context.config.maps))
+            done = len(self.verified)
+            further = self._stage()
+            if limits.costs and not further:
+                if met:
+                    return min(met, key=_order)
+                raise BudgetError(limits.unreached(cheapest, None, context.config.maps))
+            new = self.verified[done:]
+            if not limits.costs and (not further or all(limits.broken(v.state) for v in new)):
+                if further:
+                    after = max(new, key=lambda v: v.size).state
+                    said = " and ".join(limits.broken(after))
+                    context.log.decided("stop", said, after, after.mean - cheapest.mean)
+                return cheapest
+
+    def _stage(self) -> bool:
+        """Take one stage; return False where no option leads further.
+
+        Raises:
+            ActivationError: the output of every plan holds NaN or infinity.
+        """
+        context, before = self.context, self.state
+        size = self.limits.size(before.cost)
+        fine = not self.limits.costs or self.limits.goal_size >= self._target - 1e-9
+        judged = [v for v in stage(context, before, self._target, fine=fine) if v.size < size - 1e-9]
+        finite = [v for v in judged if math.isfinite(v.state.mean)]
+        if judged and not finite:
+            raise ActivationError("every candidate makes the model's output NaN or infinite")
+        if not finite and context.skipped:
+            context.skipped = set()
+            return self._stage()
+        if not finite:
+            return False
+        self.verified += finite
+        chosen = trusted(before, finite)
+        state = context.state(chosen.state.solution, chosen.state.cost)
+        margin = min(
+            (
+                v.state.mean - state.mean
+                for v in finite
+                if v is not chosen and v.size <= chosen.size + GRID
+            ),
+            default=math.inf,
+        )
+        context.log.decided("stage", state.solution.plan, state, margin, chosen.predicted)
+        self.state = state
+        while self._target >= chosen.size - GRID / 2:
+            self._target -= STAGE
+        return True
+
+    def front(self, last: SearchState, most: int = 6) -> list[SearchState]:
+        """Return at most `most` verified networks that no other beats in cost and divergence, from the
+        original down to the cost of `last`, which is not among them.
+        """
+        end, lowest = self.limits.size(last.cost), math.inf
+        kept: list[Verified] = []
+        for each in sorted(self.verified[1:], key=lambda v: (v.size, _order(v.state))):
+            if each.size > end + GRID / 2 and each.state.mean < lowest:
+                lowest = each.state.mean
+                kept.append(each)
+        kept.reverse()
+        step = max(len(kept) / most, 1.0)
+        places = dict.fromkeys(int(k * step) for k in range(most) if int(k * step) < len(kept))
+        return [kept[k].state for k in places]
+
+
+def _order(state: SearchState) -> tuple[float, int]:
+    """Return the key by which networks are compared: divergences equal to six digits are a tie."""
+    return rounded(state.mean), state.cost.macs
+
+
+def trusted(before: SearchState, verified: Sequence[Verified]) -> Verified:
+    """Return the network to go on from: the cheapest whose predicted rise held, or else the nearest."""
+    held = [
+        v
+        for v in verified
+        if v.state.mean - before.mean <= TRUST * max(v.predicted - before.mean, 0.0) + 1e-6
+    ]
+    if not held:
+        return max(verified, key=lambda v: v.size)
+    lowest = min(v.size for v in held)
+    return min((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
+
+
+def stage(context: SearchContext, state: SearchState, target: float, *, fine: bool) -> list[Verified]:
+    """Evaluate the best plans of one stage, between the size of its state and the target.
+
+    Args:
+        state: the network from which the stage starts.
+        target: size to go down to.
+        fine: evaluate a plan at every hundredth; otherwise those near the target alone.
+    """
+    limits = context.limits
+    start = limits.size(state.cost)
+    fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
+    useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0]
+    table = output_changes(context, state, useful)
+    single = [limits.saved(state.cost, c.saving) for c in table.options if c.removed <= 1]
+    lowest = target - max([2 * GRID, *single])
+    found = _solved(context, state, table, lowest=lowest)
+    verified = []
+    for combination, solution, cost in _picked(context, found, start, target, fine=fine):
+        at = _boundary(context, table, combination)
+        evaluation = context.evaluation(state, solution, at)
+        predicted = max(state.mean + table.rise(combination.rows), 0.0)
+        new = SearchState(solution, cost, evaluation)
+        verified.append(Verified(new, limits.size(cost), predicted))
+    return verified
+
+
+def _solved(
+    context: SearchContext, state: SearchState, table: OutputChanges, *, lowest: float
+) -> list[tuple[Combination, Solution, Cost]]:
+    """Return the combinations of a table with their solutions and costs, the best of each size."""
+    limits, fitter = context.limits, context.fitter
+    empty = context.start.cost
+    moves, positions, walk = _moves(context, state, table)
+
+    def size(costs: Floats) -> Floats:
+        left = np.array([empty.macs, empty.params, empty.latency]) - (walk - costs)
+        return limits.sizes(left)
+
+    cautious = table.linear + CAUTION * np.diagonal(table.gram)
+    of_size: dict[int, list[Combination]] = {}
+    for combination in combinations(
+        moves, cautious, table.gram, size=size, positions=positions, lowest=lowest
+    ):
+        of_size.setdefault(int(combination.size / GRID + 1e-9), []).append(combination)
+    found = []
+    for alike in of_size.values():
+        for combination in sorted(alike, key=lambda c: (rounded(c.rise), c.rows))[:6]:
+            solution = _with(context, state, table, combination)
+            found.append((combination, solution, fitter.cost(solution.plan)))
+    return found
+
+
+def _with(
+    context: SearchContext, state: SearchState, table: OutputChanges, combination: Combination
+) -> Solution:
+    """Return the state's solution with a combination's options taken and replacements undone."""
+    n, solution = len(table.options), state.solution
+    for k in combination.rows:
+        if k >= n:
+            solution = context.undone(solution, table.undone[k - n])
+        else:
+            base = SearchState(solution, state.cost, state.evaluation)
+            solution = with_candidate(base, table.options[k])
+    return solution
+
+
+def _boundary(
+    context: SearchContext, table: OutputChanges, combination: Combination
+) -> tuple[int, int]:
+    """Return the chain and the boundary up to which a combination leaves the streams as they are."""
+    n, places = len(table.options), [(len(context.chains) - 1, len(context.chains[-1]))]
+    for k in combination.rows:
+        if k >= n:
+            old = table.undone[k - n]
+            places.append((context.order[old.chain], max(old.start - 1, 0)))
+        else:
+            places.append((table.options[k].chain, table.options[k].boundary))
+    return min(places)
+
+
+def _picked(
+    context: SearchContext,
+    found: Sequence[tuple[Combination, Solution, Cost]],
+    start: float,
+    target: float,
+    *,
+    fine: bool,
+) -> Iterator[tuple[Combination, Solution, Cost]]:
+    """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
+    the best three at the target.
+    """
+    sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
+    sized = [(size, each) for size, each in sized if size < start - 1e-9]
+    if not sized:
+        return
+    target = max(target, min(size for size, _ in sized))
+    goals = [target + STAGE / 2, target + STAGE / 4, target]
+    if fine:
+        grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
+        goals = [*grid[grid > target + 1e-9], target]
+    seen: set[tuple[int, ...]] = set()
+    for goal in goals:
+        within = [each for size, each in sized if size <= goal + 1e-9]
+        within.sort(key=lambda f: (rounded(f[0].rise), f[2].macs, f[0].rows))
+        for each in within[: 3 if goal == target else 2]:
+            if each[0].rows not in seen:
+                seen.add(each[0].rows)
+                yield each
+
+
+def _moves(
+    context: SearchContext, state: SearchState, table: OutputChanges
+) -> tuple[list[Move], list[int], Floats]:
+    """Return the steps over all blocks, the positions before them, and the original's summed cost."""
+    moves: list[Move] = []
+    positions: list[int] = []
+    first, n = 0, len(table.options)
+    walk = np.zeros(3)
+    for c, chain in enumerate(context.chains):
+        times = context.fitter.times[c] if context.fitter.times else ()
+        positions += [chain.positions, *[-1] * (len(chain) - 1)]
+
+        def walked(
+            new: Replacement | None,
+            b: int,
+            at: int,
+            *,
+            kept: int = 0,
+            c: int = c,
+            times: Sequence[float] = times,
+        ) -> Walked:
+            cost = np.zeros(3)
+            for k in range(kept):
+                left, _, at = step_cost(context.chains[c], None, b + k, at, times=times)
+                cost += left
+            left, _, at = step_cost(context.chains[c], new, b + kept, at, times=times)
+            return cost + left, at
+
+        at = chain.positions
+        old = {r.start: (k, r) for k, r in enumerate(table.undone) if r.chain == chain.name}
+        for b in range(len(chain)):
+            cost, at = walked(None, b, at)
+            walk += cost
+            place = first + b
+            undo = None
+            if b in old:
+                k, r = old[b]
+                keep = partial(walked, r, b)
+                moves.append(Move(place, first + r.stop, None, keep, taken=False))
+                undo = n + k
+            moves.append(Move(place, place + 1, undo, partial(walked, None, b), taken=False))
+        for k, option in enumerate(table.options):
+            if option.chain == c:
+                new, begin = option.replacement, option.boundary
+                kept = new.start - begin
+                cost_of = partial(walked, new, begin, kept=kept)
+                moves.append(Move(first + begin, first + new.stop, k, cost_of))
+        first += len(chain)
+    return moves, [*positions, -1], walk
