@@ -1,4 +1,4 @@
-"""Claim: a search in stages by output changes takes half to a quarter of the greedy search's passes.
+"""Claim: a search in stages by output changes takes half to a third of the greedy search's passes.
 
 Both searches on the same network, profile and budgets, in one run: forward passes, CPU seconds, the
 share of MACs that is left, and on test samples the KL divergence to the original and the agreement. For
