@@ -92,7 +92,7 @@ def searched(
         found = selection.best(sites, finalists=1)
         assert found is not None
         move, _, margin = found
-        draft = search.state(with_candidate(draft, move), draft.cost - move.saving)
+        draft = search.state(with_candidate(draft.solution, move), draft.cost - move.saving)
         search.log.decided("take", move.replacement, draft, margin)
         print(json.dumps({"took": str(move.replacement), "divergence": draft.mean}), flush=True)
         if count in removed:

@@ -159,7 +159,7 @@ def greedy(bench: Bench, kind: str) -> Found:
         sites: list[Site] = [Site(*span, "span") for span in free]
         moves = [m for m in run.fitter.candidates(draft, sites) if m.replacement.map.kind == kind]
         best = min(moves, key=lambda m: float(run.evaluate(draft, m).mean()))
-        draft = run.state(with_candidate(draft, best), draft.cost - best.saving)
+        draft = run.state(with_candidate(draft.solution, best), draft.cost - best.saving)
         yield gone, draft.solution
 
 

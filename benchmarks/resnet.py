@@ -60,7 +60,7 @@ def single_blocks(search: SearchContext) -> Iterator[tuple[str, str, Solution]]:
             moves = search.fitter.candidates(draft, [Site(c, b, b + 1, "span")])
             for method, kind in KINDS.items():
                 judged = [
-                    search.state(with_candidate(draft, move), draft.cost - move.saving)
+                    search.state(with_candidate(draft.solution, move), draft.cost - move.saving)
                     for move in moves
                     if move.replacement.map.kind == kind
                 ]

@@ -20,7 +20,9 @@ import tyro
 from torch import nn
 
 from benchmarks.real_data import deit_tiny, imagenet
+from benchmarks.same_plans import digits
 from rba_compress import Budget, Config, profile
+from rba_compress.cli.digits import digits_data
 from rba_compress.core.loader import read
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.search import run
@@ -49,10 +51,8 @@ def case(network: str) -> tuple[nn.Module, list[Any], list[Any]]:
     if network == "deit_tiny":
         model = deit_tiny()
         return model, imagenet(model, "calibration"), imagenet(model, "test", 50)
-    from rba_compress.cli.digits import batches, digits_data, digits_model
-
-    (images, labels), held_out = digits_data()
-    return digits_model(), list(batches((images[:320], labels[:320]), 64)), [held_out]
+    model, calibration, _ = digits()
+    return model, calibration, [digits_data()[1]]
 
 
 def row(name: str, context: SearchContext, test: Sequence[Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ def test_the_main_job(result: Result, digits: nn.Module, held_out: tuple[Tensor,
     accuracy = [(m(x).argmax(-1) == labels).float().mean() for m in (digits, result.model)]
     assert accuracy[0] - accuracy[1] <= 0.01  # within a point of the original
     assert result.report.compressed.macs <= 0.85 * result.report.original.macs
-    # On blocks this small, calls cost as much as products; the median is at the mercy of other load.
-    assert result.report.latency.ratio_low < 1
+    assert result.report.latency.ratio < 1  # on blocks this small, calls cost as much as products
 
 
 @pytest.mark.slow

@@ -98,7 +98,9 @@ class CandidateFitter:
     def saving(self, state: SearchState, site: Site) -> Cost:
         """Return the most that a site can save, which is with the identity as its map."""
         candidate = Candidate(site.chain, self.unfitted(site))
-        return self.cost(state.solution.plan) - self.cost(with_candidate(state, candidate).plan)
+        return self.cost(state.solution.plan) - self.cost(
+            with_candidate(state.solution, candidate).plan
+        )
 
     def candidates(self, state: SearchState, sites: Sequence[Site]) -> list[Candidate]:
         """Fit every level of every site, in one pass for each chain."""
@@ -119,7 +121,9 @@ class CandidateFitter:
             found += self._of_chain(model, c, inner, {})
             found += self._of_chain(model, c, [s for s in wanted if s not in inner], folds)
         before = self.cost(state.solution.plan)
-        return [replace(f, saving=before - self.cost(with_candidate(state, f).plan)) for f in found]
+        return [
+            replace(f, saving=before - self.cost(with_candidate(state.solution, f).plan)) for f in found
+        ]
 
     def _of_chain(
         self, model: nn.Module, c: int, sites: Sequence[Site], folds: dict[float, Branch]

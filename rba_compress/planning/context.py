@@ -21,8 +21,7 @@ from rba_compress.planning.state import (
     Candidate,
     SearchState,
     Solution,
-    changed,
-    folded_for,
+    undone,
     with_candidate,
     without_unread,
 )
@@ -114,7 +113,7 @@ class SearchContext:
     def evaluate(self, state: SearchState, candidate: Candidate, *, screen: bool = False) -> Tensor:
         """Return the divergence of each validation sample with a candidate, (samples,)."""
         at = candidate.chain, candidate.boundary
-        return self.divergences(state, with_candidate(state, candidate), at, screen=screen)
+        return self.divergences(state, with_candidate(state.solution, candidate), at, screen=screen)
 
     def timed(self, state: SearchState, *, seconds: float = 1.0) -> SearchState:
         """Return the state with its latency measured, where the budget asks for it."""
@@ -132,13 +131,13 @@ class SearchContext:
         done = state is not self.start and not self.limits.lacking(state.cost)
         return self.timed(state, seconds=3.0) if done else state
 
-    def undone(self, solution: Solution, old: Replacement) -> Solution:
-        """Return a solution with a replacement, and what was folded for it, undone."""
-        return changed(solution, drop=[old, *folded_for(solution.plan, old)])
+    def before(self, old: Replacement) -> tuple[int, int]:
+        """Return the chain and the boundary up to which undoing a replacement changes no stream."""
+        return self.order[old.chain], max(old.start - 1, 0)
 
     def without(self, state: SearchState, old: Replacement) -> SearchState:
         """Return the state with a replacement, and what was folded for it, undone."""
-        solution = self.undone(state.solution, old)
+        solution = undone(state.solution, old)
         saved = self.fitter.cost(solution.plan) - self.fitter.cost(state.solution.plan)
         return self.state(solution, state.cost + saved)
 

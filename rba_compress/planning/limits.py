@@ -122,15 +122,22 @@ class Limits:
 
     def share(self, cost: Cost) -> float:
         """Return the share of the requested saving that is still missing, 1 to 0."""
-        original = self.profile.original.model_copy(update={"latency": 1.0})
-        asked, left = self.lacking(original), self.lacking(cost)
+        asked, left = self.lacking(self._whole), self.lacking(cost)
         return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        """Limits as shares of the original's costs."""
+        return {name: limit / getattr(self._whole, name) for name, limit in self.costs.items()}
+
+    @property
+    def _whole(self) -> Cost:
+        return self.profile.original.model_copy(update={"latency": 1.0})
 
     @property
     def goal_size(self) -> float:
         """Size at which all limits of cost are met; 0 without any."""
-        whole = {"macs": self.profile.original.macs, "params": self.profile.original.params}
-        return min((v / whole.get(k, 1.0) for k, v in self.costs.items()), default=0.0)
+        return min(self._shares.values(), default=0.0)
 
     def tighten(self, estimated: float, measured: float) -> None:
         """Lower the limit of the estimated latency to where a measured one suggests that it is met."""
@@ -141,7 +148,7 @@ class Limits:
 
     def size(self, cost: Cost) -> float:
         """Return the share of the original's cost that is left, as `sizes`."""
-        return float(self.sizes(np.array([[cost.macs, cost.params, cost.latency]]))[0])
+        return float(self.sizes(self.vector(cost)[None])[0])
 
     def saved(self, cost: Cost, saving: Cost) -> float:
         """Return by how much a saving reduces the size of a network of that cost."""
@@ -156,19 +163,23 @@ class Limits:
         Args:
             costs: MACs, parameters and shares of latency, (n, 3).
         """
-        whole = self.profile.original
-        of = {"macs": (0, whole.macs), "params": (1, whole.params), "latency": (2, 1.0)}
-        limited = self.costs or {"macs": 0.0}
-        shares = {name: (of[name][0], limit / of[name][1]) for name, limit in limited.items()}
-        depth = max(1 - limit for _, limit in shares.values())
+        columns: NDArray[np.float64] = (costs / self.vector(self._whole).clip(1e-9)).T
+        kept: dict[str, NDArray[np.float64]] = dict(zip(_COSTS, columns, strict=True))
+        shares = self._shares or {"macs": 0.0}
+        depth = 1 - min(shares.values())
         if depth <= 0:
-            return costs[:, of["macs"][0]] / max(whole.macs, 1)
-        asked = [
-            (costs[:, column] / of[name][1] - limit) / max(1 - limit, 1e-9)
-            for name, (column, limit) in shares.items()
-        ]
+            return kept["macs"]
+        asked = [(kept[name] - limit) / max(1 - limit, 1e-9) for name, limit in shares.items()]
         left: NDArray[np.float64] = 1 - depth * (1 - np.max(asked, axis=0))
         return left
+
+    @staticmethod
+    def vector(cost: Cost) -> NDArray[np.float64]:
+        """Return MACs, parameters and share of latency, (3,)."""
+        return np.array([getattr(cost, name) for name in _COSTS], dtype=np.float64)
+
+
+_COSTS = ("macs", "params", "latency")
 
 
 def progress(saving: Cost, lacking: dict[str, float]) -> float:

@@ -25,7 +25,14 @@ from rba_compress.core.plan import Replacement, Site
 from rba_compress.linalg.sketch import Sketch
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.solver import Floats, rounded
-from rba_compress.planning.state import Candidate, SearchState, Solution, with_candidate
+from rba_compress.planning.state import (
+    Candidate,
+    SearchState,
+    Solution,
+    removed_length,
+    undone,
+    with_candidate,
+)
 from rba_compress.profiling.quadratic_form import Change, changes
 
 FEWEST = 4
@@ -124,14 +131,13 @@ def output_changes(
     """
     runs = _Runs(context, state)
     options = _run(context, state, candidates, runs)
-    undone = tuple(state.solution.plan.in_order)
+    replaced = tuple(state.solution.plan.in_order)
     taken = [index for _, index in options if math.isfinite(runs.rises[index])]
-    for old in undone:
-        at = context.order[old.chain], max(old.start - 1, 0)
-        taken.append(runs.add(context.undone(state.solution, old), at))
+    for old in replaced:
+        taken.append(runs.add(undone(state.solution, old), context.before(old)))
     linear, gram = runs.form()
     finite = tuple(c for c, index in options if math.isfinite(runs.rises[index]))
-    return OutputChanges(finite, undone, linear[taken], gram[np.ix_(taken, taken)])
+    return OutputChanges(finite, replaced, linear[taken], gram[np.ix_(taken, taken)])
 
 
 def _run(
@@ -142,14 +148,16 @@ def _run(
     for candidate in candidates:
         of_site.setdefault(candidate.site, []).append(candidate)
     groups: dict[tuple[int, str, int], list[Site]] = {}
-    for site, levels in of_site.items():
-        groups.setdefault((levels[0].removed, site.unit, site.chain), []).append(site)
+    for site in of_site:
+        groups.setdefault((removed_length(site), site.unit, site.chain), []).append(site)
     done: list[tuple[Candidate, int]] = []
     prices: dict[Site, float] = {}
     left_out: set[Site] = set()
 
     def run(candidate: Candidate) -> float:
-        index = runs.add(with_candidate(state, candidate), (candidate.chain, candidate.boundary))
+        index = runs.add(
+            with_candidate(state.solution, candidate), (candidate.chain, candidate.boundary)
+        )
         done.append((candidate, index))
         context.log.measured(state, candidate, state.mean + runs.rises[index])
         price = runs.rises[index] / context.limits.saved(state.cost, candidate.saving)

@@ -60,7 +60,9 @@ def settle(context: SearchContext, state: SearchState, chain: int, boundary: int
         )
         if found and wins(context, found[0][3], state.evaluation.divergence):
             candidate, before = found[0][2], state.mean
-            state = context.state(with_candidate(base, candidate), base.cost - candidate.saving)
+            state = context.state(
+                with_candidate(base.solution, candidate), base.cost - candidate.saving
+            )
             context.log.decided("settle", candidate.replacement, state, before - state.mean)
     return state
 
@@ -79,8 +81,7 @@ def settled(context: SearchContext, state: SearchState) -> SearchState:
     for candidate in context.fitter.candidates(state, behind) if behind else ():
         old, new = replacements[candidate.site], candidate.replacement
         if (new.map, new.level) == (old.map, old.level):
-            base = SearchState(solution, state.cost, state.evaluation)
-            solution = with_candidate(base, candidate)
+            solution = with_candidate(solution, candidate)
     if solution is state.solution:
         return state
     at = behind[0].chain, max(behind[0].start - 1, 0)
@@ -115,7 +116,7 @@ def swap(context: SearchContext, state: SearchState, newest: Site) -> SearchStat
         enough = not context.limits.lacking(cost, goal)
         if enough and wins(context, divergences, state.evaluation.divergence):
             before = state.mean
-            state = context.state(with_candidate(base, candidate), cost)
+            state = context.state(with_candidate(base.solution, candidate), cost)
             change = f"{old} for {candidate.replacement}"
             context.log.decided("swap", change, state, before - state.mean)
             state = refined(context, state, candidate)

@@ -31,8 +31,8 @@ from rba_compress.core.offload import undispatched
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import refined, swap
-from rba_compress.planning.selection import Selection, removed_length
-from rba_compress.planning.state import SearchState, Solution, with_candidate
+from rba_compress.planning.selection import Selection
+from rba_compress.planning.state import SearchState, Solution, removed_length, with_candidate
 from rba_compress.profiling.profiler import Profile, fingerprint
 
 DEFAULT_BUDGET = Budget(macs=0.75)
@@ -161,7 +161,7 @@ def take(
     if found is None:
         return None
     candidate, _, margin = found
-    state = context.state(with_candidate(state, candidate), state.cost - candidate.saving)
+    state = context.state(with_candidate(state.solution, candidate), state.cost - candidate.saving)
     context.log.decided("take", candidate.replacement, state, margin)
     state = refined(context, state, candidate)
     for _ in range(context.config.swaps if len(state.solution.plan.replacements) > 1 else 0):

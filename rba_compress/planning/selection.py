@@ -12,6 +12,7 @@ from rba_compress.core.errors import ActivationError
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.limits import progress
+from rba_compress.planning.solver import rounded
 from rba_compress.planning.state import Candidate, SearchState, overlapping
 from rba_compress.units.registry import unit_of
 
@@ -106,7 +107,7 @@ class Selection:
             seen = [(c, run(self.state, c, screen=True)) for c in dict.fromkeys(ends)]
             self.context.rises[site] = min(self.rise(divergences) for _, divergences in seen)
             found[site] = min(self.score(*each) for each in seen)
-        return sorted(found, key=lambda site: _tied(found[site]))
+        return sorted(found, key=lambda site: rounded(found[site]))
 
     def promising(self, candidates: Sequence[Candidate]) -> list[Site]:
         """Return the sites to screen: those that never were screened, and the best of the others.
@@ -137,7 +138,7 @@ class Selection:
             return score(candidate, divergences), -candidate.saving.macs, candidate, divergences
 
         def order(result: tuple[float, int, Candidate, Tensor]) -> tuple[float, int]:
-            return _tied(result[0]), result[1]
+            return rounded(result[0]), result[1]
 
         first = probes(self.context, candidates)
         results = sorted(map(run, first), key=order)
@@ -154,13 +155,3 @@ def probes(context: SearchContext, candidates: Sequence[Candidate]) -> list[Cand
     dial = sorted(context.config.shrinks)
     middle = (None, dial[len(dial) // 2])
     return [c for c in candidates if c.replacement.map.shrink in middle]
-
-
-def removed_length(site: Site) -> int:
-    """Return the number of blocks that a site removes; 0 where it cuts one."""
-    return site.stop - site.start if unit_of(site.unit).removes else 0
-
-
-def _tied(score: float) -> float:
-    """Round a score to six digits: scores that are then equal are a tie."""
-    return float(f"{score:.6g}")

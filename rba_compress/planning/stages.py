@@ -17,14 +17,20 @@ import numpy as np
 
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ActivationError, BudgetError
-from rba_compress.core.plan import Replacement
+from rba_compress.core.plan import Chain, Replacement
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.output_changes import OutputChanges, output_changes
-from rba_compress.planning.plan_cost import step_cost
+from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.refinement import refit, settled, statistics
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
-from rba_compress.planning.state import SearchState, Solution, with_candidate
+from rba_compress.planning.state import (
+    SearchState,
+    Solution,
+    removed_length,
+    undone,
+    with_candidate,
+)
 
 STAGE = 0.1
 """Share of the original's cost that a stage goes down."""
@@ -115,7 +121,7 @@ class Descent:
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
-            deep = self.limits.size(self.state.cost) <= limits.goal_size + 1e-9
+            deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
                 return min(met, key=_order)
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
@@ -219,7 +225,7 @@ def stage(context: SearchContext, state: SearchState, target: float, *, fine: bo
     fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
     useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0]
     table = output_changes(context, state, useful)
-    single = [limits.saved(state.cost, c.saving) for c in table.options if c.removed <= 1]
+    single = [limits.saved(state.cost, c.saving) for c in table.options if removed_length(c.site) <= 1]
     lowest = target - max([2 * GRID, *single])
     found = _solved(context, state, table, lowest=lowest)
     verified = []
@@ -236,13 +242,15 @@ def _solved(
     context: SearchContext, state: SearchState, table: OutputChanges, *, lowest: float
 ) -> list[tuple[Combination, Solution, Cost]]:
     """Return the combinations of a table with their solutions and costs, the best of each size."""
-    limits, fitter = context.limits, context.fitter
-    empty = context.start.cost
-    moves, positions, walk = _moves(context, state, table)
+    fitter, limits = context.fitter, context.limits
+    moves, positions = _moves(context, table)
+    times = fitter.times or [[] for _ in context.chains]
+    whole = [chain_cost(chain, (), times=t) for chain, t in zip(context.chains, times, strict=True)]
+    # What the start costs less than its blocks: an exact read-out, which every plan has.
+    offset = limits.vector(context.start.cost) - sum(map(limits.vector, whole))
 
     def size(costs: Floats) -> Floats:
-        left = np.array([empty.macs, empty.params, empty.latency]) - (walk - costs)
-        return limits.sizes(left)
+        return limits.sizes(costs + offset)
 
     cautious = table.linear + CAUTION * np.diagonal(table.gram)
     of_size: dict[int, list[Combination]] = {}
@@ -253,22 +261,19 @@ def _solved(
     found = []
     for alike in of_size.values():
         for combination in sorted(alike, key=lambda c: (rounded(c.rise), c.rows))[:6]:
-            solution = _with(context, state, table, combination)
+            solution = _with(state.solution, table, combination)
             found.append((combination, solution, fitter.cost(solution.plan)))
     return found
 
 
-def _with(
-    context: SearchContext, state: SearchState, table: OutputChanges, combination: Combination
-) -> Solution:
-    """Return the state's solution with a combination's options taken and replacements undone."""
-    n, solution = len(table.options), state.solution
+def _with(solution: Solution, table: OutputChanges, combination: Combination) -> Solution:
+    """Return a solution with a combination's options taken and replacements undone."""
+    n = len(table.options)
     for k in combination.rows:
         if k >= n:
-            solution = context.undone(solution, table.undone[k - n])
+            solution = undone(solution, table.undone[k - n])
         else:
-            base = SearchState(solution, state.cost, state.evaluation)
-            solution = with_candidate(base, table.options[k])
+            solution = with_candidate(solution, table.options[k])
     return solution
 
 
@@ -279,8 +284,7 @@ def _boundary(
     n, places = len(table.options), [(len(context.chains) - 1, len(context.chains[-1]))]
     for k in combination.rows:
         if k >= n:
-            old = table.undone[k - n]
-            places.append((context.order[old.chain], max(old.start - 1, 0)))
+            places.append(context.before(table.undone[k - n]))
         else:
             places.append((table.options[k].chain, table.options[k].boundary))
     return min(places)
@@ -316,52 +320,37 @@ def _picked(
                 yield each
 
 
-def _moves(
-    context: SearchContext, state: SearchState, table: OutputChanges
-) -> tuple[list[Move], list[int], Floats]:
-    """Return the steps over all blocks, the positions before them, and the original's summed cost."""
+def _moves(context: SearchContext, table: OutputChanges) -> tuple[list[Move], list[int]]:
+    """Return the steps over the blocks of all chains, and the positions before them."""
     moves: list[Move] = []
     positions: list[int] = []
     first, n = 0, len(table.options)
-    walk = np.zeros(3)
     for c, chain in enumerate(context.chains):
-        times = context.fitter.times[c] if context.fitter.times else ()
+        walk = partial(_walked, chain, context.fitter.times[c] if context.fitter.times else ())
         positions += [chain.positions, *[-1] * (len(chain) - 1)]
-
-        def walked(
-            new: Replacement | None,
-            b: int,
-            at: int,
-            *,
-            kept: int = 0,
-            c: int = c,
-            times: Sequence[float] = times,
-        ) -> Walked:
-            cost = np.zeros(3)
-            for k in range(kept):
-                left, _, at = step_cost(context.chains[c], None, b + k, at, times=times)
-                cost += left
-            left, _, at = step_cost(context.chains[c], new, b + kept, at, times=times)
-            return cost + left, at
-
-        at = chain.positions
-        old = {r.start: (k, r) for k, r in enumerate(table.undone) if r.chain == chain.name}
+        old = {r.start: (k, r) for k, r in enumerate(table.undone, n) if r.chain == chain.name}
         for b in range(len(chain)):
-            cost, at = walked(None, b, at)
-            walk += cost
-            place = first + b
-            undo = None
-            if b in old:
-                k, r = old[b]
-                keep = partial(walked, r, b)
-                moves.append(Move(place, first + r.stop, None, keep, taken=False))
-                undo = n + k
-            moves.append(Move(place, place + 1, undo, partial(walked, None, b), taken=False))
+            row, replaced = old.get(b, (None, None))
+            if replaced is not None:
+                keep = partial(walk, b, replaced)
+                moves.append(Move(first + b, first + replaced.stop, None, keep, taken=False))
+            moves.append(Move(first + b, first + b + 1, row, partial(walk, b, None), taken=False))
         for k, option in enumerate(table.options):
             if option.chain == c:
                 new, begin = option.replacement, option.boundary
-                kept = new.start - begin
-                cost_of = partial(walked, new, begin, kept=kept)
-                moves.append(Move(first + begin, first + new.stop, k, cost_of))
+                moves.append(Move(first + begin, first + new.stop, k, partial(walk, begin, new)))
         first += len(chain)
-    return moves, [*positions, -1], walk
+    return moves, [*positions, -1]
+
+
+def _walked(
+    chain: Chain, times: Sequence[float], begin: int, new: Replacement | None, positions: int
+) -> Walked:
+    """Return the cost of the blocks from `begin` to the end of a replacement, or of one block."""
+    total = np.zeros(3)
+    for b in range(begin, begin if new is None else new.start):
+        cost, _, positions = step_cost(chain, None, b, positions, times=times)
+        total += cost
+    start = begin if new is None else new.start
+    cost, _, positions = step_cost(chain, new, start, positions, times=times)
+    return total + cost, positions

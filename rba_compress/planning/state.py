@@ -58,12 +58,6 @@ class Candidate:
         return Site(self.chain, new.start, new.stop, new.unit)
 
     @property
-    def removed(self) -> int:
-        """Number of blocks of which nothing is left."""
-        new = self.replacement
-        return new.stop - new.start if unit_of(new.unit).removes else 0
-
-    @property
     def boundary(self) -> int:
         """Boundary up to which the stream equals that of the search state."""
         return self.replacement.start - (self.refit is not None)
@@ -138,13 +132,13 @@ def overlapping(plan: Plan, new: Replacement) -> list[Replacement]:
     ]
 
 
-def with_candidate(state: SearchState, candidate: Candidate) -> Solution:
-    """Return the state's solution with a candidate.
+def with_candidate(solution: Solution, candidate: Candidate) -> Solution:
+    """Return a solution with a candidate.
 
     Cuts and re-solved layers of the blocks that the candidate replaces are dropped. A span that was
     folded into such a layer becomes the identity.
     """
-    new, plan = candidate.replacement, state.solution.plan
+    new, plan = candidate.replacement, solution.plan
     over = overlapping(plan, new)
     gone = [
         r
@@ -157,7 +151,17 @@ def with_candidate(state: SearchState, candidate: Candidate) -> Solution:
     added: list[Replacement | Refit] = [new, *(r.model_copy(update=bare) for r in lost)]
     if candidate.refit is not None:
         added.append(candidate.refit)
-    return changed(state.solution, drop=[*gone, *lost, *over], add=added, tensors=candidate.tensors)
+    return changed(solution, drop=[*gone, *lost, *over], add=added, tensors=candidate.tensors)
+
+
+def undone(solution: Solution, old: Replacement) -> Solution:
+    """Return a solution with a replacement, and what was folded for it, undone."""
+    return changed(solution, drop=[old, *folded_for(solution.plan, old)])
+
+
+def removed_length(site: Site) -> int:
+    """Return the number of blocks that a site removes; 0 where it cuts one."""
+    return site.stop - site.start if unit_of(site.unit).removes else 0
 
 
 def folded_for(plan: Plan, old: Replacement) -> list[Refit]:

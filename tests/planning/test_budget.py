@@ -184,7 +184,7 @@ def test_a_step_that_goes_too_far_is_made_shorter(monkeypatch: pytest.MonkeyPatc
             return None
         span = (2, 8) if longest is None else (5, 6)
         move = run.fitter.candidates(draft, [Site(0, *span, "span")])[-1]
-        taken = run.state(with_candidate(draft, move), draft.cost - move.saving)
+        taken = run.state(with_candidate(draft.solution, move), draft.cost - move.saving)
         return run.log.decided("take", move.replacement, taken, 0.0)
 
     monkeypatch.setattr("rba_compress.planning.search.take", step)

@@ -85,7 +85,7 @@ def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: An
     assert draft is not None
     for move in run.fitter.candidates(draft, Selection(run, draft).sites()):
         resumed = run.evaluate(draft, move)
-        whole = run.evaluator(run.fitter.compressed(with_candidate(draft, move)))
+        whole = run.evaluator(run.fitter.compressed(with_candidate(draft.solution, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -116,11 +116,11 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
     run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
     assert len(run.chains) == 2
     first = next(m for m in run.fitter.candidates(run.start, [Site(0, 0, 1, "span")]))
-    draft = run.state(with_candidate(run.start, first), run.start.cost - first.saving)
+    draft = run.state(with_candidate(run.start.solution, first), run.start.cost - first.saving)
     spans: list[Site] = [Site(1, start, stop, "span") for start, stop in run.chains[1].spans()]
     for move in run.fitter.candidates(draft, spans):
         resumed = run.evaluate(draft, move)
-        whole = run.evaluator(run.fitter.compressed(with_candidate(draft, move)))
+        whole = run.evaluator(run.fitter.compressed(with_candidate(draft.solution, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
     walk = run.fitter.walk(1)
     compressed = run.fitter.compressed(draft.solution)
@@ -153,12 +153,12 @@ def test_a_span_folded_into_a_block_that_goes_is_skipped() -> None:
     run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.3))
     moves = run.fitter.candidates(run.start, [Site(0, 3, 4, "span")])
     folded = next(m for m in moves if m.replacement.map.kind == "folded")
-    draft = run.state(with_candidate(run.start, folded), run.start.cost - folded.saving)
+    draft = run.state(with_candidate(run.start.solution, folded), run.start.cost - folded.saving)
     taken = next(iter(run.fitter.candidates(draft, [Site(0, 2, 3, "span")])))
-    plan = with_candidate(draft, taken).plan
+    plan = with_candidate(draft.solution, taken).plan
     assert {(r.start, r.map.kind) for r in plan.replacements} == {(2, "identity"), (3, "identity")}
     assert not plan.refits
-    splice(model, plan, with_candidate(draft, taken).tensors)
+    splice(model, plan, with_candidate(draft.solution, taken).tensors)
 
 
 def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
@@ -190,7 +190,7 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     found_move = Selection(run, run.start).best([Site(0, 1, 2, "span")])
     assert found_move is not None
     compressed, chain, b = (
-        run.fitter.compressed(with_candidate(run.start, found_move[0])),
+        run.fitter.compressed(with_candidate(run.start.solution, found_move[0])),
         run.chains[0],
         3,
     )
@@ -284,7 +284,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     seen = profile(model, data, config=how)
     search = SearchContext.read(model, seen, data, Budget(macs=0.5))
     (move,) = search.fitter.candidates(search.start, [Site(0, 0, 1, "span")])
-    draft = search.state(with_candidate(search.start, move), search.start.cost - move.saving)
+    draft = search.state(with_candidate(search.start.solution, move), search.start.cost - move.saving)
     better = statistics(search, draft)
     assert better.mean < 0.9 * draft.mean
     assert search.log.steps[-1].action == "statistics"
@@ -301,7 +301,7 @@ def test_statistics_are_a_step_of_the_search_that_must_help() -> None:
     assert statistics(search, better) is better
     # A span takes the statistics of the blocks that it replaces with it.
     (further,) = search.fitter.candidates(better, [Site(0, 2, 3, "span")])
-    left = with_candidate(better, further)
+    left = with_candidate(better.solution, further)
     assert [r.path for r in left.plan.refits] == ["2.bn", "4.bn"]
     assert not any(key.startswith("3.bn.") for key in left.tensors)
     without = replace(better.solution, tensors={})

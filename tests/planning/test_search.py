@@ -476,7 +476,7 @@ def test_sites_are_free_and_no_longer_than_what_is_asked() -> None:
     assert sorted(spans(near)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     chain = run.chains[0]
     move = Candidate(0, unit_of("span").choice(chain, 1, 2), {}, Cost(macs=256, params=280))
-    draft = run.state(with_candidate(run.start, move), run.start.cost - move.saving)
+    draft = run.state(with_candidate(run.start.solution, move), run.start.cost - move.saving)
     assert sorted(spans(Selection(run, draft).sites())) == [(0, 1), (2, 3), (2, 4), (3, 4)]
     back = run.without(draft, move.replacement)
     assert not back.solution.plan.replacements
@@ -536,6 +536,17 @@ class Normed(Block):
         return self.norm(x + self.down(torch.relu(self.up(x))))
 
 
+def normed(block: type[nn.Module], seed: int) -> tuple[nn.Module, list[Tensor]]:
+    """A network of six blocks and its samples, with statistics of its BatchNorms taken on them."""
+    model, data = seeded(Chain, 6, block=block), [*rows(60, seed).split(10)]
+    for index, each in enumerate(model.blocks if block is Normed else ()):
+        nn.init.constant_(each.norm.weight, 2.0**index)
+    with torch.no_grad():
+        model.train()(torch.cat(data))
+    model.eval()
+    return model, data
+
+
 @pytest.mark.parametrize(
     ("block", "seed", "settings", "refined"),
     [
@@ -548,12 +559,7 @@ class Normed(Block):
 def test_every_step_costs_and_diverges_as_it_says(
     block: type[nn.Module], seed: int, settings: dict[str, Any], refined: str
 ) -> None:
-    model, data = seeded(Chain, 6, block=block), [*rows(60, seed).split(10)]
-    for index, each in enumerate(model.blocks if block is Normed else ()):
-        nn.init.constant_(each.norm.weight, 2.0**index)
-    with torch.no_grad():
-        model.train()(torch.cat(data))
-    model.eval()
+    model, data = normed(block, seed)
     config = Config(units=("span",), window=2, refit_steps=(1.0,), **settings)
     seen = profile(model, data, config=config)
     found = search(model, seen, data, budget=Budget(macs=0.5))

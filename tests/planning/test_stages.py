@@ -26,7 +26,7 @@ from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.registry import unit_of
 from tests.networks import LIGHT, Block, Chain, loader, rows, seeded
 from tests.planning.test_budget import blocks_kept, classifier
-from tests.planning.test_search import Normed
+from tests.planning.test_search import Normed, normed
 
 
 def started(budget: Budget, config: Config = LIGHT, depth: int = 4) -> SearchContext:
@@ -78,7 +78,7 @@ def test_sites_grow_with_the_depth_and_not_with_its_square() -> None:
 def test_a_span_may_grow_and_join_others_and_not_cut_through_them() -> None:
     run = started(Budget(macs=0.5), depth=6)
     move = Candidate(0, unit_of("span").choice(run.chains[0], 1, 3), {}, Cost(macs=512, params=560))
-    draft = run.state(with_candidate(run.start, move), run.start.cost - move.saving)
+    draft = run.state(with_candidate(run.start.solution, move), run.start.cost - move.saving)
     found = {(s.start, s.stop) for s in sites(run, draft.solution.plan)}
     assert {(1, 3), (0, 3), (1, 4), (0, 6), (3, 4), (0, 1)} <= found
     assert not {(1, 2), (2, 3), (2, 4), (0, 2)} & found
@@ -101,7 +101,7 @@ def test_the_table_predicts_single_options_exactly_and_pairs_closely(
     def true(*rows: int) -> float:
         state = run.start
         for row in rows:
-            state = replace(state, solution=with_candidate(state, table.options[row]))
+            state = replace(state, solution=with_candidate(state.solution, table.options[row]))
         at = 0, min(table.options[row].boundary for row in rows)
         return float(run.divergences(run.start, state.solution, at)[:screened].mean())
 
@@ -121,7 +121,7 @@ def test_taking_back_is_a_row_of_the_table() -> None:
     """A replacement of the current network, undone: the rise is that of the network without it."""
     run = started(Budget(macs=0.5), depth=6)
     move = run.fitter.candidates(run.start, [Site(0, 2, 3, "span")])[-1]
-    draft = run.state(with_candidate(run.start, move), run.start.cost - move.saving)
+    draft = run.state(with_candidate(run.start.solution, move), run.start.cost - move.saving)
     table = output_changes(run, draft, [])
     assert len(table.undone) == 1
     screened = run.evaluator.screened
@@ -157,12 +157,7 @@ def test_the_next_stage_starts_where_predictions_held() -> None:
 def test_every_step_costs_and_diverges_as_it_says(
     block: type[nn.Module], seed: int, settings: dict[str, Any], refined: str
 ) -> None:
-    model, data = seeded(Chain, 6, block=block), [*rows(60, seed).split(10)]
-    for index, each in enumerate(model.blocks if block is Normed else ()):
-        nn.init.constant_(each.norm.weight, 2.0**index)
-    with torch.no_grad():
-        model.train()(torch.cat(data))
-    model.eval()
+    model, data = normed(block, seed)
     config = Config(units=("span",), window=2, refit_steps=(1.0,), **settings)
     seen = profile(model, data, config=config)
     found = descend(SearchContext.read(model, seen, data, Budget(macs=0.5)))
