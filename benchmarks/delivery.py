@@ -80,9 +80,7 @@ def real(how: Run, folder: Path) -> dict[str, Any]:
     original = deit_tiny()
     loader = imagenet(original, "calibration")
     step = max(1, len(loader) * len(loader[0][0]) // how.images)
-    config = Config(
-        swaps=0, refit=False, shrinks=(0.7,)
-    )  # a quick search: its quality is not the claim
+    config = Config(refit=False, shrinks=(0.7,))  # a quick search: its quality is not the claim
     result = compress(original, loader[::step], budget=Budget(macs=how.macs), config=config)
     result.save(folder / "slim", architecture=DEIT, hub=True)
     result.save(folder / "delta", delta=True)

@@ -145,7 +145,7 @@ class Target:
 
     def __init__(self, root: Path) -> None:
         self.root, self.model = root, Network().eval()
-        config = Config(maps=("folded", "affine"), shrinks=(0.6,), refit_dampings=(1.0,), swaps=0)
+        config = Config(maps=("folded", "affine"), shrinks=(0.6,), refit_dampings=(1.0,))
         data = [torch.randn(10, 4, generator=torch.Generator().manual_seed(k)) for k in range(4)]
         compress(self.model, data, budget=Budget(macs=0.8), config=config).save(root)
         plan = json.loads((root / MANIFEST).read_text())

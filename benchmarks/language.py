@@ -29,6 +29,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.greedy import Selection
 from benchmarks.real_data import smollm2, wikitext2
 from rba_compress import Budget, Config, profile
 from rba_compress.core.batch import as_batch
@@ -37,7 +38,6 @@ from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Plan
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import refit
-from rba_compress.planning.selection import Selection
 from rba_compress.planning.span_fits import fit_spans
 from rba_compress.planning.state import Solution, with_candidate
 from rba_compress.profiling.cost import cost

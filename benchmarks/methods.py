@@ -41,6 +41,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.greedy import evaluate
 from benchmarks.real_data import cifar10, deit_tiny, imagenet, resnet20
 from rba_compress import Budget, Config, profile, search
 from rba_compress.cli.digits import batches, digits_data, digits_model
@@ -158,7 +159,7 @@ def greedy(bench: Bench, kind: str) -> Found:
         free = [s for s in bench.spans(1) if (run.chains[s[0]].name, s[1]) not in taken]
         sites: list[Site] = [Site(*span, "span") for span in free]
         moves = [m for m in run.fitter.candidates(draft, sites) if m.replacement.map.kind == kind]
-        best = min(moves, key=lambda m: float(run.evaluate(draft, m).mean()))
+        best = min(moves, key=lambda m: float(evaluate(run, draft, m).mean()))
         draft = run.state(with_candidate(draft.solution, best), draft.cost - best.saving)
         yield gone, draft.solution
 

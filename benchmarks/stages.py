@@ -19,13 +19,13 @@ import torch
 import tyro
 from torch import nn
 
+from benchmarks.greedy import run
 from benchmarks.real_data import deit_tiny, imagenet
 from benchmarks.same_plans import digits
 from rba_compress import Budget, Config, profile
 from rba_compress.cli.digits import digits_data
 from rba_compress.core.loader import read
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.search import run
 from rba_compress.planning.stages import descend
 from rba_compress.planning.state import Solution
 from rba_compress.profiling.fidelity import fidelity

@@ -25,10 +25,8 @@ from typing import Any
 import tyro
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Budget, Config, profile
+from rba_compress import Budget, Config, profile, search
 from rba_compress.core.loader import read
-from rba_compress.planning.context import SearchContext
-from rba_compress.planning.search import take
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.splice import splice_shared
@@ -73,41 +71,30 @@ def main(how: Run) -> None:
 
 
 def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
-    """The networks of one search on its way through the budgets."""
+    """Return a row for each budget; all searches share one profile, and so what they evaluated."""
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration", 16), list(read(imagenet(model, "test", 50)))
     seen = profile(model, calibration, config=Config(seed=seed))
-    run, start = (
-        SearchContext.read(model, seen, calibration, Budget(macs=min(shares))),
-        time.perf_counter(),
-    )
-    draft, found = run.start, []
+    start, passes, found = time.perf_counter(), 0.0, []
     for share in shares:
-        run.limits.costs = Budget(macs=share).limits(seen.original.macs, seen.original.params)
-        steps = 0
-        while steps == 0 or run.limits.lacking(draft.cost):
-            if run.limits.lacking(draft.cost):
-                after = take(run, draft)
-                assert after is not None
-                draft = after
-            steps += 1
-            solution = run.finished(draft)
-            compressed = splice_shared(model, solution.plan, solution.tensors)
-            measured = fidelity(model, compressed, test, "kl")
-            found.append(
-                {
-                    "seed": seed,
-                    "budget": share,
-                    "macs_kept": round(cost(compressed, test[0]).macs / seen.original.macs, 4),
-                    "top1_dense": measured.accuracy_original,
-                    "top1": measured.accuracy_compressed,
-                    "agreement": measured.agreement,
-                    "kl": round(measured.divergence, 4),
-                    "seconds": round(time.perf_counter() - start),
-                    "forward_passes": solution.plan.forward_passes,
-                    "plan": str(solution.plan),
-                }
-            )
+        solution = search(model, seen, calibration, budget=Budget(macs=share))
+        passes += solution.plan.forward_passes
+        compressed = splice_shared(model, solution.plan, solution.tensors)
+        measured = fidelity(model, compressed, test, "kl")
+        found.append(
+            {
+                "seed": seed,
+                "budget": share,
+                "macs_kept": round(cost(compressed, test[0]).macs / seen.original.macs, 4),
+                "top1_dense": measured.accuracy_original,
+                "top1": measured.accuracy_compressed,
+                "agreement": measured.agreement,
+                "kl": round(measured.divergence, 4),
+                "seconds": round(time.perf_counter() - start),
+                "forward_passes": round(passes, 2),
+                "plan": str(solution.plan),
+            }
+        )
     return found
 
 

@@ -19,16 +19,13 @@ def images(n: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-LIGHT = Config(
-    maps=("folded",), shrinks=(0.6,), units=("span",), swaps=0, refit=False, keep_features=True
-)
+LIGHT = Config(maps=("folded",), shrinks=(0.6,), units=("span",), refit=False, keep_features=True)
 """A quick search, for tests of what comes before and behind it; no block is traced."""
 
 
 BRIEF_SEARCH = Config(
     units=("span", "mlp_free", "read_out_mlp"),
     window=2,
-    swaps=0,
     shrinks=(0.7,),
     refit_dampings=(1.0,),
     refit_steps=(0.5,),

@@ -98,7 +98,7 @@ def test_left_padding_changes_nothing_of_what_is_generated() -> None:
 @pytest.mark.slow
 def test_the_divergence_is_of_real_tokens_alone() -> None:
     model = llama()
-    how = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
+    how = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), refit=False)
     plans = []
     for junk in (5, 77):
         loader = []
@@ -117,7 +117,7 @@ def test_the_divergence_is_of_real_tokens_alone() -> None:
 
 def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
-    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(foldable=True, swaps=0))
+    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(foldable=True))
     result.save(tmp_path / "stock", fold=True, hub=True)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
     assert again.config.num_hidden_layers < 4
@@ -138,7 +138,7 @@ def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_bfloat16() -> None:
     model = llama().to(torch.bfloat16)
-    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",), swaps=0))
+    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",)))
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
     prompt = ids()
     compressed: Any = result.model

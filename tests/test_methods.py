@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*deprecated:FutureWarning"
 )  # of transformers' own calls
-SPANS = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
+SPANS = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), refit=False)
 REFUSED = (
     r"writes no compressed \w+: from_pretrained would build the stock network, with random weights in"
 )
@@ -136,7 +136,7 @@ def test_a_network_without_a_replaced_block_is_written(tmp_path: Path) -> None:
 
 
 def test_a_folded_network_is_written(tmp_path: Path) -> None:
-    result = result_of(llama, Config(foldable=True, swaps=0))
+    result = result_of(llama, Config(foldable=True))
     result.save(tmp_path / "folded", fold=True, hub=True)
     again: Any = load(tmp_path / "folded")
     again.save_pretrained(tmp_path / "stock")

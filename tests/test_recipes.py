@@ -185,7 +185,7 @@ def test_a_delta_becomes_one_file(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "test_vit")  # the recipe builds a network by its name alone
     save_file(model.state_dict(), tmp_path / "dense.safetensors")
     data = torch.randn(20, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    config = Config(maps=("shrunk",), units=("span",), shrinks=(0.6,), swaps=0, refit=False)
+    config = Config(maps=("shrunk",), units=("span",), shrinks=(0.6,), refit=False)
     found = compress(model, list(data.split(10)), budget=Budget(macs=0.95), config=config)
     found.save(tmp_path / "delta", delta=True)
     out = tmp_path / "compressed.safetensors"

@@ -7,9 +7,16 @@ import math
 import numbers
 import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from rba_compress.core.errors import BudgetError, ConfigError, RBAError
@@ -21,6 +28,8 @@ Trained = Literal["maps", "norms", "adapters", "all"]
 """Parameters of a compressed network that are trained: see `Healing.train`."""
 
 Augmentation = Literal["flip", "crop", "mix", "cut"]
+
+Effort = Literal["quick", "default", "thorough"]
 
 RATES: dict[Trained, tuple[float, ...]] = {
     "maps": (5e-5, 1.5e-4, 5e-4),
@@ -168,6 +177,8 @@ class Config(Asked):
     """Units to try: maps over spans of blocks, and thinned blocks where the network offers them."""
     keep_features: bool = False
     """Compute every position of every stream, also those that the output does not read."""
+    effort: Effort = "default"
+    """Work that the search does: samples to screen on, levels to try, plans to evaluate, refits."""
     foldable: bool = False
     """Search only for what `save(fold=True)` can write as a stock network with fewer blocks: identities
     and folded maps over spans, every position computed; overrides maps, units and keep_features."""
@@ -184,10 +195,8 @@ class Config(Asked):
     refit_steps: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
     """Step sizes to try: shares of a refit's correction, and of the change to new statistics."""
     tolerance: float = Field(0.005, ge=0)
-    """Smallest relative decrease of the divergence on validation samples for which a refit or swap is
-    taken; the decrease must also exceed one standard error of the difference."""
-    swaps: int = Field(1, ge=0)
-    """Number of rounds in which each span is undone and chosen again."""
+    """Smallest relative decrease of the divergence on validation samples for which a refit is taken;
+    the decrease must also exceed one standard error of the difference."""
     class_weight: float | None = Field(None, gt=0)
     """Weight of a class token's row in a fit; None weights it as much as all other rows together."""
     rank: int | None = Field(None, gt=0)
@@ -227,6 +236,15 @@ class Config(Asked):
             dial = self.shrinks if kind in ("shrunk", "folded") else (None,)
             found += [MapSpec(kind=kind, damping=damping, rank=rank, shrink=a) for a in dial]
         return found
+
+
+def _without_former(value: Any) -> Any:
+    """Return stored settings without those that earlier schemas had."""
+    return {k: v for k, v in value.items() if k != "swaps"} if isinstance(value, dict) else value
+
+
+StoredConfig = Annotated[Config, BeforeValidator(_without_former)]
+"""Settings as a file holds them."""
 
 
 class Healing(Asked):

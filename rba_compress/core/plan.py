@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.config import Budget, Config, Healing, StoredConfig
 from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import Diagnostics, MapSpec
 from rba_compress.core.registry import UNITS, UnitName
@@ -359,7 +359,7 @@ class Plan(Frozen):
     candidates: tuple[EvaluatedCandidate, ...] = ()
     """Every finalist that was evaluated for the decisions."""
     budget: Budget | None = None
-    config: Config = Field(default_factory=Config)
+    config: StoredConfig = Field(default_factory=Config)
     divergence: Divergence = "nse"
     """Divergence of the main output, which was minimised."""
     outputs: tuple[ComparedOutput, ...] = ()

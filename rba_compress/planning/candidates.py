@@ -95,13 +95,6 @@ class CandidateFitter:
         """Return the weight of a class token's row in fits."""
         return self.config.class_weight or float(self.chains[chain].positions)
 
-    def saving(self, state: SearchState, site: Site) -> Cost:
-        """Return the most that a site can save, which is with the identity as its map."""
-        candidate = Candidate(site.chain, self.unfitted(site))
-        return self.cost(state.solution.plan) - self.cost(
-            with_candidate(state.solution, candidate).plan
-        )
-
     def candidates(self, state: SearchState, sites: Sequence[Site]) -> list[Candidate]:
         """Fit every level of every site, in one pass for each chain."""
         model, found = self.compressed(state.solution), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +12,20 @@ from rba_compress.core.config import Budget
 from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.loader import Dealt
-from rba_compress.core.plan import Plan, Replacement, Site
+from rba_compress.core.plan import Plan, Replacement
 from rba_compress.planning.candidates import CandidateFitter
+from rba_compress.planning.effort import SPENT
 from rba_compress.planning.evaluator import Evaluation, Evaluator
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.log import SearchLog
 from rba_compress.planning.state import (
-    Candidate,
     SearchState,
     Solution,
-    undone,
-    with_candidate,
     without_unread,
 )
 from rba_compress.profiling.latency import benchmark, block_times
 from rba_compress.profiling.profiler import Profile
+from rba_compress.profiling.search_record import EvaluatedNetwork
 
 
 class SearchContext:
@@ -39,7 +38,9 @@ class SearchContext:
         self.chains = [entry.chain for entry in profile.chains]
         self.order = {chain.name: k for k, chain in enumerate(self.chains)}
         self.limits, self.log = Limits(profile, budget), SearchLog()
-        self.ranks = current()
+        self.ranks, self.spent = current(), SPENT[self.config.effort]
+        self.record = profile.record
+        """Networks of earlier searches of the profile, to which this search adds its own."""
         samples = list(dealt)
         fit = [batch.to(model) for part, _, batch in samples if part == "fit"]
         held = [(places, batch) for part, places, batch in samples if part == "validation"]
@@ -51,11 +52,12 @@ class SearchContext:
             held,
             size=len(profile.example),
             memory=self.config.memory,
+            effort=self.spent,
         )
         self._current: Solution | None = None
-        self.rises: dict[Site, float] = {}
-        """Rise of the divergence at each site when it was last screened."""
-        self.skipped: set[Site] = set()
+        self.ran: Callable[[], None] = lambda: None
+        """Called after each run, for the progress."""
+        self.skipped = set(self.record.skipped)
         """Sites that were measured in the last stage and are not measured again in the next one."""
         plan = Plan(
             refusals=profile.refusals,
@@ -64,7 +66,11 @@ class SearchContext:
             divergence=profile.criterion.kind,
             outputs=profile.criterion.outputs,
         )
-        self.start = self.state(Solution(plan, {}), self.fitter.cost(plan))
+        original, cost = Solution(plan, {}), self.fitter.cost(plan)
+        if self.record.networks:
+            self.start = SearchState(original, cost, evaluation_of(self.record.networks[0]))
+        else:
+            self.start = self.state(original, cost)
         self.limits.require_measurable(self.start.evaluation)
         if budget.latency is not None:
             example = profile.example
@@ -81,11 +87,15 @@ class SearchContext:
         """Start a search on the samples of a loader."""
         return cls(model, profile, profile.split(loader).deal("fit", "validation"), budget)
 
-    def state(self, solution: Solution, cost: Cost) -> SearchState:
-        """Evaluate a solution, and make it the network that candidates are evaluated against."""
+    def state(self, solution: Solution, cost: Cost, at: tuple[int, int] = (0, 0)) -> SearchState:
+        """Evaluate a solution, and make it the network that candidates are evaluated against.
+
+        Args:
+            at: chain and boundary up to which the solution equals that network so far.
+        """
         self._current = solution
         model = self.fitter.compressed(solution)
-        return SearchState(solution, cost, self.evaluator.rebase(model))
+        return SearchState(solution, cost, self.evaluator.rebase(model, *at))
 
     def divergences(
         self, state: SearchState, solution: Solution, at: tuple[int, int], *, screen: bool = False
@@ -98,7 +108,9 @@ class SearchContext:
             screen: run a share of the samples alone.
         """
         self.rebase(state)
-        return self.evaluator(self.fitter.compressed(solution), *at, screen=screen)
+        found = self.evaluator(self.fitter.compressed(solution), *at, screen=screen)
+        self.ran()
+        return found
 
     def rebase(self, state: SearchState) -> None:
         """Make a state the network that candidates are evaluated against."""
@@ -108,12 +120,9 @@ class SearchContext:
     def evaluation(self, state: SearchState, solution: Solution, at: tuple[int, int]) -> Evaluation:
         """Evaluate a solution on all validation samples; arguments as in `divergences`."""
         self.rebase(state)
-        return self.evaluator.evaluation(self.fitter.compressed(solution), *at)
-
-    def evaluate(self, state: SearchState, candidate: Candidate, *, screen: bool = False) -> Tensor:
-        """Return the divergence of each validation sample with a candidate, (samples,)."""
-        at = candidate.chain, candidate.boundary
-        return self.divergences(state, with_candidate(state.solution, candidate), at, screen=screen)
+        found = self.evaluator.evaluation(self.fitter.compressed(solution), *at)
+        self.ran()
+        return found
 
     def timed(self, state: SearchState, *, seconds: float = 1.0) -> SearchState:
         """Return the state with its latency measured, where the budget asks for it."""
@@ -126,25 +135,28 @@ class SearchContext:
         )
         return replace(state, cost=state.cost.model_copy(update={"latency": ratio}))
 
-    def verified(self, state: SearchState) -> SearchState:
-        """Return the state, timed for longer where it seems to meet the budget."""
-        done = state is not self.start and not self.limits.lacking(state.cost)
-        return self.timed(state, seconds=3.0) if done else state
-
     def before(self, old: Replacement) -> tuple[int, int]:
         """Return the chain and the boundary up to which undoing a replacement changes no stream."""
         return self.order[old.chain], max(old.start - 1, 0)
 
-    def without(self, state: SearchState, old: Replacement) -> SearchState:
-        """Return the state with a replacement, and what was folded for it, undone."""
-        solution = undone(state.solution, old)
-        saved = self.fitter.cost(solution.plan) - self.fitter.cost(state.solution.plan)
-        return self.state(solution, state.cost + saved)
+    @property
+    def refits(self) -> bool:
+        """True where kept layers are re-solved."""
+        return self.config.refit and self.spent.refits
+
+    @property
+    def samples(self) -> float:
+        """Number of samples that were run; a partial run counts as its share."""
+        return self.evaluator.samples + self.fitter.samples
+
+    @property
+    def held(self) -> int:
+        """Number of fit and validation samples."""
+        return self.fitter.held + self.evaluator.held
 
     def finished(self, state: SearchState) -> Solution:
         """Return the state's solution, with the log of the search so far in its plan."""
-        total = self.fitter.held + self.evaluator.held
-        passes = (self.evaluator.samples + self.fitter.samples) / total
+        passes = self.samples / self.held
         handed = without_unread(state.solution, self.profile)
         update = {
             "steps": tuple(self.log.steps),
@@ -152,3 +164,8 @@ class SearchContext:
             "forward_passes": round(passes, 2),
         }
         return Solution(handed.plan.model_copy(update=update), handed.tensors)
+
+
+def evaluation_of(network: EvaluatedNetwork) -> Evaluation:
+    """Return the evaluation of a recorded network."""
+    return Evaluation(network.divergence, network.agreement, network.accuracy_drop)

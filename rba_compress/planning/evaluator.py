@@ -20,11 +20,9 @@ from rba_compress.core.memory import device_bytes
 from rba_compress.core.offload import device_of
 from rba_compress.core.plan import Chain
 from rba_compress.graph.activations import observe
+from rba_compress.planning.effort import SPENT, Spent
 from rba_compress.planning.partial_run import Resumed
 from rba_compress.profiling.fidelity import Criterion, Tally
-
-SCREEN = 4
-"""Ratio of validation to screened samples. 25 images missed a DeiT-tiny's best span, 50 did not."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Evaluator:
         dealt: the indices of each batch's samples among all validation samples, and the batch.
         size: the batch size; by default batches stay as they are.
         memory: bytes for the activation cache; by default half of the device's memory.
+        effort: decides the number of samples to screen on.
     """
 
     def __init__(
@@ -71,9 +70,10 @@ class Evaluator:
         *,
         size: int | None = None,
         memory: int | None = None,
+        effort: Spent = SPENT["default"],
     ) -> None:
         self.chains, self.criterion, self.ranks = chains, criterion, current()
-        screened, others = regroup(list(dealt), size, self.ranks)
+        screened, others = regroup(list(dealt), size, self.ranks, effort)
         self.batches = [batch.to(original) for batch in (*screened, *others)]
         self._screened = len(screened)
         parts = (self.batches, screened)
@@ -97,21 +97,41 @@ class Evaluator:
         if self.ranks.sum(flaws):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
 
-    def rebase(self, model: nn.Module) -> Evaluation:
-        """Make `model` the current network, from which candidates differ, and evaluate it."""
-        self._streams, apart = [], 1
+    def rebase(self, model: nn.Module, chain: int = 0, boundary: int = 0) -> Evaluation:
+        """Make `model` the current network, from which candidates differ, and evaluate it.
+
+        Args:
+            model, chain, boundary: as in `outputs`.
+        """
+        self.samples += self.price(chain, boundary)
+        boundary = self._cached(chain, boundary)
+        before, self._streams, apart = self._streams, [], 1
+        known = before or [[{} for _ in self.chains]] * len(self.batches)
+        resumed = Resumed(model, self.chains, chain, boundary, known[0]) if self.batches else None
         outputs: list[Any] = []
         with evaluating(model):
-            for batch in self.batches:
-                seen = observe(model, self.chains, batch)
+            for k, batch in enumerate(self.batches):
+                assert resumed is not None
+                seen = observe(resumed.start(known[k]), self.chains, batch)
                 if not outputs:
                     taken = sum(h.nbytes for found in seen.streams for h in found.values())
                     apart = -(-taken * len(self.batches) // self._memory)
-                self._streams.append([self._kept(found, apart) for found in seen.streams])
+                streams = [self._kept(found, apart) for found in seen.streams]
+                streams[:chain] = known[k][:chain]
+                if boundary:
+                    old = known[k][chain]
+                    first = {b: h for b, h in old.items() if b <= boundary}
+                    streams[chain] = first | {b: h for b, h in streams[chain].items() if b > boundary}
+                self._streams.append(streams)
                 outputs.append(self.criterion.kept(seen.output))
-        self.samples += self.held
         self.current = outputs[: self._screened]
         return self._evaluated(enumerate(outputs))
+
+    def _cached(self, chain: int, boundary: int) -> int:
+        """Return the last cached boundary of a chain that is not behind another."""
+        if not self._streams:
+            return boundary
+        return max((b for b in self._streams[0][chain] if b <= boundary), default=0)
 
     def evaluation(self, model: nn.Module, chain: int = 0, boundary: int = 0) -> Evaluation:
         """Evaluate a candidate on all validation samples; arguments as in `outputs`."""
@@ -154,21 +174,25 @@ class Evaluator:
         Args:
             model: a candidate that equals the current network up to `boundary` of `chain`; changed in
                 place.
-            screen: run the first of `SCREEN` shares of the samples alone, which are spread evenly.
+            screen: run a share of the samples alone, which are spread evenly.
         """
         taken = range(self._screened if screen else len(self.batches))
         if taken:
-            known = [b for b in self._streams[0][chain] if b <= boundary]
-            boundary = max(known, default=0)
+            boundary = self._cached(chain, boundary)
             resumed = Resumed(model, self.chains, chain, boundary, self._streams[0])
-        blocks = sum(len(c) for c in self.chains)
-        passed = boundary + sum(len(c) for c in self.chains[:chain])
-        run = sum(screened if screen else held for held, screened in self._counts)
-        self.samples += run * (1 - passed / blocks)
+        self.samples += self.price(chain, boundary, screen=screen)
         with evaluating(model):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
                 yield k, self.criterion.kept(output)
+
+    def price(self, chain: int, boundary: int, *, screen: bool = False) -> float:
+        """Return the samples that a run counts for, as `outputs`; a partial run counts as its share."""
+        boundary = self._cached(chain, boundary)
+        blocks = sum(len(c) for c in self.chains)
+        passed = boundary + sum(len(c) for c in self.chains[:chain])
+        run = sum(screened if screen else held for held, screened in self._counts)
+        return float(run * (1 - passed / blocks))
 
     def of_all(self, found: list[Tensor]) -> Tensor:
         """Return the divergences of all ranks' samples, screened ones first, infinite if not finite."""
@@ -181,7 +205,10 @@ class Evaluator:
 
 
 def regroup(
-    dealt: list[tuple[list[int], Batch]], size: int | None, ranks: Ranks
+    dealt: list[tuple[list[int], Batch]],
+    size: int | None,
+    ranks: Ranks,
+    effort: Spent = SPENT["default"],
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the samples to screen on and the others, in batches of about `size`.
 
@@ -191,6 +218,7 @@ def regroup(
 
     Args:
         dealt: the indices of each batch's samples among those of all ranks, and the batch.
+        effort: decides the number of samples to screen on.
     """
     batches = [batch for _, batch in dealt]
     shapes = {
@@ -204,14 +232,15 @@ def regroup(
     if size is None or len(kinds.unique()) > 1 or -1 in kinds:
         firsts = torch.tensor([places[0] for places, _ in dealt], dtype=torch.long)
         order = torch.cat(ranks.gathered(firsts)).sort().values
-        last = int(order[max(1, len(order) // SCREEN) - 1])
+        last = int(order[max(1, len(order) // effort.screen) - 1])
         return (
             [batch for places, batch in dealt if places[0] <= last],
             [batch for places, batch in dealt if places[0] > last],
         )
     places = [place for own, _ in dealt for place in own]
-    strata = max(1, round(ranks.sum(len(places)) / size))
-    screened = max(1, strata // SCREEN)
+    samples = ranks.sum(len(places))
+    strata = max(1, round(samples / size), min(effort.screen, int(samples / effort.fewest)))
+    screened = max(1, strata // effort.screen)
     rows_of: dict[tuple[bool, int], list[int]] = {}
     for row, place in enumerate(places):
         stratum = place % strata

@@ -38,11 +38,6 @@ class Limits:
         skips = [SPAN.choice(c.chain, 0, len(c.chain)) for c in self.profile.chains]
         return network_cost(self.profile, Plan(replacements=tuple(skips)))
 
-    @property
-    def goal(self) -> dict[str, float]:
-        """Costs that a search aims for; with limits of quality alone, as few MACs as possible."""
-        return self.costs or {"macs": float(self.floor.macs)}
-
     def _require_reachable(self) -> None:
         """Require that the limits of cost can be met.
 
@@ -113,17 +108,9 @@ class Limits:
         seen = state.evaluation
         return self.budget.broken(seen.mean, seen.agreement, seen.accuracy_drop)
 
-    def lacking(self, cost: Cost, goal: Cost | None = None) -> dict[str, float]:
-        """Return what must still be saved of each limited cost, down to the limits or a goal."""
-        wanted = self.goal if goal is None else {k: getattr(goal, k) for k in self.goal}
-        if goal is not None and "latency" in wanted:
-            wanted["latency"] += SAME_LATENCY
-        return {k: getattr(cost, k) - v for k, v in wanted.items() if getattr(cost, k) > v}
-
-    def share(self, cost: Cost) -> float:
-        """Return the share of the requested saving that is still missing, 1 to 0."""
-        asked, left = self.lacking(self._whole), self.lacking(cost)
-        return max((left[k] / asked[k] for k in left if k in asked), default=0.0)
+    def lacking(self, cost: Cost) -> list[str]:
+        """Return the names of the limited costs that are above their limits."""
+        return [name for name, limit in self.costs.items() if getattr(cost, name) > limit]
 
     @property
     def _shares(self) -> dict[str, float]:
@@ -180,8 +167,3 @@ class Limits:
 
 
 _COSTS = ("macs", "params", "latency")
-
-
-def progress(saving: Cost, lacking: dict[str, float]) -> float:
-    """Return the share of the lacking costs that a saving covers, 0 to 1: the least over all limits."""
-    return min(min(float(getattr(saving, k)) / v, 1.0) for k, v in lacking.items())

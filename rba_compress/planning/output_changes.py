@@ -5,20 +5,19 @@ the cached stream of its boundary on the screened validation samples. Of its out
 products with the other options' changes are kept, so that the table does not grow with the samples.
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
-that is not folded. Its other levels, and the spans that are longer by a block, follow where the site
-belongs to the better half of its unit and length.
+that is not folded. Other levels follow for the best sites. A span that is longer by a block follows
+where both of its shorter ones belong to the better half.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rba_compress.core.errors import ActivationError
 from rba_compress.core.plan import Replacement, Site
@@ -34,11 +33,10 @@ from rba_compress.planning.state import (
     with_candidate,
 )
 from rba_compress.profiling.quadratic_form import Change, changes
+from rba_compress.profiling.search_record import OptionRun
 
 FEWEST = 4
-"""Sites of one unit and length of which no half is left out."""
-AGAIN = 4
-"""Sites for each block of the network that are measured again in the next stage, the best ones."""
+"""Spans of one length of which no half is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +76,12 @@ class _Runs:
                 self._first[-1].append(rows)
                 rows += len(change.rows)
         self._sketch = Sketch(rows, seed=context.config.seed)
-        self._rows: list[Tensor] = []
-        self._duals: list[Tensor] = []
-        self.rises: list[float] = []
+        self._done: list[OptionRun] = []
+
+    @property
+    def rises(self) -> list[float]:
         """Rise of the mean divergence in each run, not finite where the output is not."""
+        return [run.rise for run in self._done]
 
     def _changes(self, k: int, output: Any) -> list[Change] | None:
         evaluator = self._evaluator
@@ -89,7 +89,20 @@ class _Runs:
         return changes(evaluator.criterion, expected, before, output, evaluator.batches[k])
 
     def add(self, solution: Solution, at: tuple[int, int]) -> int:
-        """Run a network that equals the current one up to a boundary; return the index of the run."""
+        """Run a network that equals the current one up to a boundary; return the index of the run.
+
+        A run that the record holds, of a search that was interrupted, is not repeated.
+        """
+        recorded, k = self._context.record.runs, len(self._done)
+        if k < len(recorded):
+            self._evaluator.samples += self._evaluator.price(*at, screen=True)
+        else:
+            recorded.append(self._run(solution, at))
+        self._done.append(recorded[k])
+        self._context.ran()
+        return k
+
+    def _run(self, solution: Solution, at: tuple[int, int]) -> OptionRun:
         evaluator, found = self._evaluator, []
         rows, duals = [torch.zeros(0)], [torch.zeros(0)]
         model = self._context.fitter.compressed(solution)
@@ -101,17 +114,16 @@ class _Runs:
                 if change.dual is not change.rows:
                     duals.append(self._sketch(change.dual, first=first).flatten().float().cpu())
         divergences = evaluator.of_all(found)
-        self.rises.append(float(divergences.mean() - self._before[: len(divergences)].mean()))
-        self._rows.append(torch.cat(rows).nan_to_num(0, 0, 0))
-        self._duals.append(torch.cat(duals).nan_to_num(0, 0, 0) if len(duals) > 1 else self._rows[-1])
-        return len(self.rises) - 1
+        rise = float(divergences.mean() - self._before[: len(divergences)].mean())
+        row = torch.cat(rows).nan_to_num(0, 0, 0)
+        return OptionRun(rise, row, torch.cat(duals).nan_to_num(0, 0, 0) if len(duals) > 1 else row)
 
     def form(self) -> tuple[Floats, Floats]:
         """Return the linear term and the Gram matrix of all runs, over all ranks."""
-        n = len(self.rises)
-        if not n:
+        if not self._done:
             return np.zeros(0), np.zeros((0, 0))
-        rows, duals = (torch.stack(each).double() for each in (self._rows, self._duals))
+        rows = torch.stack([run.row for run in self._done]).double()
+        duals = torch.stack([run.dual for run in self._done]).double()
         products = rows @ duals.T
         total = self._context.ranks.total((products + products.T) / 2)
         gram = np.asarray(total / self._evaluator.screened)
@@ -147,12 +159,13 @@ def _run(
     of_site: dict[Site, list[Candidate]] = {}
     for candidate in candidates:
         of_site.setdefault(candidate.site, []).append(candidate)
-    groups: dict[tuple[int, str, int], list[Site]] = {}
+    rounds: dict[int, list[Site]] = {}
     for site in of_site:
-        groups.setdefault((removed_length(site), site.unit, site.chain), []).append(site)
+        rounds.setdefault(max(removed_length(site), 1), []).append(site)
     done: list[tuple[Candidate, int]] = []
     prices: dict[Site, float] = {}
-    left_out: set[Site] = set()
+    poor: set[Site] = set()
+    blocks = sum(map(len, context.chains))
 
     def run(candidate: Candidate) -> float:
         index = runs.add(
@@ -163,20 +176,50 @@ def _run(
         price = runs.rises[index] / context.limits.saved(state.cost, candidate.saving)
         return rounded(price) if math.isfinite(price) else math.inf
 
-    for _, sites in sorted(groups.items()):
-        wanted = [site for site in sites if not left_out.intersection(_shorter(site))]
+    finer = max(FEWEST, round(context.spent.finer * blocks))
+    for _, sites in sorted(rounds.items()):
+        wanted = [site for site in sites if not poor.intersection(_shorter(site))]
         first = {site: _first(of_site[site]) for site in wanted}
         prices |= {site: run(first[site]) for site in wanted}
-        better = sorted(wanted, key=lambda site: prices[site])[: max(-(-len(wanted) // 2), FEWEST)]
-        left_out.update(site for site in sites if site not in better)
-        for site in better:
-            others = [run(level) for level in of_site[site] if level is not first[site]]
-            prices[site] = min([prices[site], *others])
+        best = sorted(wanted, key=lambda site: prices[site])
+        highest = sorted(prices.values())[:finer][-1] if prices else 0.0
+        for site in (site for site in best[:finer] if prices[site] <= highest):
+            prices[site] = min(prices[site], *_levels(of_site[site], first[site], prices[site], run))
+        spans = [site for site in best if removed_length(site)]
+        poor.update(site for site in sites if site not in spans[: max(-(-len(spans) // 2), FEWEST)])
     if done and not context.skipped and not any(map(math.isfinite, runs.rises)):
         raise ActivationError("every candidate makes the model's output NaN or infinite")
-    best = sorted(prices, key=lambda site: (prices[site], site))
-    context.skipped = set(best[AGAIN * sum(map(len, context.chains)) :])
+    order = sorted(prices, key=lambda site: (prices[site], site))
+    context.skipped = set(order[round(context.spent.again * blocks) :])
     return done
+
+
+def _levels(
+    levels: Sequence[Candidate], first: Candidate, price: float, run: Callable[[Candidate], float]
+) -> list[float]:
+    """Run further levels of a site; return their prices.
+
+    The divergence along one kind's dial falls to its least and rises again, so that each kind is run
+    from its middle in the direction in which the price falls, for as long as it falls.
+    """
+    kinds: dict[tuple[str, bool], list[Candidate]] = {}
+    for level in levels:
+        kinds.setdefault((level.replacement.map.kind, level.refit is not None), []).append(level)
+    found = [price]
+    for dial in kinds.values():
+        middle = len(dial) // 2
+        lowest = price if dial[middle] is first else run(dial[middle])
+        found.append(lowest)
+        for way in (dial[middle + 1 :], dial[:middle][::-1]):
+            before = lowest
+            for level in way:
+                found.append(run(level))
+                if found[-1] >= lowest:
+                    break
+                lowest = found[-1]
+            if lowest < before:
+                break
+    return found
 
 
 def _shorter(site: Site) -> Iterable[Site]:

@@ -12,16 +12,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ActivationError, BudgetError
 from rba_compress.core.plan import Chain, Replacement
-from rba_compress.planning.context import SearchContext
+from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
-from rba_compress.planning.refinement import refit, settled, statistics
+from rba_compress.planning.progress import STAGE, SearchProgress
+from rba_compress.planning.refinement import refit, statistics
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
@@ -31,11 +33,10 @@ from rba_compress.planning.state import (
     undone,
     with_candidate,
 )
+from rba_compress.profiling.search_record import EvaluatedNetwork
 
-STAGE = 0.1
-"""Share of the original's cost that a stage goes down."""
 GRID = 0.01
-"""Sizes at which plans are evaluated, in the stage that meets the budget."""
+"""Distance of the sizes at which a stage evaluates plans."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
 less its interactions are known, and a solver finds those that are predicted too well."""
@@ -43,18 +44,23 @@ TRUST = 2.0
 """Ratio of true to predicted rise up to which a plan's prediction counts as held."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verified:
     """Network that was evaluated on all validation samples, with the divergence predicted for it."""
 
     state: SearchState
     size: float
     predicted: float
+    refined: bool = False
 
 
-def descend(context: SearchContext) -> Solution:
+def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Solution:
     """Go down in stages until the budget is met or, with limits of quality alone, while they hold; then
     refine the best network that was verified.
+
+    Args:
+        checkpoint: a file to resume from if it exists; it is written while the search runs, and removed
+            at the end.
 
     Returns:
         The plan and its tensors; `points` are other verified networks on the way there, and it itself.
@@ -62,35 +68,39 @@ def descend(context: SearchContext) -> Solution:
     Raises:
         BudgetError: no combination of options leads further, or none holds the limits of quality.
         ActivationError: the output of every candidate holds NaN or infinity.
+        ArtifactError: the checkpoint cannot be written, or is of another search.
     """
-    descent, limits = Descent(context), context.limits
-    state = timed = descent.best()
-    asked = dict(limits.costs)
-    while "latency" in asked:
-        timed = context.timed(state, seconds=3.0)
-        limits.costs, tightened = asked, limits.costs
-        if not limits.lacking(timed.cost):
-            break
-        limits.costs = tightened
-        limits.tighten(state.cost.latency, timed.cost.latency)
-        try:
-            state = descent.best()
-        except BudgetError:
-            limits.costs = asked
-            raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
-    if state.solution.plan.replacements:
-        before = state.mean
-        state = _refined(context, context.state(state.solution, state.cost))
-        context.log.decided("choose", state.solution.plan, state, before - state.mean)
-    final = context.finished(replace(state, cost=timed.cost))
-    front = [context.finished(each) for each in descent.front(state)]
-    return replace(final, points=(*front, final))
+    with SearchProgress(context, checkpoint) as progress:
+        descent, limits = Descent(context, progress), context.limits
+        state = timed = descent.best()
+        asked = dict(limits.costs)
+        while "latency" in asked:
+            timed = context.timed(state, seconds=3.0)
+            limits.costs, tightened = asked, limits.costs
+            if not limits.lacking(timed.cost):
+                break
+            limits.costs = tightened
+            limits.tighten(state.cost.latency, timed.cost.latency)
+            try:
+                state = descent.best()
+            except BudgetError:
+                limits.costs = asked
+                raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
+        if state.solution.plan.replacements:
+            before = state.mean
+            if state not in (v.state for v in descent.verified if v.refined):
+                progress.refine()
+                state = _refined(context, state)
+            context.log.decided("choose", state.solution.plan, state, before - state.mean)
+        final = context.finished(replace(state, cost=timed.cost))
+        front = [context.finished(each) for each in descent.front(state)]
+        return replace(final, points=(*front, final))
 
 
 def _refined(context: SearchContext, state: SearchState) -> SearchState:
-    """Refine a network: its maps, then the kept layers behind them, then its BatchNorms."""
-    state = settled(context, state)
-    for c, chain in enumerate(context.chains if context.config.refit else ()):
+    """Refine a network: the kept layers behind its maps, then its BatchNorms."""
+    context.rebase(state)
+    for c, chain in enumerate(context.chains if context.refits else ()):
         starts = [r.start for r in state.solution.plan.replacements if r.chain == chain.name]
         if starts:
             state = refit(context, state, c, min(starts))
@@ -101,15 +111,31 @@ class Descent:
     """Descent from the original in stages, and all networks that were verified on the way.
 
     Stages do not depend on the budget, which says only where the descent ends: with a looser one at an
-    earlier stage.
+    earlier stage. The profile's record holds them, so that another budget costs no further stage, or
+    those below the last one alone.
     """
 
-    def __init__(self, context: SearchContext) -> None:
-        self.context, self.limits = context, context.limits
-        self.state = context.start
-        size = self.limits.size(self.state.cost)
-        self.verified = [Verified(self.state, size, self.state.mean)]
-        self._target = size - STAGE
+    def __init__(self, context: SearchContext, progress: SearchProgress) -> None:
+        self.context, self.limits, self.progress = context, context.limits, progress
+        record = context.record
+        if not record.networks:
+            record.networks.append(_recorded(Verified(context.start, 1.0, context.start.mean)))
+        self.verified = [_restored(context, network) for network in record.networks]
+        self._current = record.current
+        context.log.steps, context.log.candidates = list(record.steps), list(record.candidates)
+
+    @property
+    def state(self) -> SearchState:
+        """Network from which the next stage starts."""
+        return self.verified[self._current].state
+
+    def _target(self) -> float:
+        """Return the size to which the next stage goes down."""
+        limits = self.limits
+        size, target = limits.size(self.state.cost), limits.size(self.context.start.cost) - STAGE
+        while target >= size - GRID / 2:
+            target -= STAGE
+        return target
 
     def best(self) -> SearchState:
         """Go down until the budget is met; return the best network that meets it.
@@ -149,33 +175,38 @@ class Descent:
         Raises:
             ActivationError: the output of every plan holds NaN or infinity.
         """
-        context, before = self.context, self.state
+        context, before, record = self.context, self.state, self.context.record
         size = self.limits.size(before.cost)
-        fine = not self.limits.costs or self.limits.goal_size >= self._target - 1e-9
-        judged = [v for v in stage(context, before, self._target, fine=fine) if v.size < size - 1e-9]
+        self.progress.stage(before, _expected(context, before))
+        skipped = bool(context.skipped)
+        judged = stage(context, before, self._target())
+        judged = [v for v in judged if v.size < size - 1e-9]
         finite = [v for v in judged if math.isfinite(v.state.mean)]
+        record.runs.clear()
         if judged and not finite:
             raise ActivationError("every candidate makes the model's output NaN or infinite")
-        if not finite and context.skipped:
-            context.skipped = set()
+        if not finite and skipped:
+            context.skipped, record.skipped = set(), set()
             return self._stage()
         if not finite:
             return False
-        self.verified += finite
         chosen = trusted(before, finite)
-        state = context.state(chosen.state.solution, chosen.state.cost)
         margin = min(
             (
-                v.state.mean - state.mean
+                v.state.mean - chosen.state.mean
                 for v in finite
                 if v is not chosen and v.size <= chosen.size + GRID
             ),
             default=math.inf,
         )
-        context.log.decided("stage", state.solution.plan, state, margin, chosen.predicted)
-        self.state = state
-        while self._target >= chosen.size - GRID / 2:
-            self._target -= STAGE
+        plan = chosen.state.solution.plan
+        context.log.decided("stage", plan, chosen.state, margin, chosen.predicted)
+        finite.append(replace(chosen, state=_refined(context, chosen.state), refined=True))
+        self.verified += finite
+        self._current = len(self.verified) - 1
+        record.networks += map(_recorded, finite)
+        record.current, record.skipped = self._current, set(context.skipped)
+        record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
         return True
 
     def front(self, last: SearchState, most: int = 6) -> list[SearchState]:
@@ -192,6 +223,30 @@ class Descent:
         step = max(len(kept) / most, 1.0)
         places = dict.fromkeys(int(k * step) for k in range(most) if int(k * step) < len(kept))
         return [kept[k].state for k in places]
+
+
+def _recorded(verified: Verified) -> EvaluatedNetwork:
+    """Return what a record holds of a network."""
+    solution, seen = verified.state.solution, verified.state.evaluation
+    return EvaluatedNetwork(
+        replacements=solution.plan.replacements,
+        refits=solution.plan.refits,
+        tensors=solution.tensors,
+        divergence=seen.divergence,
+        agreement=seen.agreement,
+        accuracy_drop=seen.accuracy_drop,
+        predicted=verified.predicted,
+        refined=verified.refined,
+    )
+
+
+def _restored(context: SearchContext, network: EvaluatedNetwork) -> Verified:
+    """Return a recorded network, with its cost and its size under the limits of this search."""
+    parts = {"replacements": network.replacements, "refits": network.refits}
+    plan = context.start.solution.plan.model_copy(update=parts)
+    cost = context.fitter.cost(plan)
+    state = SearchState(Solution(plan, network.tensors), cost, evaluation_of(network))
+    return Verified(state, context.limits.size(cost), network.predicted, network.refined)
 
 
 def _order(state: SearchState) -> tuple[float, int]:
@@ -212,14 +267,18 @@ def trusted(before: SearchState, verified: Sequence[Verified]) -> Verified:
     return min((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
 
 
-def stage(context: SearchContext, state: SearchState, target: float, *, fine: bool) -> list[Verified]:
-    """Evaluate the best plans of one stage, between the size of its state and the target.
+def _expected(context: SearchContext, state: SearchState) -> float:
+    """Return about how many forward passes a stage takes: fits, single options, and evaluations."""
+    price, blocks = context.evaluator.price, sum(map(len, context.chains))
+    single = [s for s in sites(context, state.solution.plan) if removed_length(s) <= 1]
+    options = [price(s.chain, s.start, screen=True) for s in single]
+    further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
+    judged = (STAGE / GRID / 2 + context.spent.judged) * price(0, 0) / 2
+    return 2 + (sum(options) + further + judged) / context.held
 
-    Args:
-        state: the network from which the stage starts.
-        target: size to go down to.
-        fine: evaluate a plan at every hundredth; otherwise those near the target alone.
-    """
+
+def stage(context: SearchContext, state: SearchState, target: float) -> list[Verified]:
+    """Evaluate the best plans of one stage, between the size of its state and the target."""
     limits = context.limits
     start = limits.size(state.cost)
     fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
@@ -229,7 +288,7 @@ def stage(context: SearchContext, state: SearchState, target: float, *, fine: bo
     lowest = target - max([2 * GRID, *single])
     found = _solved(context, state, table, lowest=lowest)
     verified = []
-    for combination, solution, cost in _picked(context, found, start, target, fine=fine):
+    for combination, solution, cost in _picked(context, found, start, target):
         at = _boundary(context, table, combination)
         evaluation = context.evaluation(state, solution, at)
         predicted = max(state.mean + table.rise(combination.rows), 0.0)
@@ -295,26 +354,21 @@ def _picked(
     found: Sequence[tuple[Combination, Solution, Cost]],
     start: float,
     target: float,
-    *,
-    fine: bool,
 ) -> Iterator[tuple[Combination, Solution, Cost]]:
     """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
-    the best three at the target.
+    the best few at the target.
     """
     sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
     sized = [(size, each) for size, each in sized if size < start - 1e-9]
     if not sized:
         return
     target = max(target, min(size for size, _ in sized))
-    goals = [target + STAGE / 2, target + STAGE / 4, target]
-    if fine:
-        grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
-        goals = [*grid[grid > target + 1e-9], target]
+    grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
     seen: set[tuple[int, ...]] = set()
-    for goal in goals:
+    for goal in [*grid[grid > target + 1e-9], target]:
         within = [each for size, each in sized if size <= goal + 1e-9]
         within.sort(key=lambda f: (rounded(f[0].rise), f[2].macs, f[0].rows))
-        for each in within[: 3 if goal == target else 2]:
+        for each in within[: context.spent.judged if goal == target else 1]:
             if each[0].rows not in seen:
                 seen.add(each[0].rows)
                 yield each

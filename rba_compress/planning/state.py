@@ -26,7 +26,7 @@ class Solution:
     """Solutions of the steps from the original to this one, in order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SearchState:
     """Search state: a solution, its cost and its evaluation."""
 

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch, Form
-from rba_compress.core.config import Config
+from rba_compress.core.config import Config, StoredConfig
 from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import Ranks, current
 from rba_compress.core.errors import ActivationError, ArtifactError, ModelError, PlanError
@@ -35,6 +35,7 @@ from rba_compress.linalg.moments import moment_bytes
 from rba_compress.profiling.chain_statistics import ChainProfile, started, states_of
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.fidelity import Criterion, Function, OutputScales, require_labels
+from rba_compress.profiling.search_record import SavedRecord, SearchRecord
 from rba_compress.units.block_variants import Traces
 from rba_compress.units.offers import discover
 
@@ -59,11 +60,12 @@ class SavedProfile(Frozen):
     form: Form
     notes: tuple[str, ...]
     samples: int
-    config: Config
+    config: StoredConfig
     order: tuple[int, ...]
     lengths: tuple[int, ...]
     keywords: dict[str, JsonValue]
     warnings: tuple[str, ...]
+    record: SavedRecord = SavedRecord()
 
 
 class Checkpoint(Frozen):
@@ -72,7 +74,7 @@ class Checkpoint(Frozen):
     schema_version: Literal[3] = 3
     weights: str
     loader: int
-    config: Config
+    config: StoredConfig
     rank: tuple[int, int]
     """Rank of the process, and the number of ranks."""
     batches: int
@@ -110,6 +112,8 @@ class Profile:
     warnings: tuple[str, ...] = ()
     traces: Traces = field(default_factory=Traces, repr=False)
     """Traced blocks of the model, for the search; no file holds them."""
+    record: SearchRecord = field(default_factory=SearchRecord, repr=False)
+    """Networks that searches of this profile evaluated: a search for another budget continues there."""
 
     def split(self, loader: Iterable[Any]) -> Split:
         """Return the parts of the profiled loader; of a sum, pass its loaders one behind the other."""
@@ -137,6 +141,7 @@ class Profile:
             samples=self.samples + other.samples,
             order=self.order + other.order,
             lengths=self.lengths + other.lengths,
+            record=SearchRecord(),
             warnings=(*dict.fromkeys(others), *_warnings([a + b for a, b in pairs])),
         )
 
@@ -154,13 +159,16 @@ class Profile:
         if self.criterion.function is not None:
             raise ArtifactError("the profile's divergence is a function: a file cannot hold it")
         keywords, example = self.example.state()
+        record, evaluated = self.record.state()
         own = {name: getattr(self, name) for name in SavedProfile.model_fields if hasattr(self, name)}
+        chains = [p.chain for p in self.chains]
         header = SavedProfile(
-            **own | {"chains": [p.chain for p in self.chains], "divergence": self.criterion.kind},
+            **own | {"chains": chains, "divergence": self.criterion.kind, "record": record},
             outputs=self.criterion.outputs,
             keywords=keywords,
         )
         tensors = {f"example.{name}": tensor for name, tensor in example.items()}
+        tensors |= {f"record.{name}": tensor for name, tensor in evaluated.items()}
         write_tensors(Path(path), header, tensors | states_of(self.chains))
 
     @staticmethod
@@ -174,11 +182,14 @@ class Profile:
         chains = started(header.chains, header.window, device)
         restore(Path(path), chains, tensors)
         example = below("example.", tensors)
+        record = SearchRecord()
+        record.restore(header.record, below("record.", tensors))
         own = {n: getattr(header, n) for n in Profile.__dataclass_fields__ if hasattr(header, n)}
         return Profile(
             **own
             | {
                 "chains": chains,
+                "record": record,
                 "criterion": Criterion(header.divergence, None, header.outputs),
                 "example": Batch.restored(header.keywords, example, wrapped=header.form.wrapped),
             }

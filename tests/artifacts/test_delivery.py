@@ -58,7 +58,7 @@ def alone(code: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folding(digits: nn.Module, digits_loader: list[Any]) -> Result:
-    config = Config(foldable=True, swaps=0, refit=False, shrinks=(0.6,), window=2)
+    config = Config(foldable=True, refit=False, shrinks=(0.6,), window=2)
     return compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
 
 
@@ -160,7 +160,7 @@ def test_a_hugging_face_network_needs_the_directory_alone(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_hugging_face_network_folds(tmp_path: Path) -> None:
-    found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(foldable=True, swaps=0))
+    found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(foldable=True))
     found.save(tmp_path / "compressed", fold=True, hub=True)
     torch.save(pixels()[0]["pixel_values"], tmp_path / "x.pt")
     alone(
@@ -189,7 +189,7 @@ with torch.no_grad():
 def test_stages_of_blocks_fold(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "resnet26d", num_classes=5)
     data = list(torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
-    found = compress(model, data, budget=Budget(macs=0.97), config=Config(foldable=True, swaps=0))
+    found = compress(model, data, budget=Budget(macs=0.97), config=Config(foldable=True))
     found.save(tmp_path / "compressed", fold=True)
     stock = read_manifest(tmp_path / "compressed").folded
     assert stock is not None

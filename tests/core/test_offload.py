@@ -144,7 +144,7 @@ def in_memory_result() -> Result:
 @pytest.fixture(scope="module")
 def every_map() -> Result:
     """The same with maps of other kinds."""
-    config = Config(maps=("folded", "low_rank", "affine"), shrinks=(0.6,), swaps=0)
+    config = Config(maps=("folded", "low_rank", "affine"), shrinks=(0.6,))
     return compress(seeded(Chain), loader(), budget=Budget(macs=0.6), config=config)
 
 
@@ -227,7 +227,7 @@ def test_offloaded_buffers(tmp_path: Path) -> None:
     on_disk(model, tmp_path)
     assert "Tensor meta" in places(model).values()
     assert fingerprint(model) == fingerprint(plain)
-    config = Config(refit_steps=(1.0,), swaps=0, shrinks=(0.6,), refit_dampings=(1.0,))
+    config = Config(refit_steps=(1.0,), shrinks=(0.6,), refit_dampings=(1.0,))
     wanted, found = (
         compress(m, loader(), budget=Budget(macs=0.7), config=config) for m in (plain, model)
     )
@@ -250,7 +250,7 @@ def test_a_language_model_on_disk(tmp_path: Path) -> None:
     first, second = (r.model.generate(prompt, **how) for r in (found, wanted))  # type: ignore[operator]
     assert torch.equal(first, second)
     # What is compressed already is compressed again.
-    config = Config(swaps=0, refit=False)
+    config = Config(refit=False)
     first, second = (
         compress(r.model, texts(), budget=Budget(macs=0.8), config=config) for r in (found, wanted)
     )
@@ -283,7 +283,7 @@ def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return tensor
 
     monkeypatch.setattr(offload, "_fetch", counted)
-    config = Config(swaps=0, shrinks=(0.6,), refit_dampings=(1.0,), refit_steps=(1.0,))
+    config = Config(shrinks=(0.6,), refit_dampings=(1.0,), refit_steps=(1.0,))
     found = search(model, profile(model, loader(), config=config), loader(), budget=Budget(macs=0.7))
     assert found.plan.replacements
     largest, biases = max(p.numel() for p in model.parameters()), 2 * 16
@@ -362,6 +362,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_slim_network_is_exported_from_disk(tmp_path: Path) -> None:
     model = on_disk(seeded(Chain), tmp_path / "weights")
-    found = compress(model, loader(), budget=Budget(macs=0.8), config=Config(swaps=0))
+    found = compress(model, loader(), budget=Budget(macs=0.8), config=Config())
     export_onnx(found.model, tmp_path / "compressed.onnx", rows(4))
     assert (tmp_path / "compressed.onnx").exists()

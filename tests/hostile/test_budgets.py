@@ -72,7 +72,7 @@ REFUSED = [
     Case("a number for a budget", given("budget", 0.75), BudgetError, "the budget is a float: pass a rba_com"),
     Case("a dict for a budget", given("budget", {"macs": 0.75}), BudgetError, "the budget is a dict"),
     Case("a config for a budget", given("budget", LIGHT), BudgetError, "the budget is a Config"),
-    Case("a dict for a config", given("config", {"swaps": 0}), ConfigError, "the config is a dict"),
+    Case("a dict for a config", given("config", {"refit": False}), ConfigError, "the config is a dict"),
     Case("a budget for a config", given("config", Budget(macs=0.8)), ConfigError, "the config is a Budget"),
     Case("a number for a healing", lambda: heal(seeded(Chain), loader(), original=seeded(Chain), healing=3),  # type: ignore[call-overload]
          ConfigError, "the healing is a int: pass a rba_compress.Healing"),

@@ -332,7 +332,7 @@ def _checkpointed(self: Any, x: Tensor) -> Any:
     return self.head(x)
 
 
-BOLD = Config(maps=("folded", "shrunk"), shrinks=(0.6,), refit_dampings=(1.0,), swaps=0)
+BOLD = Config(maps=("folded", "shrunk"), shrinks=(0.6,), refit_dampings=(1.0,))
 """A quick search that changes kept layers, too."""
 
 HOOKS = [

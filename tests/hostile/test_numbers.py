@@ -156,7 +156,7 @@ def test_a_network_of_another_scale_gets_the_same_plan(power: int) -> None:
                 tensor.div_(scale)
         return model
 
-    config = Config(maps=("shrunk", "folded"), refit_dampings=(1.0,), swaps=0)
+    config = Config(maps=("shrunk", "folded"), refit_dampings=(1.0,))
     plain, other = (
         compress(network(scale), loader(80), budget=Budget(macs=0.8), config=config)
         for scale in (1.0, 2.0**power)

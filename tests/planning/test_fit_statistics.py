@@ -22,8 +22,7 @@ from rba_compress.linalg.moments import PairMoments
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Rows, _lacking, batch_statistics
 from rba_compress.planning.refinement import statistics
-from rba_compress.planning.search import take
-from rba_compress.planning.selection import Selection
+from rba_compress.planning.sites import sites
 from rba_compress.planning.state import with_candidate
 from tests.networks import LIGHT, Block, Chain, images, loader, seeded
 
@@ -81,10 +80,11 @@ def test_a_candidate_run_from_where_it_differs_is_judged_as_a_whole_run(form: An
     model, data = small_vit()
     model = form(model)
     run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.5))
-    draft = take(run, run.start)
-    assert draft is not None
-    for move in run.fitter.candidates(draft, Selection(run, draft).sites()):
-        resumed = run.evaluate(draft, move)
+    (*_, first) = run.fitter.candidates(run.start, [Site(0, 1, 2, "span")])
+    draft = run.state(with_candidate(run.start.solution, first), run.start.cost - first.saving)
+    for move in run.fitter.candidates(draft, sites(run, draft.solution.plan)):
+        at = move.chain, move.boundary
+        resumed = run.divergences(draft, with_candidate(draft.solution, move), at)
         whole = run.evaluator(run.fitter.compressed(with_candidate(draft.solution, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
 
@@ -119,7 +119,8 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
     draft = run.state(with_candidate(run.start.solution, first), run.start.cost - first.saving)
     spans: list[Site] = [Site(1, start, stop, "span") for start, stop in run.chains[1].spans()]
     for move in run.fitter.candidates(draft, spans):
-        resumed = run.evaluate(draft, move)
+        at = move.chain, move.boundary
+        resumed = run.divergences(draft, with_candidate(draft.solution, move), at)
         whole = run.evaluator(run.fitter.compressed(with_candidate(draft.solution, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
     walk = run.fitter.walk(1)
@@ -187,10 +188,9 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     model, data = small_vit()
     seen = profile(model, data, config=LIGHT)
     run = SearchContext.read(model, seen, data, Budget(macs=0.5))
-    found_move = Selection(run, run.start).best([Site(0, 1, 2, "span")])
-    assert found_move is not None
+    (*_, move) = run.fitter.candidates(run.start, [Site(0, 1, 2, "span")])
     compressed, chain, b = (
-        run.fitter.compressed(with_candidate(run.start.solution, found_move[0])),
+        run.fitter.compressed(with_candidate(run.start.solution, move)),
         run.chains[0],
         3,
     )
@@ -347,7 +347,7 @@ def test_a_small_gap_behind_a_layer_norm_is_closed() -> None:
 
 def test_a_post_norm_network_folds_into_a_stock_one(tmp_path: Any) -> None:
     model = bert()
-    how = Config(foldable=True, swaps=0)
+    how = Config(foldable=True)
     result = compress(model, texts(), budget=Budget(macs=0.7), config=how)
     result.save(tmp_path / "compressed", fold=True, hub=True)
     again = transformers.AutoModel.from_pretrained(tmp_path / "compressed").eval()

@@ -18,7 +18,7 @@ from rba_compress.reporting.report import page
 from rba_compress.units.registry import unit_of
 from tests.networks import Block, Chain, seeded
 
-LIGHT = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), swaps=0, refit=False)
+LIGHT = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), refit=False)
 
 
 class LateChain(Chain):

@@ -1,0 +1,33 @@
+"""Effort of a search: what its three settings spend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rba_compress.core.config import Effort
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Amounts of work."""
+
+    screen: int
+    """Ratio of validation to screened samples."""
+    fewest: int
+    """Screened samples at least, where there are as many."""
+    finer: float
+    """Sites whose further levels are run, for each block of the network."""
+    again: float
+    """Sites that are measured again in the next stage, for each block of the network."""
+    judged: int
+    """Plans that are evaluated at the end of a stage."""
+    refits: bool
+    """True to re-solve kept layers of the result."""
+
+
+SPENT: dict[Effort, Spent] = {
+    "quick": Spent(screen=8, fewest=16, finer=0.25, again=1, judged=2, refits=False),
+    # 25 screened images missed a DeiT-tiny's best span, 50 did not.
+    "default": Spent(screen=4, fewest=32, finer=0.67, again=1.5, judged=3, refits=True),
+    "thorough": Spent(screen=2, fewest=64, finer=3, again=4, judged=6, refits=True),
+}

@@ -1,0 +1,145 @@
+"""Record of a search: the networks that it evaluated, so that a search for another budget, or one that
+was interrupted, continues from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rba_compress.core.errors import ArtifactError
+from rba_compress.core.plan import AnyRefit, EvaluatedCandidate, Replacement, Site, Step
+from rba_compress.core.schema import Frozen
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedNetwork:
+    """Network that a search evaluated on all validation samples."""
+
+    replacements: tuple[Replacement, ...]
+    refits: tuple[AnyRefit, ...]
+    tensors: dict[str, Tensor]
+    divergence: Tensor
+    """Divergence of each sample, (samples,) float64."""
+    agreement: float | None
+    accuracy_drop: float | None
+    predicted: float
+    """Mean divergence that was predicted."""
+    refined: bool = False
+    """True where kept layers were re-solved and BatchNorms re-estimated after the choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class OptionRun:
+    """Run of one option of the stage under way."""
+
+    rise: float
+    row: Tensor
+    """Sketched output change, (numbers,)."""
+    dual: Tensor
+    """The same tensor, or for a user-defined divergence its product with the second derivative."""
+
+
+@dataclass(eq=False)
+class SearchRecord:
+    """State of a search, from which another search of the same profile continues; empty before one."""
+
+    networks: list[EvaluatedNetwork] = field(default_factory=list)
+    """All networks that were evaluated, the original first."""
+    current: int = 0
+    """Index of the network from which the next stage starts."""
+    skipped: set[Site] = field(default_factory=set)
+    """Sites that the next stage does not measure."""
+    steps: list[Step] = field(default_factory=list)
+    candidates: list[EvaluatedCandidate] = field(default_factory=list)
+    runs: list[OptionRun] = field(default_factory=list)
+    """Runs of the stage that is under way, in order."""
+
+    def state(self) -> tuple[SavedRecord, dict[str, Tensor]]:
+        """Return the JSON part and the tensors; tensors that networks share are held once."""
+        index: dict[int, int] = {}
+        tensors: dict[str, Tensor] = {}
+
+        def held(tensor: Tensor) -> int:
+            if id(tensor) not in index:
+                index[id(tensor)] = len(index)
+                tensors[str(index[id(tensor)])] = tensor
+            return index[id(tensor)]
+
+        networks = [
+            SavedNetwork(
+                replacements=n.replacements,
+                refits=n.refits,
+                tensors={name: held(t) for name, t in n.tensors.items()},
+                divergence=held(n.divergence),
+                agreement=n.agreement,
+                accuracy_drop=n.accuracy_drop,
+                predicted=n.predicted,
+                refined=n.refined,
+            )
+            for n in self.networks
+        ]
+        saved = SavedRecord(
+            networks=tuple(networks),
+            current=self.current,
+            skipped=tuple(sorted(self.skipped)),
+            steps=tuple(self.steps),
+            candidates=tuple(self.candidates),
+            runs=tuple((run.rise, held(run.row), held(run.dual)) for run in self.runs),
+        )
+        return saved, tensors
+
+    def restore(self, saved: SavedRecord, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ArtifactError: a tensor is missing.
+        """
+
+        def of(index: int) -> Tensor:
+            if str(index) not in tensors:
+                raise ArtifactError(f"the record of a search lacks its tensor {index}: search again")
+            return tensors[str(index)]
+
+        self.networks = [
+            EvaluatedNetwork(
+                replacements=n.replacements,
+                refits=n.refits,
+                tensors={name: of(k) for name, k in n.tensors.items()},
+                divergence=of(n.divergence),
+                agreement=n.agreement,
+                accuracy_drop=n.accuracy_drop,
+                predicted=n.predicted,
+                refined=n.refined,
+            )
+            for n in saved.networks
+        ]
+        self.current, self.skipped = saved.current, {Site(*site) for site in saved.skipped}
+        self.steps, self.candidates = list(saved.steps), list(saved.candidates)
+        self.runs = [OptionRun(rise, of(row), of(dual)) for rise, row, dual in saved.runs]
+
+
+class SavedNetwork(Frozen):
+    """JSON part of an evaluated network; tensors are named by their numbers."""
+
+    replacements: tuple[Replacement, ...]
+    refits: tuple[AnyRefit, ...]
+    tensors: dict[str, int]
+    divergence: int
+    agreement: float | None
+    accuracy_drop: float | None
+    predicted: float
+    refined: bool
+
+
+class SavedRecord(Frozen):
+    """JSON part of a record."""
+
+    networks: tuple[SavedNetwork, ...] = ()
+    current: int = 0
+    skipped: tuple[tuple[int, int, int, str], ...] = ()
+    steps: tuple[Step, ...] = ()
+    candidates: tuple[EvaluatedCandidate, ...] = ()
+    runs: tuple[tuple[float, int, int], ...] = ()
