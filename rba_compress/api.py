@@ -131,6 +131,7 @@ def compress(
     budget: Budget | None = None,
     config: Config | None = None,
     divergence: Function | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Result:
     """Rewrite `model` into a cheaper network of the same class, without training.
 
@@ -149,6 +150,9 @@ def compress(
         budget: what the compressed network may cost; by default three quarters of the MACs.
         config: the settings of the search.
         divergence: a user-defined divergence of the output, as in `profile`.
+        checkpoint: a file that is written twice a minute while the search runs, and removed at the end;
+            `<checkpoint>.profile` is the same for the profile. If a file exists at the start, the work
+            resumes from it, with the same result as without an interruption.
 
     Raises:
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
@@ -156,12 +160,13 @@ def compress(
             `FidelityError` where no budget was given and the best network is further than `BOUNDS`.
     """
     budget, original = Budget.of(budget), unwrap(model)
-    seen = profile(original, loader, config=config, divergence=divergence)
+    first = None if checkpoint is None else f"{checkpoint}.profile"
+    seen = profile(original, loader, config=config, divergence=divergence, checkpoint=first)
     dealt = list(seen.split(loader).deal("fit", "validation", "test"))
     test = [batch for part, _, batch in dealt if part == "test"]
     # Held-out samples that cannot be compared raise an error here, before the search.
     fidelity(original, original, test, seen.criterion)
-    found = searched(undispatched(original), seen, dealt, budget)
+    found = searched(undispatched(original), seen, dealt, budget, checkpoint)
     compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     front = steps.run(
@@ -260,7 +265,7 @@ def _unmeasured(seen: Profile, plan: Plan) -> Report:
             device="",
         ),
         forward_passes=plan.forward_passes,
-        notes=seen.notes,
+        notes=(*seen.notes, *plan.notes),
         warnings=seen.warnings,
     )
 
@@ -559,7 +564,7 @@ def compare(
         fidelity=found,
         latency=timed,
         forward_passes=plan.forward_passes,
-        notes=seen.notes,
+        notes=(*seen.notes, *plan.notes),
         warnings=(*seen.warnings, *_unsure(found), *_missed(plan.budget, found, timed)),
         changed=watch.found(),
     )

@@ -29,11 +29,13 @@ torch.set_num_threads(1)
 from rba_compress import Budget, Profile, compress, heal, load, profile, save
 from rba_compress.profiling import profiler as calibration
 from rba_compress.healing import loop as healing
+from rba_compress.planning import progress as searching
 from safetensors.torch import load_file, save_file
 from tests.networks import BRIEF, Chain, LIGHT, loader, rows, seeded, to_heal
 
 folder, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
-calibration.EVERY = healing.EVERY = 0.0  # a checkpoint after every batch, every epoch
+# A checkpoint after every batch, every epoch, every option.
+calibration.EVERY = healing.EVERY = searching.EVERY = 0.0
 model, data = seeded(Chain), loader(200, 5)
 original, samples, compressed = to_heal()
 
@@ -64,7 +66,8 @@ def killed(job, whole):
 
 def to_compress(target):
     def job():
-        save(compress(model, data, budget=Budget(macs=0.8), config=LIGHT), target)
+        again = dict(config=LIGHT, checkpoint=folder / "compress.checkpoint")
+        save(compress(model, data, budget=Budget(macs=0.8), **again), target)
     return job
 
 def to_save(target):

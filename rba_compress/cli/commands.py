@@ -29,7 +29,7 @@ from rba_compress.cli.catalogue import network
 from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
 from rba_compress.cli.images import ImageFiles, image_loader
-from rba_compress.core.config import Budget, Config, Healing
+from rba_compress.core.config import Budget, Config, Effort, Healing
 from rba_compress.core.distributed import current, own_device
 from rba_compress.core.errors import ArtifactError, LoaderError, ModelError
 from rba_compress.core.io import require_intact, require_vacant, written_whole
@@ -165,10 +165,14 @@ class _Job(_Images):
     """Re-solve kept layers behind a replaced span if that helps."""
     keep_features: bool = False
     """Compute every position, also those that the output does not read."""
+    effort: Effort = "default"
+    """Work that the search does: quick takes about a third of default's time, thorough twice."""
     foldable: bool = False
     """Search for a stock network with fewer blocks, which timm loads without this package."""
     seed: int = 0
     """Seed that deals the images to fit, validation and test samples."""
+    checkpoint: Path | None = None
+    """File that is written twice a minute; if it exists, the command goes on from it."""
 
     def prepare(self) -> _Ready:
         """Check all that can be checked beforehand, and return everything that the work needs.
@@ -179,7 +183,7 @@ class _Job(_Images):
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        own = ("maps", "shrinks", "refit", "keep_features", "foldable", "seed")
+        own = ("maps", "shrinks", "refit", "keep_features", "effort", "foldable", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
@@ -208,7 +212,13 @@ class Compress(_Job):
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
-        result = compress(job.original, job.data.loader, budget=job.budget, config=job.config)
+        result = compress(
+            job.original,
+            job.data.loader,
+            budget=job.budget,
+            config=job.config,
+            checkpoint=self.checkpoint,
+        )
         result = job.data.reported(result, job.original)
         result.save(self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub)
         if current().leads:
@@ -257,9 +267,6 @@ class Heal(_Images):
 class Profile(_Job):
     """Profile a timm model on your images and save the profile, with a picture of each chain."""
 
-    checkpoint: Path | None = None
-    """File that is written twice a minute; if it exists, profiling resumes from it."""
-
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
         seen = profile(job.original, job.data.loader, config=job.config, checkpoint=self.checkpoint)
@@ -288,13 +295,14 @@ class Search(_Job):
     """Search a timm model on your images and save the networks found as deltas of its weights."""
 
     front: bool = False
-    """Save the network of every step, not only of the last."""
+    """Save the front of all networks that were evaluated, not only the last one."""
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
         data = job.data
-        seen = profile(job.original, data.loader, config=job.config)
-        found = search(job.original, seen, data.loader, budget=job.budget)
+        first = self.checkpoint and Path(f"{self.checkpoint}.profile")
+        seen = profile(job.original, data.loader, config=job.config, checkpoint=first)
+        found = search(job.original, seen, data.loader, budget=job.budget, checkpoint=self.checkpoint)
         kept = found if self.front else replace(found, points=found.points[-1:])
         if not kept.points:
             say("nothing was replaced: the network meets its budget, or no step keeps within it")

@@ -14,13 +14,16 @@ interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Annotated
 
 import tyro
 from pydantic import ValidationError
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rba_compress.cli.commands import (
     Bench,
@@ -62,6 +65,23 @@ Command = (
         ),
     ]
 )
+
+
+@contextmanager
+def _progress_lines() -> Iterator[None]:
+    """Print what the package logs to stderr, above a bar that is there."""
+    logger = logging.getLogger("rba_compress")
+    handler, level = logging.StreamHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 CODES = {BudgetError: 3, FidelityError: 3, ArtifactError: 4, ExportError: 4}
 
 
@@ -81,7 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         # Of several processes the first one alone prints.
-        with launched() as ranks, nullcontext() if ranks.leads else redirect_stdout(None):
+        with (
+            launched() as ranks,
+            nullcontext() if ranks.leads else redirect_stdout(None),
+            nullcontext() if command.json else _progress_lines(),
+        ):
             value = command.run(say)
             if command.json:
                 print(json.dumps(value))

@@ -292,11 +292,10 @@ class ComparedOutput(Frozen):
 
 
 class EvaluatedCandidate(Frozen):
-    """Change that the search evaluated on all validation samples."""
+    """Option that the search ran alone, on the screened validation samples."""
 
     step: int
-    """Number of decisions before the evaluation. To settle or swap a span, candidates were evaluated
-    with that span undone."""
+    """Number of decisions before the run."""
     chain: str
     start: int
     stop: int
@@ -307,10 +306,13 @@ class EvaluatedCandidate(Frozen):
     """Divergence of the output with the change."""
     macs: int
     params: int
+    dropped: str = ""
+    """Reason for which the option was not combined with others; empty where it was."""
 
 
 Action = Literal["take", "stage", "settle", "swap", "refit", "statistics", "choose", "stop"]
-"""Kinds of decisions of a search; "stop" is taken before a step that breaks a limit of quality."""
+"""Kinds of decisions; "stop" comes before a step that breaks a limit of quality; "take", "settle" and
+"swap" are of a greedy search."""
 
 
 class Step(Frozen):
@@ -321,8 +323,8 @@ class Step(Frozen):
     divergence: float
     """Divergence of the output after the decision."""
     margin: float
-    """Increase of the divergence at the price of the next best span, or without the change; where the
-    search stopped, increase by the step that was not taken. A margin that is negligible beside the
+    """Increase of the divergence with the next best network of the stage, or without the change; where
+    the search stopped, increase by the step that was not taken. A margin that is negligible beside the
     divergence means a tie: see `rba_compress.planning.search`."""
     predicted: float | None = None
     """Divergence that output changes predicted; None for decisions without a prediction."""
@@ -357,7 +359,7 @@ class Plan(Frozen):
     steps: tuple[Step, ...] = ()
     """The decisions, in order."""
     candidates: tuple[EvaluatedCandidate, ...] = ()
-    """Every finalist that was evaluated for the decisions."""
+    """Every option that was run for the decisions."""
     budget: Budget | None = None
     config: StoredConfig = Field(default_factory=Config)
     divergence: Divergence = "nse"
@@ -367,6 +369,8 @@ class Plan(Frozen):
     forward_passes: float = 0.0
     """Samples that the search ran through a whole network's worth of blocks, over the loader's."""
     healed: Healed | None = None
+    notes: tuple[str, ...] = ()
+    """Facts about the search for the reader of a report, one a line."""
 
     @property
     def in_order(self) -> list[Replacement]:

@@ -9,12 +9,13 @@ candidates      fits of every level of every unit
 evaluator       divergence of the output on the validation samples
 limits          limits of a budget
 log             steps and candidates of a search
-context         what all steps of one search share
-selection       one step: candidates screened, evaluated, chosen
-refinement      maps fitted again, swaps, kept layers re-solved
-search          `search`, step by step to the budget
+context         what all stages of one search share
+effort          amounts of work of the three efforts
+refinement      kept layers re-solved, BatchNorms re-estimated
 sites           sites of the options of one stage
 output_changes  output changes of options, each run alone, and their inner products
 solver          combinations of options for every cost
-stages          a search in stages by output changes; `search` is greedy until this one is never worse
+stages          the stages, from the original down to the budget
+progress        bar, log lines, checkpoint
+search          `search`
 """

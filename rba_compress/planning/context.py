@@ -66,6 +66,8 @@ class SearchContext:
             divergence=profile.criterion.kind,
             outputs=profile.criterion.outputs,
         )
+        self.notes: tuple[str, ...] = ()
+        """Facts about the search for the reader of a report."""
         original, cost = Solution(plan, {}), self.fitter.cost(plan)
         if self.record.networks:
             self.start = SearchState(original, cost, evaluation_of(self.record.networks[0]))
@@ -162,6 +164,7 @@ class SearchContext:
             "steps": tuple(self.log.steps),
             "candidates": tuple(self.log.candidates),
             "forward_passes": round(passes, 2),
+            "notes": self.notes,
         }
         return Solution(handed.plan.model_copy(update=update), handed.tensors)
 

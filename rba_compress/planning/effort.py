@@ -11,6 +11,8 @@ from rba_compress.core.config import Effort
 class Spent:
     """Amounts of work."""
 
+    stage: float
+    """Share of the original's cost that a stage goes down."""
     screen: int
     """Ratio of validation to screened samples."""
     fewest: int
@@ -26,8 +28,8 @@ class Spent:
 
 
 SPENT: dict[Effort, Spent] = {
-    "quick": Spent(screen=8, fewest=16, finer=0.25, again=1, judged=2, refits=False),
+    "quick": Spent(stage=0.2, screen=8, fewest=16, finer=0.25, again=1, judged=2, refits=False),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
-    "default": Spent(screen=4, fewest=32, finer=0.67, again=1.5, judged=3, refits=True),
-    "thorough": Spent(screen=2, fewest=64, finer=3, again=4, judged=6, refits=True),
+    "default": Spent(stage=0.1, screen=4, fewest=32, finer=1, again=1.5, judged=3, refits=True),
+    "thorough": Spent(stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, refits=True),
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rba_compress.core.plan import Action, EvaluatedCandidate, Step
 from rba_compress.planning.state import Candidate, SearchState
+
+NOT_FINITE = "its output holds NaN or infinity"
 
 
 class SearchLog:
@@ -41,6 +45,7 @@ class SearchLog:
     def evaluated(self, state: SearchState, candidate: Candidate, divergences: Tensor) -> None:
         """Log a candidate that was evaluated on all validation samples."""
         new, cost = candidate.replacement, state.cost - candidate.saving
+        mean = float(divergences.mean())
         self.candidates.append(
             EvaluatedCandidate(
                 step=len(self.steps),
@@ -50,9 +55,10 @@ class SearchLog:
                 unit=new.unit,
                 map=new.map,
                 level=new.level,
-                divergence=float(divergences.mean()),
+                divergence=mean,
                 macs=cost.macs,
                 params=cost.params,
+                dropped="" if math.isfinite(mean) else NOT_FINITE,
             )
         )
 

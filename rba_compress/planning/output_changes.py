@@ -37,6 +37,11 @@ from rba_compress.profiling.search_record import OptionRun
 
 FEWEST = 4
 """Spans of one length of which no half is left out."""
+BY_DERIVATIVE = "options were combined by the second derivative of your divergence"
+BY_SUMS = (
+    "the rises of options were added up without their interactions, for your divergence cannot be "
+    "differentiated twice"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,8 @@ class _Runs:
         unchanged = [self._changes(k, output) for k, output in enumerate(self._evaluator.current)]
         self.interact = not context.ranks.sum(any(found is None for found in unchanged))
         """False where the divergence has no second derivative: rises add up then."""
+        if context.evaluator.criterion.function is not None:
+            context.notes = (BY_DERIVATIVE if self.interact else BY_SUMS,)
         self._first: list[list[int]] = []
         rows = 0
         for found in unchanged:

@@ -18,8 +18,6 @@ from rba_compress.profiling.profiler import EVERY
 from rba_compress.profiling.search_record import SavedRecord
 
 LOGGER = logging.getLogger("rba_compress")
-STAGE = 0.1
-"""Share of the original's cost that a stage goes down."""
 REFINEMENT = 5.0
 """Forward passes that the refinement of the result is expected to take."""
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -61,6 +59,7 @@ class SearchProgress:
             config=context.config,
             rank=(ranks.rank, ranks.count),
         )
+        self._resumed: float | None = None
         if self._path is not None and self._path.exists():
             self._resume(self._path)
         self._begun = self._written = self._logged = time.monotonic()
@@ -92,11 +91,13 @@ class SearchProgress:
         Args:
             expected: the forward passes that it is expected to take.
         """
+        self._continue()
         limits, now = self._context.limits, self._passes
         # The longest of the stages so far says more than an estimate.
         self._each = max(self._each, now - self._start) if self._stage else expected
         size, goal = limits.size(state.cost), limits.goal_size if limits.costs else 0.5
-        self._stages_left = max(math.ceil((size - goal) / STAGE - 1e-9) - 1, 0)
+        step = self._context.spent.stage
+        self._stages_left = max(math.ceil((size - goal) / step - 1e-9) - 1, 0)
         self._start, self._candidates, self._options = now, len(self._context.log.candidates), 0
         self._stage += 1
         self._label = f"search, stage {self._stage} of about {self._stage + self._stages_left}"
@@ -111,6 +112,7 @@ class SearchProgress:
 
     def refine(self) -> None:
         """Say that the result is refined."""
+        self._continue()
         self._label, self._start, self._stages_left = "search, refinement", self._passes, -1
 
     def _ran(self) -> None:
@@ -168,7 +170,14 @@ class SearchProgress:
         context = self._context
         context.record.restore(header.record, tensors)
         context.skipped = set(context.record.skipped)
-        context.evaluator.samples = header.samples - context.fitter.samples
+        self._resumed = header.samples
+
+    def _continue(self) -> None:
+        """Count the samples of the interrupted search in place of those that led back to its state."""
+        if self._resumed is not None:
+            context = self._context
+            context.evaluator.samples = self._resumed - context.fitter.samples
+            self._first, self._resumed = self._passes, None
 
 
 def _nothing() -> None:

@@ -22,7 +22,7 @@ from rba_compress.core.plan import Chain, Replacement
 from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
-from rba_compress.planning.progress import STAGE, SearchProgress
+from rba_compress.planning.progress import SearchProgress
 from rba_compress.planning.refinement import refit, statistics
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
@@ -89,6 +89,7 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
         if state.solution.plan.replacements:
             before = state.mean
             if state not in (v.state for v in descent.verified if v.refined):
+                context.rebase(state)
                 progress.refine()
                 state = _refined(context, state)
             context.log.decided("choose", state.solution.plan, state, before - state.mean)
@@ -132,9 +133,10 @@ class Descent:
     def _target(self) -> float:
         """Return the size to which the next stage goes down."""
         limits = self.limits
-        size, target = limits.size(self.state.cost), limits.size(self.context.start.cost) - STAGE
+        step = self.context.spent.stage
+        size, target = limits.size(self.state.cost), limits.size(self.context.start.cost) - step
         while target >= size - GRID / 2:
-            target -= STAGE
+            target -= step
         return target
 
     def best(self) -> SearchState:
@@ -177,16 +179,17 @@ class Descent:
         """
         context, before, record = self.context, self.state, self.context.record
         size = self.limits.size(before.cost)
+        context.rebase(before)
         self.progress.stage(before, _expected(context, before))
         skipped = bool(context.skipped)
         judged = stage(context, before, self._target())
         judged = [v for v in judged if v.size < size - 1e-9]
         finite = [v for v in judged if math.isfinite(v.state.mean)]
-        record.runs.clear()
         if judged and not finite:
             raise ActivationError("every candidate makes the model's output NaN or infinite")
         if not finite and skipped:
             context.skipped, record.skipped = set(), set()
+            record.runs.clear()
             return self._stage()
         if not finite:
             return False
@@ -206,6 +209,7 @@ class Descent:
         self._current = len(self.verified) - 1
         record.networks += map(_recorded, finite)
         record.current, record.skipped = self._current, set(context.skipped)
+        record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
         return True
 
@@ -273,7 +277,7 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     single = [s for s in sites(context, state.solution.plan) if removed_length(s) <= 1]
     options = [price(s.chain, s.start, screen=True) for s in single]
     further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
-    judged = (STAGE / GRID / 2 + context.spent.judged) * price(0, 0) / 2
+    judged = (context.spent.stage / GRID / 2 + context.spent.judged) * price(0, 0) / 2
     return 2 + (sum(options) + further + judged) / context.held
 
 

@@ -357,7 +357,7 @@ def test_an_interrupt_is_clean_and_says_how_to_go_on(
     for name in ("compress", "profile"):
         monkeypatch.setattr(f"rba_compress.cli.commands.{name}", interrupted)
     for command, more, said in (
-        ("compress", [], "no artefact is half-written: run it again"),
+        ("compress", [], "no artefact is half-written: run it again, with --checkpoint FILE to go on"),
         ("profile", [], "run it again, with --checkpoint FILE to go on"),
         ("profile", ["--checkpoint", "seen.ckpt"], "the same command goes on from seen.ckpt"),
     ):
