@@ -63,8 +63,8 @@ class SearchProgress:
         if self._path is not None and self._path.exists():
             self._resume(self._path)
         self._begun = self._written = self._logged = time.monotonic()
-        self._first = self._start = self._passes
-        self._stage = self._candidates = self._options = self._stages_left = 0
+        self._first = self._start = self._begin = self._passes
+        self._stage = self._options = self._stages_left = 0
         self._each = self._shown = 0.0
         self._label = "search"
 
@@ -94,11 +94,11 @@ class SearchProgress:
         self._continue()
         limits, now = self._context.limits, self._passes
         # The longest of the stages so far says more than an estimate.
-        self._each = max(self._each, now - self._start) if self._stage else expected
+        self._each = max(self._each, now - self._begin) if self._stage else expected
         size, goal = limits.size(state.cost), limits.goal_size if limits.costs else 0.5
         step = self._context.spent.stage
         self._stages_left = max(math.ceil((size - goal) / step - 1e-9) - 1, 0)
-        self._start, self._candidates, self._options = now, len(self._context.log.candidates), 0
+        self._start, self._begin, self._options = now, now, 0
         self._stage += 1
         self._label = f"search, stage {self._stage} of about {self._stage + self._stages_left}"
         left = (self._stages_left + 1) * self._each + REFINEMENT
@@ -111,17 +111,15 @@ class SearchProgress:
             LOGGER.info("about %s left", _duration(seconds))
 
     def refine(self) -> None:
-        """Say that the result is refined."""
+        """Say that a network is refined: the start of the next stage, or the result."""
         self._continue()
-        self._label, self._start, self._stages_left = "search, refinement", self._passes, -1
+        self._label, self._start = "search, refinement", self._passes
 
     def _ran(self) -> None:
         """Show that something was run; write the checkpoint where it is due."""
         self._options += 1
-        spent = self._passes - self._start
-        stage = max(self._each - spent, 0.1 * self._each) if self._stages_left >= 0 else 0.0
-        refinement = REFINEMENT - spent if self._stages_left < 0 else REFINEMENT
-        left = max(self._stages_left, 0) * self._each + stage + max(refinement, 0.1 * REFINEMENT)
+        stage = max(self._each - (self._passes - self._begin), 0.1 * self._each)
+        left = self._stages_left * self._each + stage + REFINEMENT
         done = self._passes - self._first
         self._show(done / (done + left))
         now = time.monotonic()

@@ -87,11 +87,9 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
                 limits.costs = asked
                 raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
         if state.solution.plan.replacements:
-            before = state.mean
-            if state not in (v.state for v in descent.verified if v.refined):
-                context.rebase(state)
-                progress.refine()
-                state = _refined(context, state)
+            context.rebase(state)
+            progress.refine()
+            before, state = state.mean, descent.refined(state)
             context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
         front = [context.finished(each) for each in descent.front(state)]
@@ -100,7 +98,6 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
 
 def _refined(context: SearchContext, state: SearchState) -> SearchState:
     """Refine a network: the kept layers behind its maps, then its BatchNorms."""
-    context.rebase(state)
     for c, chain in enumerate(context.chains if context.refits else ()):
         starts = [r.start for r in state.solution.plan.replacements if r.chain == chain.name]
         if starts:
@@ -129,6 +126,28 @@ class Descent:
     def state(self) -> SearchState:
         """Network from which the next stage starts."""
         return self.verified[self._current].state
+
+    def refined(self, state: SearchState) -> SearchState:
+        """Return a verified network with kept layers re-solved and BatchNorms re-estimated, and add it
+        to the verified ones.
+        """
+        k = self._index(state)
+        if self.verified[k].refined or not state.solution.plan.replacements:
+            return state
+        self.context.rebase(state)
+        new = replace(self.verified[k], state=_refined(self.context, state), refined=True)
+        if new.state is state:  # nothing helped
+            self.verified[k], self.context.record.networks[k] = new, _recorded(new)
+        else:
+            self._add([new])
+        return new.state
+
+    def _index(self, state: SearchState) -> int:
+        return next(k for k, v in enumerate(self.verified) if v.state is state)
+
+    def _add(self, verified: Sequence[Verified]) -> None:
+        self.verified += verified
+        self.context.record.networks += map(_recorded, verified)
 
     def _target(self) -> float:
         """Return the size to which the next stage goes down."""
@@ -177,10 +196,14 @@ class Descent:
         Raises:
             ActivationError: the output of every plan holds NaN or infinity.
         """
-        context, before, record = self.context, self.state, self.context.record
-        size = self.limits.size(before.cost)
+        context, record, before = self.context, self.context.record, self.state
         context.rebase(before)
+        self.progress.refine()
+        before = self.refined(before)
+        self._current = record.current = self._index(before)
+        record.steps = list(context.log.steps)
         self.progress.stage(before, _expected(context, before))
+        size = self.limits.size(before.cost)
         skipped = bool(context.skipped)
         judged = stage(context, before, self._target())
         judged = [v for v in judged if v.size < size - 1e-9]
@@ -204,10 +227,8 @@ class Descent:
         )
         plan = chosen.state.solution.plan
         context.log.decided("stage", plan, chosen.state, margin, chosen.predicted)
-        finite.append(replace(chosen, state=_refined(context, chosen.state), refined=True))
-        self.verified += finite
-        self._current = len(self.verified) - 1
-        record.networks += map(_recorded, finite)
+        self._current = len(self.verified) + finite.index(chosen)
+        self._add(finite)
         record.current, record.skipped = self._current, set(context.skipped)
         record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
@@ -360,7 +381,7 @@ def _picked(
     target: float,
 ) -> Iterator[tuple[Combination, Solution, Cost]]:
     """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
-    the best few at the target.
+    the best few at the target and at the budget.
     """
     sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
     sized = [(size, each) for size, each in sized if size < start - 1e-9]
@@ -368,11 +389,12 @@ def _picked(
         return
     target = max(target, min(size for size, _ in sized))
     grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
+    ends = [end for end in (context.limits.goal_size, target) if end >= target]
     seen: set[tuple[int, ...]] = set()
-    for goal in [*grid[grid > target + 1e-9], target]:
+    for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):
         within = [each for size, each in sized if size <= goal + 1e-9]
         within.sort(key=lambda f: (rounded(f[0].rise), f[2].macs, f[0].rows))
-        for each in within[: context.spent.judged if goal == target else 1]:
+        for each in within[: context.spent.judged if goal in ends else 1]:
             if each[0].rows not in seen:
                 seen.add(each[0].rows)
                 yield each
