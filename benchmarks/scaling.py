@@ -39,6 +39,8 @@ BATCH = 16
 @dataclass
 class Scaling:
     pairs: int = 5
+    only_search: bool = False
+    """Measure the searches alone."""
     out: Path = Path(__file__).parent / "results" / "scaling.json"
 
 
@@ -97,7 +99,11 @@ def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
 def main(how: Scaling) -> None:
     rows: list[dict[str, Any]] = []
     exponents: dict[str, dict[str, float]] = {}
-    for what, sizes in SIZES.items():
+    if how.only_search:  # the other rows stay as they were measured
+        before = json.loads(how.out.read_text())
+        exponents = before["exponents"]
+        rows = [row for row in before["rows"] if "spans_passes" not in row]
+    for what, sizes in () if how.only_search else SIZES.items():
         found = [measured(**MIDDLE | {what: size}, pairs=how.pairs) for size in sizes]
         rows += [{what: size, **row} for size, row in zip(sizes, found, strict=True)]
         exponents[what] = {key: exponent(sizes, [row[key] for row in found]) for key in found[0]}

@@ -1,73 +1,64 @@
-"""Claim: a search in stages by output changes takes half to a third of the greedy search's passes.
+"""Claim: a search in stages takes a fraction of a greedy search's passes, and predicts what it finds.
 
-Both searches on the same network, profile and budgets, in one run: forward passes, CPU seconds, the
-share of MACs that is left, and on test samples the KL divergence to the original and the agreement. For
-each stage the divergence that was predicted and the true one. `python -m benchmarks.stages` appends a
-JSON line for each search to `benchmarks/results/stages.jsonl`.
+Each search on the same network, profile and budgets, in one run: forward passes, CPU seconds, the
+share of MACs that is left, and on test samples the KL divergence to the original, the agreement and
+top-1. For each stage the predicted divergence and the true one. `python -m benchmarks.stages` appends
+a JSON line for each search to `benchmarks/results/stages.jsonl` and draws predicted against true
+divergences (`stages.png`).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import nn
 
 from benchmarks.greedy import run
-from benchmarks.real_data import deit_tiny, imagenet
-from benchmarks.same_plans import digits
+from benchmarks.methods import CASES, Case
 from rba_compress import Budget, Config, profile
-from rba_compress.cli.digits import digits_data
-from rba_compress.core.loader import read
+from rba_compress.core.config import Effort
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.stages import descend
-from rba_compress.planning.state import Solution
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.splice import splice_shared
 
-SEARCHES: dict[str, Callable[[SearchContext], Solution]] = {"greedy": run, "stages": descend}
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
 class Run:
     """Networks, budgets and searches."""
 
-    networks: tuple[str, ...] = ("digits",)
-    """Among digits and deit_tiny."""
+    networks: tuple[str, ...] = ("digits_vit", "resnet20", "deit_tiny")
     macs: tuple[float, ...] = (0.8, 0.6)
-    searches: tuple[str, ...] = ("greedy", "stages")
+    searches: tuple[Effort | str, ...] = ("default", "greedy")
+    """Efforts of the search in stages, or greedy."""
     seed: int = 0
-    out: Path = Path(__file__).parent / "results" / "stages.jsonl"
+    out: Path = RESULTS / "stages.jsonl"
 
 
-def case(network: str) -> tuple[nn.Module, list[Any], list[Any]]:
-    """Return a network, its calibration batches and its test batches."""
-    if network == "deit_tiny":
-        model = deit_tiny()
-        return model, imagenet(model, "calibration"), imagenet(model, "test", 50)
-    model, calibration, _ = digits()
-    return model, calibration, [digits_data()[1]]
-
-
-def row(name: str, context: SearchContext, test: Sequence[Any]) -> dict[str, Any]:
+def row(case: Case, macs: float, name: str, seed: int) -> dict[str, Any]:
     """Return what one search takes and what its network loses."""
+    greedy = name == "greedy"
+    config = Config(seed=seed) if greedy else Config(seed=seed, effort=name)
+    seen = profile(case.model, case.calibration, config=config)
+    context = SearchContext.read(case.model, seen, case.calibration, Budget(macs=macs))
     started = time.process_time()
-    found = SEARCHES[name](context)
+    found = (run if greedy else descend)(context)
     seconds = time.process_time() - started
-    network = splice_shared(context.model, found.plan, found.tensors)
-    measured = fidelity(context.model, network, list(read(test)), "kl")
+    network = splice_shared(case.model, found.plan, found.tensors)
+    measured = fidelity(case.model, network, case.test, "kl")
     stages = [(s.predicted, s.divergence) for s in found.plan.steps if s.action == "stage"]
     return {
         "search": name,
         "passes": found.plan.forward_passes,
         "cpu_seconds": round(seconds, 1),
-        "macs_kept": round(found.plan.steps[-1].macs / context.profile.original.macs, 4),
+        "macs_kept": round(found.plan.steps[-1].macs / seen.original.macs, 4),
         "kl": float(f"{measured.divergence:.4g}"),
         "agreement": measured.agreement,
         "top1": measured.accuracy_compressed,
@@ -76,21 +67,40 @@ def row(name: str, context: SearchContext, test: Sequence[Any]) -> dict[str, Any
     }
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the predicted divergence of each stage against the true one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    low, high = float("inf"), 0.0
+    for network, marker in zip(CASES, "os^", strict=True):
+        pairs = [pair for r in rows if r["network"] == network for pair in r["stages"] if pair[0] > 0]
+        if pairs:
+            predicted, true = zip(*pairs, strict=True)
+            axis.loglog(predicted, true, marker, label=network, alpha=0.7)
+            low, high = min(low, *predicted, *true), max(high, *predicted, *true)
+    axis.plot([low, high], [low, high], "k-", linewidth=0.8, label="equal")
+    axis.plot([low, high], [2 * low, 2 * high], "k:", linewidth=0.8, label="true is twice as high")
+    axis.set_xlabel("predicted divergence of a stage")
+    axis.set_ylabel("true divergence on all validation samples")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main(how: Run) -> None:
     """Print and append a row for each search."""
     torch.set_num_threads(1)
     for network in how.networks:
-        model, calibration, test = case(network)
-        seen = profile(model, calibration, config=Config(seed=how.seed))
+        case = CASES[network]()
         for macs in how.macs:
             for name in how.searches:
-                context = SearchContext.read(model, seen, calibration, Budget(macs=macs))
-                found = {"network": network, "seed": how.seed, "budget": macs} | row(
-                    name, context, test
-                )
+                found = {"network": network, "seed": how.seed, "budget": macs}
+                found |= row(case, macs, name, how.seed)
                 print(json.dumps(found), flush=True)
                 with how.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+    draw([json.loads(line) for line in how.out.read_text().splitlines()], how.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,11 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             before, state = state.mean, descent.refined(state)
             context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
-        front = [context.finished(each) for each in descent.front(state)]
+        front = []
+        for each in descent.front(state):
+            context.log.steps = list(context.record.steps)
+            context.log.decided("choose", each.solution.plan, each, 0.0)
+            front.append(context.finished(each))
         return replace(final, points=(*front, final))
 
 

@@ -16,11 +16,11 @@ from rba_compress.cli.digits import digits_model
 from rba_compress.profiling.fidelity import interval
 
 
-def test_every_step_is_a_point_that_is_spliced_without_searching_again(
+def test_every_point_of_the_front_is_spliced_without_searching_again(
     result: Result, digits: nn.Module, digits_loader: list[Any]
 ) -> None:
     points = result.front
-    assert [s.action for s in result.plan.steps].count("take") == len(points) >= 2
+    assert len(points) >= 2
     kept = [point.report.compressed.macs for point in points]
     assert kept == sorted(kept, reverse=True)
     assert points[-1].report.compressed == result.report.compressed
