@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import greedy
 from rba_compress import ActivationError, Budget, BudgetError, Config, profile, splice
 from rba_compress.core.batch import as_batch
 from rba_compress.core.cost import Cost
@@ -228,3 +229,14 @@ def test_the_same_inputs_give_the_same_plan() -> None:
     plans = [descended(seeded(Chain), loader(), Budget(macs=0.5), config) for _ in range(2)]
     assert plans[0].plan == plans[1].plan
     assert all(torch.equal(plans[1].tensors[k], v) for k, v in plans[0].tensors.items())
+
+
+def test_the_greedy_rival_of_the_benchmarks_meets_a_budget() -> None:
+    model = seeded(Chain, 5)
+    config = LIGHT.model_copy(update={"refit": True, "window": 2})
+    seen = profile(model, loader(), config=config)
+    found = greedy.run(SearchContext.read(model, seen, loader(), Budget(macs=0.5)))
+    actions = {step.action for step in found.plan.steps}
+    assert "take" in actions
+    measured = cost(splice(model, found.plan, found.tensors), as_batch(rows(2)))
+    assert measured.macs <= 0.5 * seen.original.macs
