@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     data: tuple[Literal["digits", "cifar10"], ...] = ("digits", "cifar10")
     trial: tyro.conf.OmitArgPrefixes[AggregationTrial] = AggregationTrial()  # noqa: RUF009

@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     data: tuple[Literal["digits", "cifar10"], ...] = ("digits", "cifar10")
     """DeiT-tiny takes two minutes to see the CIFAR images."""
@@ -98,7 +98,7 @@ def main(how: Run) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int, str]:
-    """What a later run of the same replaces."""
+    """Key of a row: a later run of the same key replaces the row."""
     return row["pair"], row["samples"], row["anchors"]
 
 

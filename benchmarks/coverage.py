@@ -1,7 +1,7 @@
 """Claim: one network of each family is found, compressed by one span, saved, read back and exported.
 
 Every network of `rba_compress.catalogue`: one of each family of timm, small configurations of
-transformers, torchvision and torch.nn. Weights are random and inputs small: it is a claim of breadth,
+transformers, torchvision and torch.nn. Weights are random and inputs small: the claim is of breadth,
 not of quality. A row without chains says why; none crashes and none gives a wrong result.
 
 `python -m benchmarks.coverage` writes `benchmarks/results/coverage.jsonl` and its table.
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     networks: tuple[str, ...] = ()
     """By default all that are not in `out` yet."""

@@ -45,7 +45,7 @@ class Run:
 
 
 def plans(chain: Chain) -> dict[str, Plan]:
-    """One plan for each kind of replacement."""
+    """A plan for each kind of replacement."""
 
     def mapped(start: int, stop: int, unit: str = "span") -> Replacement:
         return unit_of(unit).choice(chain, start, stop, MapSpec(kind="shrunk", shrink=0.7))
@@ -79,7 +79,7 @@ def plans(chain: Chain) -> dict[str, Plan]:
 
 
 def networks(name: str) -> tuple[nn.Module, list[str]]:
-    """A network, and the plans that it is timed with."""
+    """A network, and the plans to time."""
     if name == "deit_tiny":
         return deit_tiny().eval(), ["blocks skipped", "spans mapped", "blocks thinned"]
     with torch.random.fork_rng():
@@ -152,7 +152,7 @@ def main(how: Run) -> None:
 def timed(
     original: nn.Module, compressed: nn.Module, expected: nn.Module, x: Tensor, *, seconds: float
 ) -> dict[str, float]:
-    """The paired ratio, once it is sure that what is timed is the compressed network."""
+    """The paired ratio, after a check that the timed network is the compressed one."""
     with torch.no_grad():
         output = compressed(x)
         found = output[0] if isinstance(output, tuple) else output

@@ -46,7 +46,7 @@ class Run:
 
 
 def flips(size: int, count: int = FLIPS) -> list[tuple[int, int]]:
-    """Places in a file, first and last among them, and what to xor them with."""
+    """Places in a file, first and last among them, each with a mask to xor."""
     generator = torch.Generator().manual_seed(size)
     places = torch.randint(0, size, (count - 2,), generator=generator).tolist()
     masks = torch.randint(1, 256, (count,), generator=generator).tolist()
@@ -54,7 +54,7 @@ def flips(size: int, count: int = FLIPS) -> list[tuple[int, int]]:
 
 
 def caught(folder: Path, path: Path) -> int:
-    """How many of `FLIPS` single flipped bytes `verify` notices."""
+    """Return how many of `FLIPS` single flipped bytes `verify` notices."""
     good, found = path.read_bytes(), 0
     for place, mask in flips(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ mask]) + good[place + 1 :])

@@ -141,7 +141,7 @@ def reheaded(content: bytes, chance: random.Random) -> bytes:
 
 
 class Target:
-    """An artefact in a directory, of which each input takes the place of a part."""
+    """Artefact in a directory; each input replaces a part."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.model = root, Network().eval()
@@ -158,7 +158,7 @@ class Target:
         self.intact = read_manifest(root)
 
     def input(self, kind: str, chance: random.Random) -> bytes:
-        """One that is not what was saved."""
+        """Return an input that is not what was saved."""
         match kind:
             case "structure":
                 return sealed(json.dumps(mutated(self.text, chance)))
@@ -171,7 +171,7 @@ class Target:
         return scrambled(self.weights, chance)
 
     def read(self, kind: str, content: bytes) -> None:
-        """As `load` does, the hash of the weights aside, which someone hostile would take anew."""
+        """Read an input as `load` does, save for the weights' hash, which an attacker would renew."""
         manifest, path = self.intact, self.root / WEIGHTS
         try:
             if kind in ("structure", "text"):

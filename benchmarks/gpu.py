@@ -218,11 +218,11 @@ def peak(found: Sequence[float | None]) -> float | None:
 
 
 def parity(model: nn.Module, chain: Chain, batches: Sequence[Batch], window: int | None) -> float:
-    """How far the affine map of one span is from ridge least squares in float64, relative.
+    """Return the relative distance of one span's affine map from ridge least squares in float64.
 
-    Of the first batches with four rows a channel: with fewer the damping decides, and rounding shows.
-    The rows are those of the very forward passes that the moments are taken of, read by hooks, and are
-    solved on the CPU.
+    The first batches with four rows a channel are used: with fewer the damping decides, and rounding
+    shows. The rows are those of the very forward passes that the moments are taken of, read by hooks,
+    and are solved on the CPU.
     """
     enough = -(-4 * chain.width // (chain.positions * len(batches[0])))
     assert len(batches) >= enough, f"{len(batches)} batches are too few rows: give more --images"
@@ -254,7 +254,7 @@ def parity(model: nn.Module, chain: Chain, batches: Sequence[Batch], window: int
 
 
 def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
-    """What is done with a profile: every span fitted, and three blocks replaced."""
+    """Measure the uses of a profile: every span fitted, and three blocks replaced."""
     (profiled,) = seen.chains
     moments, device = profiled.moments, torch.device(how.device)
     spans = [(i, j) for j in range(moments.boundaries) for i in range(max(0, j - moments.window), j)]
@@ -289,7 +289,7 @@ def of_profile(model: nn.Module, seen: Profile, how: Run) -> dict[str, Any]:
 
 
 def moments_macs(seen: Profile) -> int:
-    """Of the products of one image of which every position is taken: (d, d) for each kept pair."""
+    """Multiply-accumulates of one image's products, every position taken: (d, d) for each kept pair."""
     (profiled,) = seen.chains
     pairs = sum(map(len, profiled.moments.comoment))
     return pairs * profiled.chain.positions * profiled.chain.width**2

@@ -64,7 +64,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     case: Literal["digits", "resnet", "deit"] = "digits"
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -51,7 +51,7 @@ BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     tokens: int = 32_768
     """Of the test part."""
@@ -82,7 +82,7 @@ def influence(seen: Profile) -> list[int]:
 def searched(
     search: SearchContext, ranked: Sequence[int], removed: Sequence[int]
 ) -> Iterator[Solution]:
-    """Greedy, one layer at a time; re-solved where a solution is handed out, and on from there."""
+    """Search greedily, a layer at a time; re-solve each solution handed out, and go on from there."""
     draft = search.start
     for count in tqdm(range(1, max(removed) + 1), "layers", disable=None):
         gone = {r.start for r in draft.solution.plan.replacements}

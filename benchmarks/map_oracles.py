@@ -101,7 +101,7 @@ def dense_form(fit: Fit) -> tuple[Rows, Rows]:
 
 
 def skipped(kind: Kind, case: str) -> bool:
-    """Where the answer is not unique, there is no oracle: Procrustes of singular cross moments."""
+    """Return whether a case has no oracle: Procrustes of singular cross moments is not unique."""
     singular = {"rank 5 of 12", "one constant row", "fewer rows than channels", "a dead channel"}
     return (kind == "orthogonal" and case in singular) or (
         kind == "low_rank" and case == "one constant row"
@@ -109,7 +109,7 @@ def skipped(kind: Kind, case: str) -> bool:
 
 
 def difference(kind: Kind, x: Rows, y: Rows) -> float:
-    """||ours - oracle|| / ||oracle||, of the map and of its predictions: the larger."""
+    """Return the larger ||ours - oracle|| / ||oracle|| of the map and of its predictions."""
     pair = PairMoments.from_rows(torch.from_numpy(x), torch.from_numpy(y))
     weight, bias = dense_form(fit_map(spec(kind), pair))
     expected_weight, expected_bias = oracle(kind, x, y)
@@ -122,7 +122,7 @@ def difference(kind: Kind, x: Rows, y: Rows) -> float:
 
 
 def differences() -> dict[tuple[Kind, str], float]:
-    """Of every map on every case that has an oracle."""
+    """Return the difference of every map on every case that has an oracle."""
     kinds: tuple[Kind, ...] = (
         "identity", "scale", "linear", "affine", "low_rank", "orthogonal", "shrunk",
     )  # fmt: skip

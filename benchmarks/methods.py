@@ -113,13 +113,13 @@ CASES = {"deit_tiny": deit_case, "digits_vit": digits_case, "resnet20": resnet_c
 
 
 def _whole_blocks(seed: int, **config: Any) -> Config:
-    """Nothing but maps over spans of blocks, as in the methods that are compared."""
+    """Settings of nothing but maps over spans of blocks, as in the methods that are compared."""
     return Config(seed=seed, units=("span",), keep_features=True, **config)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One network and one split, ready for every method."""
+    """A network and a split, ready for every method."""
 
     case: Case
     seen: Profile
@@ -140,7 +140,7 @@ class Bench:
         ]
 
     def mapped(self, span: tuple[int, int, int], spec: MapSpec) -> Solution:
-        """One map over one span, fitted on the original streams."""
+        """A map over one span, fitted on the original streams."""
         c, start, stop = span
         return fit_spans(self.seen.chains[c], [(start, stop)], spec)
 
@@ -232,7 +232,7 @@ def random_spans(bench: Bench) -> Found:
 
 
 def ours(bench: Bench) -> Found:
-    """The steps of one search; where a step took several blocks at once, another for that number."""
+    """The steps of one search; where a step took several blocks, another search for that number."""
     chains = [profiled.chain for profiled in bench.seen.chains]
     least = min(chains, key=lambda chain: min(chain.macs))
     saved = min(least.macs) - least.positions * map_macs(LINEAR, least.width)
@@ -377,7 +377,7 @@ def table(rows: dict[str, dict[str, Any]], samples: dict[str, np.ndarray]) -> st
 def _stack(
     of_case: dict[str, dict[str, Any]], samples: dict[str, np.ndarray], method: str
 ) -> np.ndarray | None:
-    """What `measured` gave for every seed and draw: (runs, 4, samples)."""
+    """Measures of every seed and draw, from `measured`: (runs, 4, samples)."""
     keys = sorted(key for key in of_case if f"/{method}/" in key)
     return np.stack([samples[key] for key in keys]) if keys else None
 

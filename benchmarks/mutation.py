@@ -1,4 +1,4 @@
-"""How many small faults, put into a module one at a time, its tests notice.
+"""Count the small faults, put into a module one at a time, that its tests notice.
 
     pip install mutmut
     python -m benchmarks.mutation linalg.moments linalg.maps units.splice planning.selection=100
@@ -83,7 +83,7 @@ def source_of(module: str) -> Path:
 
 
 class Faults(cst.CSTVisitor):  # type: ignore[misc]
-    """The nodes of a module that may be changed, by what, with their lines."""
+    """Nodes of a module that may be changed, with their replacements and lines."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -106,7 +106,7 @@ class Faults(cst.CSTVisitor):  # type: ignore[misc]
 
 
 def faults(module: str, count: int | None, seed: int) -> list[tuple[str, str]]:
-    """Faulty versions of a module, all or a sample: the line, what became of what; and the source."""
+    """Faulty versions of a module, all or a sample: the line with its change, and the source."""
     wrapper = MetadataWrapper(cst.parse_module(source_of(module).read_text()))
     visitor, tree = Faults(), wrapper.module
     wrapper.visit(visitor)
@@ -142,7 +142,7 @@ class Faulty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def outcome(module: str, code: str, tests: Sequence[str], limit: float) -> tuple[str, float]:
-    """What the tests say of one version of a module, and the seconds they took."""
+    """Return the tests' verdict on one version of a module, and the seconds they took."""
     began, child = time.monotonic(), os.fork()
     if child == 0:
         sink = os.open(os.devnull, os.O_WRONLY)

@@ -83,7 +83,7 @@ def plain(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def stored(model: nn.Module, chain: Chain, batches: list[Batch]) -> None:
-    """Every span by least squares on stored activations."""
+    """Fit every span by least squares on stored activations."""
     kept: list[list[Tensor]] = [[] for _ in range(len(chain) + 1)]
     with evaluating(model):
         for batch in batches:
@@ -101,7 +101,7 @@ def spread(ratios: list[float]) -> list[float]:
 
 
 def timed(how: Cost, model: nn.Module, loader: list[Any]) -> tuple[dict[str, Any], Profile]:
-    """The price of a profile, in passes."""
+    """The price of a profile, in forward passes."""
     fit = [batch.to(model) for batch in Split(loader, 0).part("fit")]
     plain(model, fit[:2])
     times: list[dict[str, float]] = []
@@ -150,7 +150,7 @@ def products(rows: Tensor, how: str) -> list[Tensor]:
 
 
 def levers(model: nn.Module, seen: Profile, batches: list[Batch], pairs: int) -> dict[str, Any]:
-    """What each lever brings to the statistics alone, as a share of a forward pass."""
+    """Return the cost of the statistics alone under each lever, as a share of a forward pass."""
     chain = seen.chains[0].chain
     kept: list[Tensor] = []
     with evaluating(model):
@@ -180,7 +180,7 @@ def levers(model: nn.Module, seen: Profile, batches: list[Batch], pairs: int) ->
     late = [(10**9, batch) for batch in batches]  # when positions are left out already
 
     def streaming(batches: list[tuple[int, Batch]], stride: int, held: int = moments._HELD) -> float:
-        """What watching costs, as a share of the pass."""
+        """Return the cost of watching, as a share of the pass."""
         ratios, before = [], moments._HELD
         moments._HELD = held
         try:
@@ -199,9 +199,9 @@ def levers(model: nn.Module, seen: Profile, batches: list[Batch], pairs: int) ->
 
 
 def precision(model: nn.Module, seen: Profile, batches: list[Batch]) -> dict[str, dict[str, float]]:
-    """How far maps of every span are from those of products in float64 of the same streams.
+    """Return the distance of maps of every span from those of products in float64 of the same streams.
 
-    Of their weights, and of what they give on those streams; the worst span and the middle one.
+    The distance is of weights and of outputs on those streams; the worst span and the middle one.
     """
     chain = seen.chains[0].chain
     single, double = (Moments(len(chain) + 1, chain.width) for _ in range(2))

@@ -118,9 +118,10 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
 
 
 def _package(name: str) -> Path:
-    """
+    """Return the folder of a package.
+
     Raises:
-        FileNotFoundError: it is not installed.
+        FileNotFoundError: the package is not installed.
     """
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:

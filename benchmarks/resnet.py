@@ -37,7 +37,7 @@ KINDS = {"skipped": "identity", "plain": "linear", "shrunk": "shrunk"}
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     batch_size: int = 100
     seed: int = 0
@@ -53,7 +53,7 @@ def loaders(batch_size: int) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Te
 
 
 def single_blocks(search: SearchContext) -> Iterator[tuple[str, str, Solution]]:
-    """(block, method, solution) for each block alone, by each method."""
+    """Yield (block, method, solution) for each block alone, by each method."""
     draft = search.start
     for c, chain in enumerate(search.chains):
         for b, block in enumerate(chain.blocks):
@@ -99,7 +99,7 @@ def main(how: Run) -> None:
 def measured(
     model: nn.Module, compressed: nn.Module, solution: Solution, test: Sequence[Batch]
 ) -> dict[str, Any]:
-    """One network, measured on the test images."""
+    """Measure one network on the test images."""
     found = fidelity(model, compressed, test, "kl")
     return {
         "macs_kept": round(cost(compressed, test[0]).macs / cost(model, test[0]).macs, 4),

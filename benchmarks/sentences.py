@@ -48,7 +48,7 @@ BASELINES = {"skip": MapSpec(kind="identity"), "linear": MapSpec(kind="linear")}
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     calibration: int = 600
     """Sentences; half of them to fit on, two fifths to choose on."""
@@ -79,21 +79,21 @@ def loader(tokenizer: Any, texts: Sequence[str], batch_size: int) -> list[dict[s
 
 
 def embedding(output: Any, mask: Tensor) -> Tensor:
-    """(N, d): the mean of the real tokens' last hidden states, normalised."""
+    """Return the mean of the real tokens' last hidden states, normalised, (N, d)."""
     weight = mask[..., None].to(output.last_hidden_state)
     mean = (output.last_hidden_state * weight).sum(1) / weight.sum(1)
     return nn.functional.normalize(mean, dim=-1)
 
 
 def embedding_divergence(original: Any, compressed: Any, batch: Batch) -> Tensor:
-    """One minus the cosine of the two networks' embeddings, (N,)."""
+    """Return one minus the cosine of the two networks' embeddings, (N,)."""
     mask = batch.kwargs["attention_mask"]
     return 1 - (embedding(original, mask) * embedding(compressed, mask)).sum(-1)
 
 
 @torch.no_grad()
 def embeddings(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-    """Of every sentence, (sentences, d)."""
+    """Return the embeddings of every sentence, (sentences, d)."""
     return torch.cat([embedding(model(**batch), batch["attention_mask"]) for batch in batches])
 
 
@@ -147,7 +147,7 @@ def write_stock(compressed: nn.Module, solution: Solution, seen: Profile, direct
 def as_stock(
     compressed: nn.Module, solution: Solution, seen: Profile, test: Any, texts: Sequence[str]
 ) -> Tensor:
-    """Its embeddings, as transformers and sentence-transformers read them from a directory."""
+    """Embeddings of the encoder that transformers and sentence-transformers read from a directory."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 

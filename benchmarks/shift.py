@@ -1,4 +1,4 @@
-"""How often `Result.check` calls corrupted images shifted, and how often clean ones.
+"""Measure how often `Result.check` calls corrupted images shifted, and how often clean ones.
 
     python -m benchmarks.shift
 
@@ -32,7 +32,7 @@ SIZES = (10, 50)
 
 
 def corruptions(mean: Tensor, std: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Of normalised images (N, 3, H, W), by name."""
+    """Return corruptions of normalised images (N, 3, H, W), by name."""
     generator = torch.Generator().manual_seed(0)
 
     def pixels(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

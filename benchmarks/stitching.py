@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Run:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     data: tuple[Literal["digits", "cifar10"], ...] = ("digits", "cifar10")
     tasks: tuple[Literal["classification", "reconstruction"], ...] = (
@@ -64,7 +64,7 @@ def main(how: Run) -> None:
 
 
 def _again(row: dict[str, Any], how: Run) -> bool:
-    """Whether a row of an earlier run is measured in this one."""
+    """Return whether this run measures a row of an earlier run again."""
     return row["data"] in how.data and row["task"] in how.tasks
 
 

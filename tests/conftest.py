@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports are timed in a few pairs: half a second in each of some hundred tests is minutes."""
+    """Time reports in a few pairs: half a second in each of some hundred tests adds up to minutes."""
 
     def timed(original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float) -> Latency:
         return benchmark(original, compressed, example, seconds=0)
@@ -37,7 +37,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def digits() -> nn.Module:
-    """The shipped digits ViT; tests leave it as it is."""
+    """The shipped digits ViT; tests leave the model unchanged."""
     return digits_model()
 
 
@@ -55,7 +55,7 @@ def held_out() -> Split:
 
 @pytest.fixture(scope="session")
 def result(digits_loader: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """The digits ViT without its unread positions and two MLPs; tests leave it as it is."""
+    """The digits ViT without its unread positions and two MLPs; tests leave the result unchanged."""
     return once(
         tmp_path_factory,
         "result",
@@ -64,7 +64,7 @@ def result(digits_loader: list[Any], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def once(factory: pytest.TempPathFactory, name: str, build: Callable[[], Any]) -> Any:
-    """Build a value once a run, and not once a worker."""
+    """Build a value once per run, not once per worker."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

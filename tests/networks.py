@@ -85,7 +85,7 @@ BRIEF = Healing(train="all", rate=1e-3, epochs=4, batch=32, augment=())
 
 
 def to_heal() -> tuple[nn.Module, list[Tensor], nn.Module]:
-    """A network, data, and one with less in it to be trained, the same in every process."""
+    """A network, data, and a copy with a block zeroed to be trained, the same in every process."""
     original, compressed = seeded(Chain, 6), seeded(Chain, 6)
     with torch.no_grad():
         compressed.blocks[3].down.weight.zero_()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What older releases of other libraries lack: tests of it are skipped, with the reason."""
+"""Features that older releases of other libraries lack: their tests are skipped, with the reason."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_features_are_kept_where_they_are_asked_for(
 def test_the_exact_pass_alone_costs_nothing(
     digits: nn.Module, digits_loader: list[Any], held_out: Split
 ) -> None:
-    """Where it meets the budget, nothing else is done."""
+    """Nothing else is done where the exact pass meets the budget."""
     compressed = compress(digits, digits_loader[:1], budget=Budget(macs=0.95), config=BRIEF_SEARCH)
     (only,) = compressed.plan.replacements
     assert only.exact
@@ -165,7 +165,7 @@ def test_import_has_no_side_effects_and_is_lazy() -> None:
 
 
 def loud() -> nn.Module:
-    """Each of its blocks turns the stream round: nothing can be left out."""
+    """Network whose blocks each turn the stream round: nothing can be left out."""
     model: Any = seeded(Chain, depth=4)
     generator = torch.Generator().manual_seed(3)
     for block in model.blocks:

@@ -32,7 +32,7 @@ SLOW: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with images and the weights of a fine-tuned model, and the user in it."""
+    """A working directory with images and the weights of a fine-tuned model."""
     generator = torch.Generator().manual_seed(0)
     for index in range(24):
         path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"

@@ -1,4 +1,4 @@
-"""Whatever ends or starves a run: nothing is lost, what goes on is bit-equal, what stops says why."""
+"""Runs that end early or starve: nothing is lost, what goes on is bit-equal, what stops says why."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_limit_of_the_container_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
-    """Let fits of more than so many sources at once run out of memory; returns how many were asked."""
+    """Let fits of more than `most` sources at once run out of memory; return how many were asked."""
     asked: list[int] = []
     plain = fitter.span_rows
 

@@ -17,7 +17,7 @@ from rba_compress.profiling import chain_statistics as chain_profile
 
 
 def tiny(out: Path, **settings: Any) -> Run:
-    """Seconds on one core."""
+    """Settings that take seconds on one core."""
     return Run(
         **{
             "networks": ("vit_tiny_patch16_224",),
@@ -34,7 +34,7 @@ def tiny(out: Path, **settings: Any) -> Run:
 
 
 def numbers(value: Any) -> list[float]:
-    """Every number in a row, whatever holds it."""
+    """Return every number in a row, however nested."""
     if isinstance(value, dict):
         return [n for held in value.values() for n in numbers(held)]
     if isinstance(value, list):

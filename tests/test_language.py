@@ -61,7 +61,7 @@ def without(model: nn.Module, *layers: int) -> nn.Module:
 
 
 def greedy(model: Any, prompt: Tensor, steps: int = 10) -> Tensor:
-    """Without a cache: the whole text through the model at every step."""
+    """Decode without a cache: the whole text goes through the model at every step."""
     with torch.no_grad():
         for _ in range(steps):
             logits = model(input_ids=prompt, use_cache=False).logits

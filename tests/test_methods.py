@@ -68,7 +68,7 @@ def texts() -> list[dict[str, Tensor]]:
 
 @functools.cache
 def result_of(build: Callable[[], nn.Module], config: Config = SPANS) -> Result:
-    """A result that tests share: what they change is a copy of its model."""
+    """A result that tests share: they change a copy of its model."""
     return compress(build(), texts(), budget=Budget(macs=0.85), config=config)
 
 

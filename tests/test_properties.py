@@ -1,4 +1,4 @@
-"""Laws, on what hypothesis draws."""
+"""Laws, tested on what hypothesis draws."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def moments(streams: list[Tensor], window: int | None = None) -> Moments:
 
 
 def assert_alike(a: Moments, b: Moments, tolerance: float) -> None:
-    """Relative to the largest number of each kind."""
+    """Assert that moments agree, relative to the largest number of each kind."""
     assert a.n == pytest.approx(b.n, rel=tolerance)
     for x, y in ((a.mean, b.mean), *zip(a.comoment, b.comoment, strict=True)):
         assert float((x - y).abs().max()) <= tolerance * max(1.0, float(y.abs().max()))
@@ -111,14 +111,14 @@ def test_any_partition_of_the_data_gives_the_same_map(seed: int, counts: list[in
 
 
 def invertible(seed: int, d: int) -> Tensor:
-    """Of a condition number of 4."""
+    """Return a matrix of condition number 4."""
     q, _ = torch.linalg.qr(normal(seed, d, d))
     return q * torch.linspace(0.5, 2, d, dtype=torch.float64)
 
 
 @given(SEEDS)
 def test_an_affine_map_follows_a_linear_change_of_the_stream_on_both_sides(seed: int) -> None:
-    """With x A and y B in place of x and y, W becomes A^-1 W B and b becomes b B."""
+    """Replacing x by x A and y by y B turns W into A^-1 W B and b into b B."""
     x, y = pair(seed, 60)
     a, b = invertible(seed + 7, 5), invertible(seed + 8, 5)
     spec = MapSpec(kind="affine")
@@ -152,7 +152,7 @@ def test_splicing_nothing_is_the_identity(seed: int, depth: int, width: int, for
 
 @st.composite
 def plans(draw: Any) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
-    """A network, and maps over spans of it that do not meet."""
+    """A network, and maps over its spans that do not meet."""
     depth, width = draw(st.integers(2, 6)), draw(st.integers(2, 12))
     model = network(draw(SEEDS), depth, width)
     (chain,) = supports(model, rows(4)).chains

@@ -63,7 +63,7 @@ def test_the_command_line_compresses_the_real_deit_tiny(
 
 @pytest.mark.slow
 def test_the_exact_read_out_is_exact_on_real_images() -> None:
-    """And costs 8 % less: of its last block a class token's worth is left, without keys and values."""
+    """The network costs 8 % less: its last block computes the class token alone, no keys and values."""
     model = deit_tiny()
     x = torch.cat([images for images, _ in imagenet(model, "test", 25)[:2]])
     (chain,) = supports(model, x).chains

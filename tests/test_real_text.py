@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def packaged(build: Callable[[], Any]) -> Any:
-    """What a function builds of a package, or a skip that names what is absent."""
+    """Build a value from a package, or skip with the name of what is absent."""
     try:
         return build()
     except (FileNotFoundError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""export/: each recipe as a platform engineer runs it."""
+"""Recipes of export/, each run as a platform engineer would."""
 
 from __future__ import annotations
 

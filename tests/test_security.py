@@ -20,7 +20,7 @@ ALLOWED = {
 
 
 def flaws(code: str) -> Iterator[str]:
-    """What in a module could run code that comes with data."""
+    """Yield everything in a module that could run code that comes with data."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.partition(".")[0] in IMPORTS)

@@ -1,4 +1,4 @@
-"""What the records say: of one stay a patient, with intervals, and no more than they say."""
+"""Findings from one stay per patient, with intervals, and no more than the records say."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESAMPLES = 200
 
 
 class Lift(BaseModel):
-    """How much more often two diagnosis groups meet in a stay than if they did not know each other."""
+    """Lift of two diagnosis groups: how much more often they meet in a stay than if independent."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,15 +68,15 @@ class Clusters(BaseModel):
 
 
 def age_group(ages: pd.Series) -> pd.Series:
-    """Bands of ten years in three groups."""
+    """Map bands of ten years to three groups."""
     low = ages.str.extract(r"\[(\d+)-", expand=False).astype(int)
     return low.map(lambda age: next(name for name, years in AGE_GROUPS.items() if age in years))
 
 
 def lifts(table: pd.DataFrame, *, seed: int = 0) -> list[Lift]:
-    """Of every two groups of `GROUPS` by sex and age, P(a, b) / (P(a) P(b)); small cells left out.
+    """Return P(a, b) / (P(a) P(b)) for every two of `GROUPS` by sex and age; small cells left out.
 
-    The interval is of resampled stays: multinomial draws over the four cells of a and b.
+    The interval is from resampled stays: multinomial draws over the four cells of a and b.
     """
     generator = np.random.default_rng(seed)
     found = []
@@ -99,7 +99,7 @@ def lifts(table: pd.DataFrame, *, seed: int = 0) -> list[Lift]:
 
 
 def _lift(cells: np.ndarray) -> np.ndarray:
-    """Of (both, the first alone, the second alone, neither) along the first axis."""
+    """Return the lift of (both, the first alone, the second alone, neither) along the first axis."""
     both, one, two, neither = cells
     lift: np.ndarray = both * (both + one + two + neither) / ((both + one) * (both + two))
     return lift
@@ -127,7 +127,7 @@ def hba1c(table: pd.DataFrame) -> dict[str, list[Rate]]:
 
 
 def clusters(table: pd.DataFrame, *, choices: range = range(2, 7), seed: int = 0) -> Clusters:
-    """K-means over the numbers of a stay, as many clusters as are the most stable.
+    """K-means over the numbers of a stay, with the most stable number of clusters.
 
     Stability: two halves of two thirds are clustered apart, both label the last third, and the adjusted
     Rand index says how far they agree; ten times.
@@ -207,7 +207,7 @@ def _bars(axis, found) -> None:  # type: ignore[no-untyped-def]  # matplotlib's 
 
 
 def plot_clusters(found: Clusters) -> Figure:
-    """How stable each number of clusters is, what sets them apart, and their readmissions."""
+    """Plot the stability of each number of clusters, their differences and their readmissions."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     counts = [*found.stability]

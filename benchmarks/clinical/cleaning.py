@@ -1,4 +1,4 @@
-"""From raw to usable: every removal and repair by a named rule, counted in an audit log.
+"""Cleaning of raw records: every removal and repair by a named rule, counted in an audit log.
 
 As much is kept as can be: a missing value becomes a value of its own rather than a reason to drop its
 row. Input rows are kept rows and the rows of the log, by construction and by test.
@@ -47,7 +47,7 @@ CHAPTERS = (
 
 
 class Entry(BaseModel):
-    """One rule of the audit log: what it did, to how many rows or cells, and why."""
+    """Rule of the audit log: the action, the number of rows or cells, and the reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +58,7 @@ class Entry(BaseModel):
 
 
 class Cleaned(BaseModel):
-    """The table that is left, and how it came about."""
+    """The table that is left, and the log of its cleaning."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -68,7 +68,7 @@ class Cleaned(BaseModel):
 
     @property
     def removed(self) -> int:
-        """Rows, by all rules."""
+        """Number of rows removed, by all rules."""
         return sum(entry.count for entry in self.audit if entry.action == "rows removed")
 
 
@@ -151,7 +151,7 @@ def clean(raw: pd.DataFrame, codes: Mapping[str, Mapping[str, str]]) -> Cleaned:
 
 
 def first_stays(cleaned: Cleaned) -> Cleaned:
-    """One stay a patient, for what takes rows for independent."""
+    """Keep the first stay of each patient, for methods that take rows for independent."""
     later = cleaned.table["stay"] > 0
     entry = Entry(
         rule="later stays of a patient",

@@ -1,4 +1,4 @@
-"""The transformer made smaller without training: what it saves, and what it costs whom."""
+"""The transformer made smaller without training: what that saves, and what that costs whom."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLES = 6000
 
 
 class Compression(BaseModel):
-    """Before and after."""
+    """Measures before and after compression."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,7 @@ class Compression(BaseModel):
 def shrink(
     model: FTTransformer, x: np.ndarray, y: np.ndarray, found: Parts, *, kept: float, seed: int = 0
 ) -> Result:
-    """Compress to a share of the multiply-accumulates, on stays that it was not trained on."""
+    """Compress to a share of the multiply-accumulates, on stays that the model was not trained on."""
     rows = np.random.default_rng(seed).permutation(found.choose)[:SAMPLES]
     pairs = (torch.from_numpy(v[rows]).split(250) for v in (x, y))
     loader = list(zip(*pairs, strict=True))
@@ -62,7 +62,7 @@ def shrink(
 def measured(
     result: Result, model: FTTransformer, x: np.ndarray, table: pd.DataFrame, directory: Path
 ) -> tuple[Compression, np.ndarray]:
-    """Save it, read it back, export it, and compare both on the test part; with the compressed scores.
+    """Save, reload, export and compare with the original on the test part; with the compressed scores.
 
     Args:
         x: the encoded test part.

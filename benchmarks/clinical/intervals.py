@@ -1,4 +1,4 @@
-"""Intervals: of a share by Wilson, of anything else by resampling patients."""
+"""Intervals: Wilson's for a share, resampling of patients for anything else."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Interval(BaseModel):
 
     @property
     def is_none(self) -> bool:
-        """Whether zero lies in it."""
+        """Return whether zero lies in the interval."""
         return self.low <= 0 <= self.high
 
 
 def share(events: int, count: int) -> Interval:
-    """Of events among a count, Wilson's."""
+    """Return the share of events among a count, with Wilson's interval."""
     test = binomtest(events, count)
     found = test.proportion_ci(method="wilson")
     return Interval(value=events / count, low=found.low, high=found.high)
@@ -38,7 +38,7 @@ def share(events: int, count: int) -> Interval:
 def by_patient(
     measure: Callable[[np.ndarray], float], patients: np.ndarray, *, times: int = 500, seed: int = 0
 ) -> Interval:
-    """A measure of rows, with the percentiles of it over patients drawn with replacement.
+    """A measure of rows, with its percentiles over patients drawn with replacement.
 
     Args:
         measure: of row numbers, which may repeat; NaN where it cannot be taken.

@@ -1,4 +1,4 @@
-"""The whole, stage by stage: from the zip to a report. What is finished is not done again."""
+"""The pipeline, stage by stage, from the zip to a report. A finished stage is not run again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TRANSFORMER, SLIM = "FT-Transformer", "FT-Transformer, compressed"
 
 @dataclass
 class Run:
-    """From Diabetes 130-US hospitals to a report."""
+    """Build a report from Diabetes 130-US hospitals."""
 
     out: Path = Path("clinical")
     """Directory of the stages and the report; run again, it goes on from the last that is finished."""
@@ -81,7 +81,7 @@ class Run:
 
 
 class Cleaning(BaseModel):
-    """What the log of the table says."""
+    """Contents of the table's log."""
 
     audit: tuple[Entry, ...]
     rows_in: int
@@ -89,7 +89,7 @@ class Cleaning(BaseModel):
 
 
 class Analysis(BaseModel):
-    """What the records say, of one stay a patient."""
+    """Findings from one stay per patient."""
 
     audit: tuple[Entry, ...]
     stays: int
@@ -99,7 +99,7 @@ class Analysis(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Of every model, on the test part."""
+    """Results of every model on the test part."""
 
     rows: tuple[int, int, int]
     """To train, choose and test on."""
@@ -140,7 +140,7 @@ class Pipeline:
 
     @cached_property
     def _key(self) -> str:
-        """Of the records, the settings and this code."""
+        """Hash of the records, the settings and this code."""
         hashed = hashlib.sha256()
         for path in (self.how.records, *sorted(HERE.glob("*.py"))):
             try:
@@ -245,13 +245,13 @@ class Pipeline:
         return model.eval()
 
     def scores(self) -> Scores:
-        """Of every model on the test part."""
+        """Return the scores of every model on the test part."""
         folders = ("3-predict", "4-compress")
         both = [load_arrays(self.how.out / name / "scores.safetensors") for name in folders]
         return both[0] | both[1]
 
     def run(self) -> Path:
-        """Every stage, then the report; returns its path."""
+        """Run every stage, then write the report; return its path."""
         values = {
             "audit": shown(self.cleaning.audit),
             "cleaning": self.cleaning,
@@ -284,7 +284,7 @@ class Pipeline:
 
 
 def shown(audit: Sequence[Entry]) -> list[Entry]:
-    """The log without what met nothing; small counts are in those of the next rule of their kind."""
+    """The log without rules that met nothing; small counts are added to the next rule of their kind."""
     found: list[Entry] = []
     for entry in audit:
         last = found[-1] if found else None
@@ -301,21 +301,21 @@ def shown(audit: Sequence[Entry]) -> list[Entry]:
 
 
 def _embedded(figure: Figure) -> str:
-    """As the source of an image."""
+    """Return a figure as the source of an image."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def _write(path: Path, text: str) -> None:
-    """In place of what was there, whole."""
+    """Write text whole, in place of what was there."""
     fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it from a shell."""
+    """Run the pipeline from a shell."""
     how = tyro.cli(Run, args=arguments, prog="python -m benchmarks.clinical", description=Run.__doc__)
     began = time.perf_counter()
     try:

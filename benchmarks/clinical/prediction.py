@@ -49,7 +49,7 @@ class Parts:
 
 
 def parts(patients: np.ndarray, *, seed: int = 0) -> Parts:
-    """Seven tenths of the patients, and twice fifteen hundredths."""
+    """Divide rows by patient: seven tenths of the patients, and twice fifteen hundredths."""
     order = np.random.default_rng(seed).permutation(patients.max() + 1)
     place = order[patients] / len(order)
     cuts = (place < 0.7, (place >= 0.7) & (place < 0.85), place >= 0.85)
@@ -58,7 +58,7 @@ def parts(patients: np.ndarray, *, seed: int = 0) -> Parts:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a table becomes numbers: those of `NUMBERS` standardised, then a code for each other column.
+    """Encoding of a table: the columns of `NUMBERS` standardised, then a code for each other column.
 
     Learned from the training part alone. Code 0 is any value that was rare there.
     """
@@ -81,11 +81,11 @@ class Encoding:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Codes of each column that is no number."""
+        """Number of codes of each column that is not a number."""
         return tuple(len(values) + 1 for values in self.values.values())
 
     def of_table(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows, columns), float32."""
+        """Return an encoded table, (rows, columns), float32."""
         prepared = _prepared(table, self.drugs)
         numbers = (np.log1p(prepared[list(NUMBERS)].to_numpy(float)) - self.means) / self.widths
         codes = [
@@ -96,7 +96,7 @@ class Encoding:
 
 
 def _prepared(table: pd.DataFrame, common: Sequence[str]) -> pd.DataFrame:
-    """Without what no model sees; of the other drugs, whether any was given."""
+    """Drop what no model sees, and replace the other drugs by whether any was given."""
     others = [drug for drug in DRUGS if drug in table and drug not in common]
     given = (table[others] != "No").any(axis=1).map({True: "Yes", False: "No"})
     return table.drop(columns=[*APART, *others]).assign(other_drugs=given)
@@ -135,7 +135,7 @@ class FTTransformer(nn.Module):
 
 
 class Training(BaseModel):
-    """Of the transformer: AdamW with a cosine schedule, the epoch that is best on the choosing part."""
+    """Training of the transformer: AdamW, a cosine schedule, the best epoch on the choosing part."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -190,7 +190,7 @@ def scored(model: nn.Module, x: np.ndarray, batch: int = 4096) -> np.ndarray:
 
 
 def baselines(x: np.ndarray, y: np.ndarray, found: Parts, *, seed: int = 0) -> Scores:
-    """Of logistic regression and of boosted trees, on the test part."""
+    """Return the scores of logistic regression and of boosted trees on the test part."""
     numbers, codes = slice(0, len(NUMBERS)), slice(len(NUMBERS), None)
     columns = np.arange(x.shape[1])
     linear = make_pipeline(
@@ -218,7 +218,7 @@ def baselines(x: np.ndarray, y: np.ndarray, found: Parts, *, seed: int = 0) -> S
 
 
 class Quality(BaseModel):
-    """Of one model on the test part."""
+    """Quality of a model on the test part."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -229,7 +229,7 @@ class Quality(BaseModel):
 
 
 class Subgroup(BaseModel):
-    """Of one model, or of two one less the other, in one group of the test part."""
+    """Quality of a model, or the difference of two models, in one group of the test part."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -256,7 +256,7 @@ def interval(
     *,
     minus: np.ndarray | None = None,
 ) -> Interval:
-    """Of a measure, or of its difference to other scores of the same rows; resampled by patient."""
+    """Interval of a measure, or of its difference to other scores of the rows; resampled by patient."""
 
     def of(rows: np.ndarray) -> float:
         if len(np.unique(y[rows])) < 2:
@@ -268,19 +268,19 @@ def interval(
 
 
 def quality(name: str, y: np.ndarray, scores: np.ndarray, patients: np.ndarray) -> Quality:
-    """With intervals."""
+    """Return the quality of a model, with intervals."""
     return Quality(model=name, **{m: interval(m, y, scores, patients) for m in MEASURES})
 
 
 def groups_of(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """What subgroups are told by."""
+    """Return the attributes that define subgroups."""
     return {"sex": table["gender"], "age": age_group(table["age"]), "race": table["race"]}
 
 
 def subgroups(
     table: pd.DataFrame, scores: np.ndarray, *, minus: np.ndarray | None = None
 ) -> list[Subgroup]:
-    """By sex, age and race, of the rows that were scored; groups with too few are left out.
+    """Quality by sex, age and race, on the rows that were scored; groups with too few are left out.
 
     Args:
         minus: other scores of the same rows, of which the difference is taken, in pairs.
@@ -332,7 +332,7 @@ def plot_quality(y: np.ndarray, scores: Scores) -> Figure:
 
 
 def net_benefit(y: np.ndarray, scores: np.ndarray, threshold: float) -> float:
-    """Of acting on those above a threshold: true positives less false ones at the threshold's odds, a
-    person (Vickers and Elkin 2006)."""
+    """Net benefit of acting above a threshold: true positives less false ones at the threshold's odds,
+    per person (Vickers and Elkin 2006)."""
     acted = scores >= threshold
     return float((acted & (y == 1)).mean() - (acted & (y == 0)).mean() * threshold / (1 - threshold))

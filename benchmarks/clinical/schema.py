@@ -1,4 +1,4 @@
-"""What the 50 columns of Diabetes 130-US hospitals (1999-2008) mean, and what may stand in them.
+"""Meaning and allowed values of the 50 columns of Diabetes 130-US hospitals (1999-2008).
 
 Strack et al. 2014, doi 10.1155/2014/781670. Everything is read as text, for "None" and "?" are codes.
 """
@@ -28,7 +28,7 @@ class ClinicalError(ValueError):
 
 
 class Column(BaseModel):
-    """One column: meaning, role, what it may hold, what marks a missing value."""
+    """Column of the records: meaning, role, allowed values, marks of a missing value."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,12 +46,12 @@ class Column(BaseModel):
 
     @property
     def type(self) -> str:
-        """What kind of value it is."""
+        """Kind of the values."""
         return "whole number" if self.low is not None else "code" if self.pattern else "category"
 
     @property
     def rule(self) -> str:
-        """What may stand in it, in words."""
+        """Allowed values, in words."""
         also = f", or {' or '.join(self.missing)} where missing" if self.missing else ""
         if self.low is not None:
             return f"a whole number from {self.low} to {self.high}{also}"
@@ -60,7 +60,7 @@ class Column(BaseModel):
         return f"one of {', '.join(self.values)}{also}"
 
     def holds(self, values: pd.Series) -> pd.Series:
-        """Whether each value keeps the rule."""
+        """Return whether each value keeps the rule."""
         found = values.isin([*self.values, *self.missing])
         if self.low is not None:
             whole = values.str.fullmatch(r"\d{1,12}")

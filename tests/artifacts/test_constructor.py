@@ -1,4 +1,4 @@
-"""Settings of a network that neither its weights nor its outputs on one batch tell: kept, or named."""
+"""Settings of a network that neither weights nor outputs on one batch reveal: kept, or named."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_what_does_not_change_what_is_computed_is_not_compared(tmp_path: Path) -
 
 
 def test_objects_met_at_other_depths_are_the_same_setting() -> None:
-    """A value that many modules hold is read where it is met first, here below and above the limit."""
+    """A value that many modules hold is read where first met, here below and above the limit."""
 
     class Held:
         def __init__(self, inner: Any) -> None:

@@ -43,7 +43,7 @@ sys.modules["rba_compress"] = None  # importing it raises
 
 
 def script(code: str, *arguments: object) -> str:
-    """What code prints in a fresh process of one thread."""
+    """Return what code prints in a fresh process of one thread."""
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -52,7 +52,7 @@ def script(code: str, *arguments: object) -> str:
 
 
 def alone(code: str, *arguments: object) -> str:
-    """What it prints where this package cannot be imported."""
+    """Return what code prints where this package cannot be imported."""
     return script(ALONE + code, *arguments)
 
 
@@ -236,7 +236,7 @@ def test_verify_says_what_held_and_what_was_not_checked(
 
 
 class Roots(Chain):
-    """For rows in falling order; no number for any other."""
+    """Network with finite outputs for rows in falling order, NaN for any other."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + (x[:, :-1] - x[:, 1:]).sqrt().sum(-1, keepdim=True)

@@ -40,7 +40,7 @@ DIGITS = Architecture(name=ARCHITECTURE, arguments=dict(ARGUMENTS))
 def delivered(
     result: Result, held_out: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An artefact with a certified model.onnx; tests that change it copy it."""
+    """An artefact with a certified model.onnx; tests that change files work on a copy."""
 
     def build() -> Path:
         directory = tmp_path_factory.mktemp("delivered") / "compressed"
@@ -158,7 +158,7 @@ def test_text_of_any_length(tmp_path: Path) -> None:
 
 
 class Codes(nn.Module):
-    """Integer codes (N, 5), a table for each column, as of clinical records."""
+    """Network for integer codes (N, 5), a table for each column, as of clinical records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Lacking(Chain):
 
 
 class Other(Chain):
-    """Runs other code where it is exported."""
+    """Network that runs other code during export."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + (0.5 if torch.compiler.is_compiling() else 0.0)

@@ -105,7 +105,7 @@ def test_compress_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Two processes, as a user starts them."""
+    """Run a command in two processes, as a user would."""
     how = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     ports = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     return subprocess.run(

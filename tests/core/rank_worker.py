@@ -1,4 +1,7 @@
-"""One of several processes, started by tests/core/test_distributed.py: `python -m tests.core.rank_worker JOB FOLDER`."""
+"""Worker, one of several processes that tests/core/test_distributed.py starts.
+
+`python -m tests.core.rank_worker JOB FOLDER`
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.networks import BRIEF, BRIEF_SEARCH, LIGHT, Chain, loader, rows, seed
 
 
 class Deadly:
-    """Five batches, of which the last process does not live to see the end."""
+    """Loader of five batches that kills the last process before the fourth."""
 
     def __iter__(self) -> Iterator[Tensor]:
         for index, batch in enumerate(loader(50)):
@@ -32,7 +35,7 @@ class Deadly:
 
 
 def heal_together(*, deadly: bool) -> tuple[str, dict[str, Tensor]]:
-    """A training, whose last process may die in its fourth step."""
+    """Heal a network across processes, the last of which may die in its fourth step."""
     step = healing._Run.step
 
     def killed(self: Any, number: int, rate: float) -> bool:

@@ -117,7 +117,7 @@ def read_twice(loader: Any) -> None:
 
 
 class Gone:
-    """Its second iterator is the first one, used up."""
+    """Loader whose second iterator is the first, used up."""
 
     def __init__(self, *batches: torch.Tensor) -> None:
         self.batches = iter(batches)

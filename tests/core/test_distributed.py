@@ -28,8 +28,9 @@ def free_port() -> int:
 
 
 def together(job: str, folder: Path, count: int = 2) -> list[tuple[int, str]]:
-    """How every process of a job ended, and what it printed; started as a launcher does, but without
-    one to stop what is left.
+    """Return the exit code and the output of every process of a job.
+
+    The processes start as under a launcher, but no launcher stops those that are left.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     shared |= {"ACCELERATE_USE_CPU": "1"}
@@ -50,7 +51,7 @@ def together(job: str, folder: Path, count: int = 2) -> list[tuple[int, str]]:
 
 
 def results(job: str, folder: Path, count: int = 2) -> list[tuple[str, dict[str, Tensor]]]:
-    """What every process came to."""
+    """Return the text and tensors that every process of a job wrote."""
     for end, printed in together(job, folder, count):
         assert end == 0, printed
     return [
@@ -60,7 +61,7 @@ def results(job: str, folder: Path, count: int = 2) -> list[tuple[str, dict[str,
 
 
 def decisions(plan: Plan) -> list[Any]:
-    """What a plan does, and why; figures that depend on the order of a sum are not in it."""
+    """Return what a plan does, and why, without figures that depend on the order of a sum."""
     taken = [(r.chain, r.start, r.stop, r.unit, r.map, r.exact, r.reads) for r in plan.replacements]
     refits = [r.model_dump() for r in plan.refits]
     judged = [(c.step, c.chain, c.start, c.stop, c.unit, c.map, c.macs) for c in plan.candidates]

@@ -1,4 +1,4 @@
-"""A file that is no safetensors is named, with what converts it; nothing in it is run."""
+"""Files that are not safetensors are named, with what converts them; nothing in them is run."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def half_on_disk(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def whole_blocks(model: nn.Module, folder: Path) -> nn.Module:
-    """A block is loaded with all that is below it, by one hook."""
+    """Offload to disk with one hook a block, which loads all of the block's submodules."""
     return accelerate.disk_offload(model, folder, preload_module_classes=["Block"])
 
 
@@ -80,7 +80,7 @@ EVERY_WAY = [on_disk, in_ram, half_on_disk, whole_blocks, all_at_once]
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Where its tensors are while it does not run."""
+    """Return the type and device of each tensor while the model does not run."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     return {name: f"{type(tensor).__name__} {tensor.device}" for name, tensor in named}
 
@@ -137,13 +137,13 @@ def test_a_network_half_on_disk_gets_the_plan_of_the_one_in_memory(
 
 @pytest.fixture(scope="module")
 def in_memory_result() -> Result:
-    """The small network compressed as it lies in memory; tests leave it as it is."""
+    """The small network compressed in memory; tests leave the result unchanged."""
     return compress(seeded(Chain), loader(), budget=Budget(macs=0.6))
 
 
 @pytest.fixture(scope="module")
 def every_map() -> Result:
-    """The same with maps of other kinds."""
+    """The small network compressed in memory with maps of other kinds."""
     config = Config(maps=("folded", "low_rank", "affine"), shrinks=(0.6,))
     return compress(seeded(Chain), loader(), budget=Budget(macs=0.6), config=config)
 

@@ -66,7 +66,7 @@ def test_a_selection_moves_up_through_a_norm_and_a_linear_layer() -> None:
 
 
 def test_a_fused_projection_is_split_and_only_its_queries_are_narrowed() -> None:
-    """With more read positions than channels in a head, keys and values are computed."""
+    """Keys and values are computed where more positions are read than a head has channels."""
 
     def attention(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         qkv = torch.nn.functional.linear(x, w, b).reshape(2, 9, 3, 2, 2).permute(2, 0, 3, 1, 4)
@@ -120,7 +120,7 @@ def test_attend_is_attention(kind: str) -> None:
 
 
 def test_rotated_keys_stay_and_values_do_not() -> None:
-    """As in EVA-02: the class token's query and key are not rotated, the others are."""
+    """The class token's query and key are not rotated, the others are, as in EVA-02."""
 
     def attention(x: Tensor, w: Tensor, turn: Tensor) -> Tensor:
         qkv = (x @ w.T).reshape(2, 9, 3, 2, 2).permute(2, 0, 3, 1, 4)

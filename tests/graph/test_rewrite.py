@@ -255,7 +255,7 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
 
 
 class Normed(Chain):
-    """With a BatchNorm behind the stem, and a head whose weight the stem has too."""
+    """Chain with a BatchNorm behind the stem, and a head that shares the stem's weight."""
 
     def __init__(self) -> None:
         super().__init__(depth=3, width=4)

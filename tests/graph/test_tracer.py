@@ -48,7 +48,7 @@ def test_writes_through_views_keep_the_data_flow() -> None:
 
 
 class Named(OrderedDict[str, Tensor]):
-    """What transformers gives back, as its versions before 5 register it: without keys."""
+    """Output of transformers, registered without keys as in versions before 5."""
 
 
 pytree.register_pytree_node(

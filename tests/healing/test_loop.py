@@ -55,7 +55,7 @@ def data() -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def compressed(original: nn.Module, data: list[Tensor]) -> Result:
-    """Some blocks of six scaled, a poor stand-in."""
+    """Network with a scale in place of some of six blocks, a poor stand-in."""
     config = LIGHT.model_copy(update={"maps": ("scale",)})
     return compress(original, data, budget=Budget(macs=0.7), config=config)
 

@@ -1,4 +1,4 @@
-"""What every table of hostile cases shares: a case has a name, something hostile, and what comes of it."""
+"""Entries of every table of hostile cases: a name, something hostile, and the expected outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rba_compress import RBAError
 
 @dataclass(frozen=True)
 class Case:
-    """`make` builds the hostile thing; `error` with `message` is how it is refused, None where it is not."""
+    """Hostile case that `make` builds; `error` with `message` is the refusal, None for no refusal."""
 
     name: str
     make: Callable[[], Any]

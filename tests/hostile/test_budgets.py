@@ -25,7 +25,7 @@ def config(**settings: Any) -> Callable[[], Any]:
 
 
 def embedding() -> nn.Module:
-    """Its output is no class scores."""
+    """Network whose output is not class scores."""
     return nn.Sequential(seeded(Chain), nn.LayerNorm(3))
 
 

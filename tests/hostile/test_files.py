@@ -1,4 +1,4 @@
-"""Hostile files: what is not what was saved is refused by name, and nothing in it is run."""
+"""Hostile files: any change to what was saved is refused by name, and nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def removed(name: str) -> Change:
 
 
 def resealed(change: Callable[[Any], Any]) -> Change:
-    """plan.json with something else in it, and a seal that fits: as someone hostile would write it."""
+    """Change of plan.json under a seal that fits, as an attacker would write one."""
 
     def apply(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -112,7 +112,7 @@ def nested(depth: int) -> Any:
 
 
 class Bomb:
-    """Would be run by whoever unpickles it."""
+    """Object that runs code when unpickled."""
 
     def __reduce__(self) -> Any:
         return (Path.write_text, (Path("exploded"), "yes"))

@@ -1,4 +1,4 @@
-"""Hostile loaders: what they give is used rightly, or refused by name before anything is made."""
+"""Hostile loaders: each is used correctly, or refused by name before anything is made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = torch.arange(40) % 3
 
 
 class Reading:
-    """A loader that gives what a function of the number of the read gives."""
+    """Loader that passes the number of the read to a function and gives what that returns."""
 
     def __init__(self, give: Callable[[int], Any]) -> None:
         self.give, self.reads = give, 0
@@ -38,7 +38,7 @@ class Endless(IterableDataset[Tensor]):
 
 
 def with_batch(number: int, batch: Any, given: list[Any] | None = None) -> list[Any]:
-    """The loader with one batch that is another."""
+    """The loader with one batch replaced."""
     found: list[Any] = [*(loader() if given is None else given)]
     found[number] = batch
     return found
@@ -67,7 +67,7 @@ def labelled(labels: Any) -> list[Any]:
 
 
 def of_part(part: str) -> int:
-    """The number of a sample of a part."""
+    """Return the number of the first sample of a part."""
     return next(i for i in range(10) if of_batches._deal(0, 0)[i] == part)
 
 

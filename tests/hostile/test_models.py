@@ -33,7 +33,7 @@ from tests.networks import LIGHT, Block, Chain, loader, rows, seeded
 
 
 def chain(change: Callable[[Any], Any] | None = None, **kwargs: Any) -> Callable[[], nn.Module]:
-    """A `Chain` with something done to it."""
+    """A `Chain` after a change."""
 
     def make() -> nn.Module:
         model = seeded(Chain, **kwargs)
@@ -123,7 +123,7 @@ class Narrow(nn.Module):
 
 
 class InTurn(Chain):
-    """Blocks of two widths in turn."""
+    """Chain of blocks that alternate between two widths."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -161,7 +161,7 @@ class Output:
 
 
 class Ringing(Block):
-    """Returns a dict."""
+    """Block that returns a dict."""
 
     def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
         return {"stream": super().forward(x), "kind": "block"}
@@ -183,7 +183,7 @@ class Weightless(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Nothing in it is a product of matrices: it has parameters, and no multiply-accumulates."""
+    """Network without products of matrices: it has parameters, and no multiply-accumulates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def shifted_input(module: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def quiet(change: Callable[[], Any]) -> Any:
-    """What newer releases of torch call outdated."""
+    """Make a change that newer releases of torch call outdated, without their warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return change()
@@ -437,7 +437,7 @@ def test_a_model_is_rewritten_correctly(case: Case) -> None:
 
 
 class Odd(Chain):
-    """Its forward pass gives what it was told to."""
+    """Chain whose forward pass returns what a given function answers."""
 
     def __init__(self, answer: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()

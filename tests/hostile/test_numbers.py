@@ -27,7 +27,7 @@ def normal(n: int, d: int = 6, seed: int = 0) -> Tensor:
 
 
 def mapped(x: Tensor, noise: float = 0.1) -> Rows:
-    """x, and an affine image of it with noise."""
+    """Return x and an affine image of x with noise."""
     d = x.shape[1]
     return x, x @ normal(d, d, 1) + normal(1, d, 2) + noise * normal(len(x), d, 3)
 
@@ -100,7 +100,7 @@ def error(y: Tensor, found: Tensor) -> float:
 
 
 def oracle(kind: Kind, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """What the best map of a kind gives, by numpy; for the narrow kinds an upper bound."""
+    """Return the output of the best map of a kind, by numpy; for the narrow kinds an upper bound."""
     if kind == "linear":
         return np.asarray(x @ np.linalg.lstsq(x, y, rcond=1e-7)[0])
     if kind == "affine":
@@ -142,7 +142,7 @@ def test_maps_of_hostile_streams(stream: str, kind: Kind) -> None:
 
 @pytest.mark.parametrize("power", [-100, -60, -20, 20, 60, 100])
 def test_a_network_of_another_scale_gets_the_same_plan(power: int) -> None:
-    """Powers of two round nothing: the network computes what it did, through a stream of another scale."""
+    """Powers of two round nothing: the network computes the same through a stream of another scale."""
 
     def network(scale: float) -> nn.Module:
         model: Any = seeded(Chain)

@@ -98,7 +98,7 @@ class Optional(Chain):
 
 
 class Features(nn.Module):
-    """Takes one dict by position, and writes into it, as sentence-transformers do."""
+    """Takes one dict by position and writes into that dict, as sentence-transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ def test_every_float_output_is_judged() -> None:
 
 
 class Heads(Chain):
-    """Scores, a regression of one number a sample, a loss, and what no input reaches."""
+    """Scores, a regression of one number a sample, a loss, and outputs that no input reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -597,7 +597,7 @@ class Padded(nn.Module):
 
 
 class OwnAttention(Chain):
-    """nn.MultiheadAttention in a block of one's own."""
+    """nn.MultiheadAttention in a custom block."""
 
     class Mixed(nn.Module):
         def __init__(self, width: int = 8) -> None:

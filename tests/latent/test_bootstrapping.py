@@ -49,7 +49,7 @@ def test_without_entropy_it_is_the_best_assignment(seed: int) -> None:
 
 
 def hidden(count: int = 160) -> tuple[Tensor, Tensor, list[int]]:
-    """A space, the same in coordinates and an order of its own, and where each sample is in it."""
+    """Return a space, a copy with other coordinates and order, and each sample's row in the copy."""
     centres = 3 * space(8, 12, 7)
     x = (centres[torch.arange(count) % 8] + space(count, 12)).float()
     generator = torch.Generator().manual_seed(3)

@@ -147,7 +147,7 @@ def test_farthest_points_cover_and_k_means_sit_in_the_middle() -> None:
 
 
 class Encoder(nn.Module):
-    """The same features in coordinates of its own."""
+    """Encoder of the same features in coordinates of its own."""
 
     def __init__(self, turn: Tensor) -> None:
         super().__init__()

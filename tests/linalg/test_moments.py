@@ -142,7 +142,7 @@ def test_distance_between_boundaries() -> None:
 
 
 def merged(parts: list[Any]) -> list[Any]:
-    """What each of several processes, here threads, has after it merged its part with the others'."""
+    """Return the moments of several processes, here threads, after a merge of each with the others."""
     barrier, given = threading.Barrier(len(parts), timeout=5), {}
 
     def of(k: int) -> Any:
@@ -207,7 +207,7 @@ def test_pairs_of_rows_far_from_zero_equal_numpy_in_double(dtype: torch.dtype) -
 def test_a_power_of_two_on_the_rows_is_its_square_on_the_moments(
     x_by: int, y_by: int, dtype: torch.dtype, times: int
 ) -> None:
-    """To the bit, where squares are far outside of the range in which they are taken as they are."""
+    """Moments are equal to the bit, with squares far outside the range that needs no scaling."""
     x_by, y_by = x_by * times, y_by * times
     plain = [h.to(dtype) for h in streams(40)[:2]]
     scaled = [plain[0] * 2.0**x_by, plain[1] * 2.0**y_by]
@@ -220,7 +220,7 @@ def test_a_power_of_two_on_the_rows_is_its_square_on_the_moments(
 
 
 def test_denormal_rows_count_too() -> None:
-    """Whole multiples of the least number of float32."""
+    """Whole multiples of the smallest positive number of float32."""
     units = (100 * torch.stack(streams(50)[:2])).round()
     tiny = [(h.double() * 2.0**-149).float() for h in units]
     a, b = units.numpy() - units.numpy().mean(1, keepdims=True)

@@ -135,7 +135,7 @@ def test_relative_similarity_equals_a_direct_correlation(metric: Any, anchors: A
 
 
 def moves() -> dict[str, Tensor]:
-    """A stream and what maps of each class make of it."""
+    """A stream, and its images under maps of each class."""
     generator = torch.Generator().manual_seed(1)
     first = torch.randn(150, 8, generator=generator, dtype=torch.float64)
     noise = torch.randn(8, 8, generator=generator, dtype=torch.float64)

@@ -13,8 +13,7 @@ def test_short_rows_stay_as_they_are() -> None:
 
 
 def test_the_error_is_what_theory_says() -> None:
-    """The mean over seeds is the inner product; the variance is at most that of the docstring, and near
-    it."""
+    """The mean over seeds is the inner product; the variance is near the docstring's upper bound."""
     drawn = torch.Generator().manual_seed(0)
     rows, length, width = 6, 300, 20
     x, y = (torch.randn(rows, length, generator=drawn, dtype=torch.float64) for _ in range(2))
@@ -33,7 +32,7 @@ def test_the_error_is_what_theory_says() -> None:
 
 
 def test_rows_of_later_batches_have_signs_of_their_own() -> None:
-    """Batch by batch or all at once: the same projection."""
+    """The projection is the same batch by batch and all at once."""
     x = torch.randn(9, 50, dtype=torch.float64)
     sketch = Sketch(9, size=9 * 7, seed=1)
     parts = [sketch(x[:4]), sketch(x[4:], first=4)]

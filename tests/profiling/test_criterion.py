@@ -1,4 +1,4 @@
-"""Outputs of every kind: what they are compared by, and backbones that read between the blocks."""
+"""Outputs of every kind: their divergences, and backbones that read between the blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Embedding(Chain):
 
 
 class Maps(Chain):
-    """(N, 3) -> feature maps (N, 5, 3), as a head of a segmenter."""
+    """Head of a segmenter: (N, 3) -> feature maps (N, 5, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(super().forward(x))[:, None].expand(-1, 5, -1)

@@ -1,4 +1,4 @@
-"""Later data: whether they are called shifted where they are, and not where they are not."""
+"""Later data: called shifted where they are, and not where they are not."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_two_profiles_are_one_of_both_loaders() -> None:
 
 
 class Stopped:
-    """Batches, of which the process does not live to see the end."""
+    """Loader that kills its process at a given batch."""
 
     def __init__(self, stop: int | None) -> None:
         self.stop = stop

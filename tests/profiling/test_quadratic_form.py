@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_inner_products_are_the_second_derivative(case: str) -> None:
-    """At a network that is away from the original, too."""
+    """Inner products are second derivatives at a network away from the original, too."""
     kind, shape, settings, lengths = CASES[case]
     drawn = torch.Generator().manual_seed(0)
     expected, gap, u, v = (torch.randn(shape, generator=drawn, dtype=torch.float64) for _ in range(4))
@@ -88,7 +88,7 @@ def test_probabilities_are_taken_back_to_scores(kind: str) -> None:
 
 
 def test_cosines_are_exact_for_any_change() -> None:
-    """1 - cos = ||x^ - y^||^2 / 2: the form of the sum of a change from the original is its divergence."""
+    """The form of a change from the original equals the divergence 1 - cos = ||x^ - y^||^2 / 2."""
     drawn = torch.Generator().manual_seed(2)
     x, u = (torch.randn(4, 9, generator=drawn, dtype=torch.float64) for _ in range(2))
     how = criterion("cosine")
@@ -100,7 +100,7 @@ def test_cosines_are_exact_for_any_change() -> None:
 
 
 def test_a_function_has_the_products_with_its_second_derivative() -> None:
-    """For a quartic, whose second derivative is known."""
+    """Quartic divergence, whose second derivative is known."""
 
     def quartic(a: Any, b: Any, _: Batch) -> Tensor:
         return (b - a).pow(4).sum(1)

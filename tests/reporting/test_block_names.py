@@ -22,7 +22,7 @@ LIGHT = Config(units=("span",), maps=("shrunk",), shrinks=(1.0,), refit=False)
 
 
 class LateChain(Chain):
-    """The first block is called twice, so that no chain holds it."""
+    """Chain whose first block is called twice, so that no found chain holds that block."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

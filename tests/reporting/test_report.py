@@ -60,7 +60,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path, **how: Any) -> tuple[Any, list[str]]:
-    """A page of a file, and whatever it says or fetches that it should not."""
+    """Return the page of a file, and every message or fetch of the page that should not be."""
     tab, flaws = browser.new_page(**how), []
     tab.on("console", lambda message: flaws.append(f"console: {message.text}"))
     tab.on("pageerror", lambda error: flaws.append(f"error: {error}"))

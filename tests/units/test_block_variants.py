@@ -101,7 +101,7 @@ FAST = ("ViT",)
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in NETWORKS]
 )
 def test_an_exact_read_out_is_exact(name: str) -> None:
-    """To 1e-5 in float32 and 1e-12 in float64, at a share of the block's cost."""
+    """Outputs agree to 1e-5 in float32 and 1e-12 in float64, at a share of the block's cost."""
     model, example = NETWORKS[name]()
     (chain,) = supports(model, example).chains
     assert chain.reads == READS.get(name, 1)
@@ -123,7 +123,7 @@ def test_an_exact_read_out_is_exact(name: str) -> None:
 
 @pytest.mark.slow
 def test_cait_reads_the_class_token_alone_as_it_is() -> None:
-    """Its class attention reads every patch token, and its last blocks carry one token."""
+    """CaiT's class attention reads every patch token, and its last blocks carry one token."""
     model = seeded(timm.create_model, "cait_xxs24_224", depth=3, img_size=32)
     patches, tokens = supports(model, images(4)).chains
     assert (patches.reads, tokens.reads) == (0, 0)
@@ -157,7 +157,7 @@ def test_features_that_are_handed_out_are_read() -> None:
 
 
 def test_behind_an_exact_read_out_there_is_nothing_stale() -> None:
-    """Whoever asks for patch tokens meets a shape."""
+    """Features hold no patch tokens, as their shape shows."""
     model = vit()
     compressed: Any = splice(model, exact(supports(model, images(4)).chains), {})
     assert compressed.forward_features(images(2)).shape == (2, 1, 192)
@@ -239,7 +239,7 @@ def test_an_exact_read_out_of_a_graph(form: str) -> None:
 
 @pytest.mark.slow
 def test_every_combination_behind_an_exact_read_out_costs_what_is_counted() -> None:
-    """A map and a block without attention behind it run for the read positions alone."""
+    """A map and a block without attention run for the read positions alone behind an exact read-out."""
     model, x = vit(depth=4), images(4)
     (chain,) = supports(model, x).chains
     spec, traces = MapSpec(kind="affine"), Traces()
@@ -282,7 +282,7 @@ def test_other_batch_sizes_other_modes_and_precisions() -> None:
 
 @pytest.mark.slow
 def test_a_call_that_was_never_seen_is_refused() -> None:
-    """A mask that comes where none was must not be left out in silence."""
+    """A mask where there was none before must not be dropped in silence."""
     model, example = hugging_face("BERT")
     (chain,) = supports(model, example).chains
     compressed: Any = splice(model, exact((chain,)), {})

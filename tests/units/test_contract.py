@@ -1,4 +1,4 @@
-"""A unit of one's own, from the search to the artefact, by its class and one line of registration."""
+"""A custom unit, from the search to the artefact, by its class and one line of registration."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_first_shift_is_the_mean_change_of_its_block(shift: Shift) -> None:
 
 
 def test_it_stands_beside_the_units_of_the_package(shift: Shift) -> None:
-    """By default every registered unit is searched."""
+    """Every registered unit is searched by default."""
     assert "shift" in Config().units
     found = compress(seeded(Chain), loader(), budget=Budget(macs=0.3))
     assert {c.unit for c in found.plan.candidates} == {"span", "shift"}
