@@ -14,15 +14,16 @@ from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.loader_form import batch_of
 from rba_compress.core.offload import undispatched
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Chain, Offer
+from rba_compress.core.plan import Chain
 from rba_compress.core.registry import searched_units
 from rba_compress.graph.discovery import Support, find_chains
 from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import Traces, thin
+from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.read_out import READ_OUT
 from rba_compress.units.registry import unit_of
+from rba_compress.units.token_merge import TOKEN_MERGE, carries_sizes, merging_costs
 from rba_compress.units.whole import WHOLE
 
 
@@ -84,18 +85,26 @@ def _with_offers(
         flaw := _flaw(model, chain, len(chain) - 1, READ_OUT, batch=batch, traces=traces)
     ):
         chain = chain.model_copy(update={"reads": 0, "unread": flaw})
-    known: dict[Any, tuple[Offer, ...]] = {}
-    blocks = []
+    known: dict[Any, dict[str, Any]] = {}
+    blocks, merges, unmerged = [], TOKEN_MERGE in units, ""
+    if merges and not chain.reads:
+        merges, unmerged = False, chain.unread or "its output reads every position"
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
             inner = any(unit is not READ_OUT for unit in units)
             divisible = inner and _flaw(model, chain, b, WHOLE, batch=batch, traces=traces) is None
+            found: dict[str, Any] = {}
             trial = Trial(model, chain, b, batch, traces, divisible=divisible)
+            if merges and not (flaw := carries_sizes(trial)):
+                found = merging_costs(trial)
+                trial.block = block.model_copy(update=found)
+            elif merges:
+                unmerged = f"{block.path}: {flaw}"
             offers = [offer for unit in units for offer in unit.offers(trial)]
-            known[key] = tuple(offer for offer in offers if offer.macs < chain.macs[b])
-        blocks.append(block.model_copy(update={"units": known[key]}))
-    return chain.model_copy(update={"blocks": tuple(blocks)})
+            known[key] = found | {"units": tuple(o for o in offers if o.macs < chain.macs[b])}
+        blocks.append(block.model_copy(update=known[key]))
+    return chain.model_copy(update={"blocks": tuple(blocks), "unmerged": unmerged})
 
 
 def _flaw(
@@ -105,10 +114,10 @@ def _flaw(
 
     A read-out is tried in its exact form, which leaves the output unchanged, too.
     """
-    exact, block = unit is READ_OUT, chain.blocks[b]
+    form, block = Form(reads=chain.reads, exact=unit is READ_OUT), chain.blocks[b]
     compressed = copy_model(model, share=True)
     try:
-        cut = thin(compressed, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        cut = thin(compressed, block, nn.Identity(), traces, unit=unit, form=form)
         replace_blocks(compressed, [block], cut)
         with evaluating(model), evaluating(compressed):
             original, found = main_output(batch.run(model)), main_output(batch.run(compressed))

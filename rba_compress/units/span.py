@@ -10,8 +10,8 @@ from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Offer, Replacement, listed
-from rba_compress.units.base import Level, Trial, Unit
-from rba_compress.units.block_variants import Traces
+from rba_compress.units.base import UNREACHABLE, Level, Trial, Unit
+from rba_compress.units.block_variants import Form, Traces
 
 
 class Span(Unit):
@@ -29,9 +29,9 @@ class Span(Unit):
         """Return every span of at most `window` blocks."""
         return chain.spans(window)
 
-    def levels(self, config: Config, width: int) -> list[MapSpec]:
+    def levels(self, config: Config, chain: Chain) -> list[MapSpec]:
         """Return every map, folded ones among them."""
-        return config.specs(width)
+        return config.specs(chain.width)
 
     def folds(self, level: Level) -> bool:
         """Return whether the map is a correction of the layer before."""
@@ -39,6 +39,8 @@ class Span(Unit):
 
     def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
         """Return the map's cost, and nothing for the other blocks."""
+        if chain.reads * max(chain.rows, 1) < positions < chain.positions:
+            return [UNREACHABLE] * len(new.blocks), positions
         others = [Cost()] * (len(new.blocks) - 1)
         return [self.map_cost(new, positions), *others], positions
 
@@ -52,7 +54,7 @@ class Span(Unit):
         """Accept any number of blocks."""
 
     def rewrite(
-        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces, form: Form
     ) -> nn.Module:
         """Return the map."""
         return module
