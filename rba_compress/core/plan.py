@@ -121,6 +121,9 @@ class Chain(Frozen):
     are read."""
     unread: str = ""
     """Reason why every position is computed; empty where `reads` limits them."""
+    ordered: int | None = None
+    """Number of positions, the first ones, that must keep their places, because what follows the chain
+    gives the same output for any order of the others; None where the order of all matters."""
     unmerged: str = ""
     """Reason why no positions can be merged; empty where some blocks can merge them."""
     macs: tuple[int, ...] = ()
@@ -181,6 +184,8 @@ class Replacement(Frozen):
     """Numeric setting of a unit that has no map."""
     behind: tuple[Block, ...] = ()
     """All later blocks of the chain, where the unit merges positions: their stream carries sizes."""
+    restores: bool = False
+    """True where the last of the blocks behind repeats merged positions, for what follows reads all."""
     reads: int = 0
     """Number of positions, the first ones, that a read-out computes in full, or that are not merged."""
     exact: bool = False

@@ -47,8 +47,8 @@ def places(keys: Tensor, count: int, protected: int) -> Tensor:
     if count > most(positions, protected):
         least = max(2 * (count + (protected + 1) // 2) - 1, 2 * (protected // 2) + 2)
         raise ModelError(
-            f"{positions} positions reach a block that merges {count} of them: give an input with which "
-            f"{least} or more reach it, as on calibration data"
+            f"{positions} positions reach a block that merges {count} of them: give a larger input, "
+            f"with which {least} or more reach it"
         )
     unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
     first, second = unit[:, 0::2], unit[:, 1::2]
@@ -110,6 +110,31 @@ def merged_by_keys(
 def with_sizes(stream: Tensor, sizes: Tensor) -> Tensor:
     """Return a stream (N, T, d) with the sizes (N, T, 1) of its positions as the last channel."""
     return torch.cat([stream, sizes], -1)
+
+
+def restored(stream: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """Repeat each position as often as its size says, one behind the other.
+
+    Whatever does not depend on the order of positions, such as a mean, then counts each by its size.
+
+    Args:
+        stream, sizes: (N, T, d) and (N, T, 1).
+        count: the number of positions that were taken away in all.
+
+    Returns:
+        (N, T + count, d).
+    """
+    n, left, width = stream.shape
+    ends = sizes.squeeze(-1).cumsum(1)
+    place = torch.arange(left + count, device=stream.device, dtype=ends.dtype) + 0.5
+    index = (ends[:, None, :] < place[:, None]).long().sum(-1)
+    return stream.gather(1, index[..., None].expand(n, left + count, width))
+
+
+def turned(stream: Tensor, first: int) -> Tensor:
+    """Return the positions of a stream in another order, the first ones in their places."""
+    rest = stream[:, first:].flip(1)
+    return torch.cat([stream[:, :first], rest.roll(rest.shape[1] // 2, 1)], 1)
 
 
 def weights(sizes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import BlockModule
 from rba_compress.graph.slice_propagation import narrow
-from rba_compress.graph.token_merging import merged_by_keys, weights, with_sizes
+from rba_compress.graph.token_merging import merged_by_keys, restored, weights, with_sizes
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -54,6 +54,8 @@ class Form:
     """True where the stream comes with the sizes of its positions as the last channel."""
     hands_sizes: bool = False
     """True where the output has such a channel, too."""
+    restored: int = 0
+    """Number of positions that were merged and are repeated in the output."""
 
 
 class Cut(Protocol):
@@ -239,6 +241,10 @@ class Traced:
         if form.sized:
             block.take_sizes()
         result = unit.cut(block, form)
+        if form.restored:
+            assert block.sizes is not None
+            shape = result.meta["shape"]
+            result = block.call(restored, result, block.sizes, form.restored, like=shape)
         graph.output(block.joined_sizes(result) if form.hands_sizes else result)
         return narrow(graph)
 

@@ -106,6 +106,8 @@ def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
         last = max(at) if first is None else first.start + len(first.behind)
         # Behind an exact read-out the stream has the read positions alone, and no sizes.
         end = next((r.start for r in own if r.exact), last + 1)
+        taken = sum(int(r.level or 0) for r in own if r.behind)
+        gone = taken if first is not None and first.restores else 0
         for r in own:
             carried = first is not None and first.start < r.start <= end
             hands = first is not None and first.start <= r.start < min(last, end)
@@ -114,7 +116,9 @@ def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
             continue
         for b, block in enumerate(first.behind, first.start + 1):
             if b not in at and b <= end:
-                others.append((block, Form(first.reads, sized=True, hands_sizes=b < last)))
+                ends = b == last
+                form = Form(first.reads, sized=True, hands_sizes=not ends, restored=gone * ends)
+                others.append((block, form))
     return forms, others
 
 

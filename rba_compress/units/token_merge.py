@@ -19,7 +19,7 @@ from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Chain, Offer, Replacement, macs_at
 from rba_compress.graph.rewrite import copy_model
-from rba_compress.graph.token_merging import most
+from rba_compress.graph.token_merging import most, turned
 from rba_compress.units.base import UNREACHABLE, Level, Trial, Unit
 from rba_compress.units.block_variants import BlockGraph, Form, Thinned, example_inputs, thin
 
@@ -57,7 +57,8 @@ class TokenMerge(Unit):
     def choice(self, chain: Chain, start: int, stop: int, level: Level = 1.0) -> Replacement:
         """Return the decision for a block and a number of positions."""
         new = super().choice(chain, start, stop, level if isinstance(level, float) else 1.0)
-        return new.model_copy(update={"behind": chain.blocks[stop:], "reads": chain.reads})
+        behind = {"behind": chain.blocks[stop:], "restores": not chain.reads}
+        return new.model_copy(update=behind | {"reads": chain.ordered or 0})
 
     def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
         """Return the cost of the block: the first sublayer before the merge, the second one behind it,
@@ -65,10 +66,10 @@ class TokenMerge(Unit):
         """
         assert new.level is not None
         count, block = int(new.level), new.blocks[0]
-        if positions <= chain.reads or count > most(positions, chain.reads):
+        kept = chain.ordered or 0
+        if 0 < positions <= chain.reads or count > most(positions, kept):
             return [UNREACHABLE], positions
-        first = (positions + 1) // 2 - (chain.reads + 1) // 2
-        compared = first * (positions // 2 - chain.reads // 2) * chain.width
+        compared = ((positions + 1) // 2 - (kept + 1) // 2) * (positions // 2 - kept // 2) * chain.width
         macs = macs_at(block.by_positions, positions) - count * block.second + compared
         return [Cost(macs=macs, params=chain.params[new.start])], positions - count
 
@@ -124,7 +125,7 @@ def carries_sizes(trial: Trial) -> str | None:
     if chain.ndim != 3 or chain.axis not in (-1, 2) or chain.sample_axis or chain.rows != 1:
         return "its stream is not of samples, positions and channels"
     try:
-        form = Form(reads=chain.reads, sized=True, hands_sizes=True)
+        form = Form(sized=True, hands_sizes=True)
         copy = copy_model(trial.model, share=True)
         sized = thin(copy, block, nn.Identity(), trial.traces, unit=SIZED, form=form)
         plain = thin(copy, block, nn.Identity(), trial.traces, unit=SIZED)
@@ -137,12 +138,22 @@ def carries_sizes(trial: Trial) -> str | None:
 
 def merging_costs(trial: Trial) -> dict[str, Any]:
     """Return the fields of a block that say what it costs with fewer positions."""
-    form = Form(reads=trial.chain.reads)
+    form = Form()
     counts, second = trial.counted(SIZED, form), 0
     if trial.divisible:
         without = trial.counted(_FirstOnly(), form)
         second = (counts[0][1] - without[0][1]) // counts[0][0]
     return {"by_positions": counts, "second": second}
+
+
+class Turned:
+    """Block whose output comes in another order, to find out whether that matters."""
+
+    name = "turned"
+
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
+        """Return the output, its first positions in their places."""
+        return block.call(turned, block.output, form.reads, like=block.output.meta["shape"])
 
 
 class _FirstOnly:
@@ -163,12 +174,13 @@ def _flaw(trial: Trial, sized: Thinned, plain: Thinned) -> str | None:
     if len(tensors) > 1:
         return "it reads other tensors beside its stream"
     # A third of the positions behind the read ones is repeated, in another order.
-    left = whole - (whole - trial.chain.reads) // 3
+    kept = trial.chain.ordered or 0
+    left = whole - (whole - kept) // 3
     if left == whole:
         return "it has too few positions"
-    order = torch.randperm(left - trial.chain.reads, generator=drawn) + trial.chain.reads
+    order = torch.randperm(left - kept, generator=drawn) + kept
     again = torch.cat([torch.arange(left), order[: whole - left]])
-    again = torch.cat([again[: trial.chain.reads], again[trial.chain.reads :].flip(0)])
+    again = torch.cat([again[:kept], again[kept:].flip(0)])
     counts = torch.bincount(again, minlength=left).to(tensors[k]).view(1, -1, 1).expand(n, -1, 1)
     few = torch.randn(n, left, width, generator=drawn).to(tensors[k])
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from rba_compress import (
     Budget,
     Config,
+    ModelError,
     Plan,
     compress,
     load,
@@ -60,8 +61,10 @@ def test_equal_positions_merge_without_any_change(merges: list[tuple[int, int]])
     torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def by_hand(model: Any, x: Tensor, merges: dict[int, int], protected: int = 1) -> Tensor:
-    """Run a vision transformer of timm with merged positions, without its own attention."""
+def stream_by_hand(
+    model: Any, x: Tensor, merges: dict[int, int], protected: int
+) -> tuple[Tensor, Tensor]:
+    """Run the blocks of a vision transformer of timm with merged positions, without its attention."""
     h = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     sizes = torch.ones(*h.shape[:2], 1)
     for b, block in enumerate(model.blocks):
@@ -77,7 +80,12 @@ def by_hand(model: Any, x: Tensor, merges: dict[int, int], protected: int = 1) -
             both = merge(h, sizes, places(keys, merges[b], protected), merges[b])
             h, sizes = both[..., :-1], both[..., -1:]
         h = h + block.ls2(block.mlp(block.norm2(h)))
-    return model.forward_head(model.norm(h))  # type: ignore[no-any-return]
+    return h, sizes
+
+
+def by_hand(model: Any, x: Tensor, merges: dict[int, int], protected: int = 1) -> Any:
+    """Return the output with a class token."""
+    return model.forward_head(model.norm(stream_by_hand(model, x, merges, protected)[0]))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -99,8 +107,8 @@ def test_a_spliced_network_computes_what_is_written_by_hand(fused: bool, registe
 @pytest.mark.parametrize("merges", [[(0, 4)], [(1, 3), (2, 5)], [(0, 1), (1, 2), (2, 3)]])
 @pytest.mark.parametrize("read_out", [False, True])
 def test_costs_follow_the_positions(merges: list[tuple[int, int]], read_out: bool) -> None:
-    model = vit()
-    seen = profile(model, [images(20, 32)], config=Config(keep_features=not read_out))
+    model = vit() if read_out else vit(class_token=False, global_pool="avg")
+    seen = profile(model, [images(20, 32)])
     plan = planned(seen.chains[0].chain, *merges)
     handed = without_unread(Solution(plan, {}), seen).plan
     assert any(r.exact for r in handed.replacements) is read_out
@@ -128,8 +136,12 @@ def test_a_search_merges_saves_loads_and_gives_the_same_outputs(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "more", "reason"),
     [
-        ("vit_tiny_patch16_224", SIZES | {"class_token": False, "global_pool": "avg"}, "reads"),
-        ("beit_base_patch16_224", SIZES, "depends on the place of a position|no other number"),
+        ("vit_tiny_patch16_224", SIZES | {"global_pool": ""}, "reads positions by their places"),
+        (
+            "beit_base_patch16_224",
+            SIZES | {"global_pool": "token"},
+            "its attention has a mask of its own",
+        ),
     ],
 )
 def test_networks_that_cannot_merge_say_why(name: str, more: dict[str, Any], reason: str) -> None:
@@ -147,5 +159,27 @@ def test_a_level_that_is_no_number_of_positions_is_refused() -> None:
     for level in (None, 0.0, 1.5):
         with pytest.raises(ValueError, match="takes a number of positions away"):
             type(new).model_validate(new.model_dump() | {"level": level})
-    with pytest.raises(PlanError, match="cannot be thinned"):
+    message = "17 positions reach a block that merges 40 of them: .* 81 or more reach it"
+    with pytest.raises(ModelError, match=message):
         splice(vit(), planned(chain, (0, 40)), {})(images(2, 32))
+
+
+@pytest.mark.parametrize("more", [{"class_token": False}, {"class_token": True}, {"reg_tokens": 2}])
+def test_a_head_that_takes_a_mean_counts_positions_by_their_sizes(more: dict[str, Any]) -> None:
+    model: Any = vit(global_pool="avg", **more)
+    chain = chain_of(model)
+    assert chain.reads == 0
+    assert chain.ordered == model.num_prefix_tokens
+    merges = {0: 3, 1: 2}
+    merged = splice(model, planned(chain, *merges.items()), {})
+    x = images(3, 32)
+
+    with torch.no_grad():
+        h, sizes = stream_by_hand(model, x, merges, chain.ordered)
+        h = model.norm(h)[:, model.num_prefix_tokens :]
+        weights = sizes[:, model.num_prefix_tokens :]
+        pooled = (h * weights).sum(1) / weights.sum(1)
+        expected = model.head(model.head_drop(model.fc_norm(pooled)))
+        torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+    measured, said = cost(merged, as_batch(x[:2])), profile(model, [images(20, 32)])
+    assert measured.macs == network_cost(said, planned(said.chains[0].chain, *merges.items())).macs
