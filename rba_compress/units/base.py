@@ -32,8 +32,6 @@ from rba_compress.units.block_variants import BlockGraph, Cut, Form, Traces, exa
 IDENTITY = MapSpec(kind="identity")
 Level = MapSpec | float
 """A setting of a unit: a map, or a number where it has none."""
-UNREACHABLE = Cost(macs=1 << 60)
-"""Cost of a combination that cannot be built."""
 
 
 class Trial:
@@ -185,8 +183,6 @@ class Unit(ABC):
         """
         read = chain.reads * max(chain.rows, 1)
         merged = read < positions < chain.positions
-        if merged and not new.exact:
-            return [UNREACHABLE], positions
         narrow = new.exact or positions < chain.positions
         left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Offer(
             unit=self.name, narrow=narrow

@@ -10,7 +10,7 @@ from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Offer, Replacement, listed
-from rba_compress.units.base import UNREACHABLE, Level, Trial, Unit
+from rba_compress.units.base import Level, Trial, Unit
 from rba_compress.units.block_variants import Form, Traces
 
 
@@ -39,8 +39,6 @@ class Span(Unit):
 
     def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:
         """Return the map's cost, and nothing for the other blocks."""
-        if chain.reads * max(chain.rows, 1) < positions < chain.positions:
-            return [UNREACHABLE] * len(new.blocks), positions
         others = [Cost()] * (len(new.blocks) - 1)
         return [self.map_cost(new, positions), *others], positions
 

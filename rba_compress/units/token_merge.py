@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from rba_compress.core.config import Config
-from rba_compress.core.cost import Cost
+from rba_compress.core.cost import UNREACHABLE, Cost
 from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Chain, Offer, Replacement, macs_at
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.graph.token_merging import most, turned
-from rba_compress.units.base import UNREACHABLE, Level, Trial, Unit
+from rba_compress.units.base import Level, Trial, Unit
 from rba_compress.units.block_variants import BlockGraph, Form, Thinned, example_inputs, thin
 
 SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)
