@@ -16,6 +16,7 @@ from rba_compress import (
     ModelError,
     Plan,
     compress,
+    export_onnx,
     load,
     profile,
     save,
@@ -125,6 +126,8 @@ def test_a_search_merges_and_what_it_found_reloads(tmp_path: Path) -> None:
     assert {r.unit for r in result.plan.replacements} == {"token_merge", "read_out"}
     assert result.report.compressed.macs <= 0.75 * result.report.original.macs
     assert result.report.compressed.params == result.report.original.params
+    assert not result.report.warnings
+    assert not result.check(data[0]).shifted
     save(result, tmp_path / "merged")
     again = load(tmp_path / "merged", original=model)
     assert torch.equal(again(data[0]), result.model(data[0]))
@@ -189,3 +192,15 @@ def test_a_head_that_takes_a_mean_counts_positions_by_their_sizes(more: dict[str
         torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
     measured, said = cost(merged, as_batch(x[:2])), profile(model, [images(20, 32)])
     assert measured.macs == network_cost(said, planned(said.chains[0].chain, *merges.items())).macs
+
+
+@pytest.mark.slow
+def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
+    model, x = vit(), images(5, 32)
+    merged = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
+    export_onnx(merged, tmp_path / "merged.onnx", x[:2], original=model)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(merged, (x[:2],), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x), merged(x))
+    compiled = torch.compile(merged, fullgraph=True)
+    torch.testing.assert_close(compiled(x), merged(x), rtol=1e-4, atol=1e-5)
