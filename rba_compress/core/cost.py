@@ -30,6 +30,10 @@ def _sum(a: Cost, b: Cost, sign: int) -> Cost:
     )
 
 
+UNREACHABLE = Cost(macs=1 << 60)
+"""Cost of a combination that cannot be built."""
+
+
 def kept(part: float, whole: float) -> float:
     """Return the share that is left of a cost; 1 where there was none."""
     return part / whole if whole else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -26,12 +27,31 @@ class Branch(Frozen):
     """Path of the LayerNorm behind the sum; None where there is none."""
 
 
+ByPositions = tuple[tuple[int, int], ...]
+"""Three pairs of a number of positions and the MACs of one sample, because attention grows with the
+square; empty where positions cannot be merged."""
+
+
+def macs_at(counts: ByPositions, positions: int) -> int:
+    """Return the MACs at a number of positions, by the quadratic through three counts."""
+    total = Fraction(0)
+    for k, (x, value) in enumerate(counts):
+        term = Fraction(value)
+        for other, (y, _) in enumerate(counts):
+            if other != k:
+                term *= Fraction(positions - y, x - y)
+        total += term
+    return round(total)
+
+
 class Offer(Cost):
     """Remaining cost of a block that a unit cuts, without the unit's map."""
 
     unit: UnitName
     narrow: bool
     """True for a block that computes only the positions that the output reads."""
+    by_positions: ByPositions = ()
+    """MACs where merging has left fewer positions."""
 
 
 class Site(NamedTuple):
@@ -60,6 +80,10 @@ class Block(Frozen):
     """Residual branches in order; empty where they cannot be told apart."""
     units: tuple[Offer, ...] = ()
     """Offers of the units that can cut the block."""
+    by_positions: ByPositions = ()
+    """MACs of the block where merging has left fewer positions."""
+    second: int = 0
+    """MACs of the second sublayer for one position."""
 
     @field_validator("signature", mode="before")
     @classmethod
@@ -97,6 +121,11 @@ class Chain(Frozen):
     are read."""
     unread: str = ""
     """Reason why every position is computed; empty where `reads` limits them."""
+    ordered: int | None = None
+    """Number of positions, the first ones, that must keep their places, because what follows the chain
+    gives the same output for any order of the others; None where the order of all matters."""
+    unmerged: str = ""
+    """Reason why no positions can be merged; empty where some blocks can merge them."""
     macs: tuple[int, ...] = ()
     """Multiply-accumulates of each block, for one sample."""
     params: tuple[int, ...] = ()
@@ -153,8 +182,12 @@ class Replacement(Frozen):
     unit: UnitName = "span"
     level: float | None = None
     """Numeric setting of a unit that has no map."""
+    behind: tuple[Block, ...] = ()
+    """All later blocks of the chain, where the unit merges positions: their stream carries sizes."""
+    restores: bool = False
+    """True where the last of the blocks behind repeats merged positions, for what follows reads all."""
     reads: int = 0
-    """Number of positions, the first ones, that a read-out computes in full."""
+    """Number of positions, the first ones, that a read-out computes in full, or that are not merged."""
     exact: bool = False
     """True where the other positions are not computed at all, since nothing reads them; the map is then
     unused."""

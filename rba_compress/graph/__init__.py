@@ -4,6 +4,7 @@ tracer               the fx graph of one forward pass
 liveness             which positions of a tensor reach the output: a rule for each operation
 slice_propagation    slices propagated upstream through the graph
 few_query_attention  attention of few queries, without keys and values
+token_merging        the most similar positions of a stream joined
 rewrite              modules in place of blocks
 activations          streams between blocks, read during a forward pass
 block_analysis       chains of replaceable blocks, and refusals

@@ -109,6 +109,10 @@ class CandidateFitter:
                     for b, block in enumerate(chain.blocks)
                     if block.branches and b not in taken
                 }
+            for site in (s for s in wanted if not unit_of(s.unit).fitted):
+                levels = unit_of(site.unit).levels(self.config, chain)
+                found += [Candidate(c, self.unfitted(site, level)) for level in levels]
+            wanted = [site for site in wanted if unit_of(site.unit).fitted]
             # Streams between sublayers are observed in a traced copy, whose layers are not modules.
             inner = [s for s in wanted if any(place % 1 for place in _ends(s))]
             found += self._of_chain(model, c, inner, {})
@@ -165,7 +169,7 @@ class CandidateFitter:
                 pair = seen.maps.others if unit.unread else seen.maps.weighted(weight)
                 maps[key] = pair.with_spectrum()
             columns = seen.columns(target)
-            for level in unit.levels(self.config, self.chains[site.chain].width):
+            for level in unit.levels(self.config, self.chains[site.chain]):
                 new, tensors = unit.fit(self.unfitted(site, level), maps[key].targets(columns))
                 if not unit.folds(level):
                     found.append(Candidate(site.chain, new, keyed(new, tensors)))

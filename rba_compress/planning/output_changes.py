@@ -206,14 +206,18 @@ def _levels(
 ) -> list[float]:
     """Run further levels of a site; return their prices.
 
-    The divergence along one kind's dial falls to its least and rises again, so that each kind is run
-    from its middle in the direction in which the price falls, for as long as it falls.
+    Levels of different costs are all run. The divergence along the dial of one kind of map falls to
+    its least and rises again, so that each kind is run from its middle in the direction in which the
+    price falls, for as long as it falls.
     """
     kinds: dict[tuple[str, bool], list[Candidate]] = {}
     for level in levels:
         kinds.setdefault((level.replacement.map.kind, level.refit is not None), []).append(level)
     found = [price]
     for dial in kinds.values():
+        if len({level.saving.macs for level in dial}) > 1:  # each is the best one of its own cost
+            found += [run(level) for level in dial if level is not first]
+            continue
         middle = len(dial) // 2
         lowest = price if dial[middle] is first else run(dial[middle])
         found.append(lowest)

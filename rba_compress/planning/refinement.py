@@ -12,6 +12,7 @@ from rba_compress.planning.state import (
     Solution,
     replaced_blocks,
 )
+from rba_compress.units.registry import unit_of
 
 
 def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
@@ -32,7 +33,13 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
     blocks = context.chains[chain].blocks
     taken = replaced_blocks(state.solution.plan, context.chains[chain])
     walk = context.fitter.walk(chain)
-    for b in range(boundary, len(blocks)):
+    merges = [
+        r.start
+        for r in state.solution.plan.replacements
+        if r.chain == context.chains[chain].name and not unit_of(r.unit).fitted
+    ]
+    # Behind a merge the original's stream has other positions.
+    for b in range(boundary, min(merges, default=len(blocks))):
         folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
         for k, branch in enumerate(blocks[b].branches if b not in taken else ()):
             if branch.path in folded:

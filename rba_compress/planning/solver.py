@@ -3,7 +3,7 @@
 A plan takes at each block nothing or one option, which covers the blocks up to its end. Its predicted
 divergence is quadratic in the options. Its cost is a walk over the blocks, because an option may
 change the cost of all later ones. The walk is a beam search: partial plans go from block to block, and
-of those with nearly the same cost the ones with the least divergence are kept.
+of those with nearly the same final cost the ones with the least divergence are kept.
 """
 
 from __future__ import annotations
@@ -129,23 +129,39 @@ class _Beam:
         self, size: Callable[[Floats], Floats], tail: Callable[[int], Floats], lowest: float
     ) -> list[_Group]:
         """Return the best plans of each size, a group for each number of positions."""
-        found = []
-        for positions, parts in sorted(self._parts.items()):
-            rise, cost = (np.concatenate([getattr(p, k) for p in parts]) for k in ("rise", "cost"))
-            left = size(cost + tail(positions))
-            bucket = np.floor(left / RESOLUTION + 1e-9).astype(int)
-            order = np.lexsort((rise, bucket))
-            order = order[left[order] > lowest - 1e-9]
-            counted = np.arange(len(order))
-            begins = np.r_[True, np.diff(bucket[order]) != 0][: len(order)]
-            rank = counted - np.maximum.accumulate(np.where(begins, counted, 0))
-            kept = order[rank < WIDTH]
-            if len(kept):
-                chosen = [rows for p in parts for rows in p.chosen]
-                pull = np.concatenate([p.pull for p in parts])[kept]
-                rows = [chosen[k] for k in kept]
-                found.append(_Group(rows, rise[kept], pull, cost[kept], positions))
-        return found
+        parts = [p for _, same in sorted(self._parts.items()) for p in same]
+        if not parts:
+            return []
+        left = np.concatenate([size(p.cost + tail(p.positions)) for p in parts])
+        rise = np.concatenate([p.rise for p in parts])
+        bucket = np.floor(left / RESOLUTION + 1e-9).astype(int)
+        order = np.lexsort((rise, bucket))
+        order = order[left[order] > lowest - 1e-9]
+        counted = np.arange(len(order))
+        begins = np.r_[True, np.diff(bucket[order]) != 0][: len(order)]
+        rank = counted - np.maximum.accumulate(np.where(begins, counted, 0))
+        kept = np.zeros(len(left), dtype=bool)
+        kept[order[rank < WIDTH]] = True
+        found, first = [], 0
+        for p in parts:
+            rows = np.flatnonzero(kept[first : first + len(p.chosen)])
+            first += len(p.chosen)
+            if len(rows):
+                chosen = [p.chosen[k] for k in rows]
+                found.append(_Group(chosen, p.rise[rows], p.pull[rows], p.cost[rows], p.positions))
+        return _joined(found)
+
+
+def _joined(groups: Sequence[_Group]) -> list[_Group]:
+    """Join the groups that have the same number of positions."""
+    found = []
+    for positions in sorted({g.positions for g in groups}):
+        same = [g for g in groups if g.positions == positions]
+        rise, pull, cost = (
+            np.concatenate([getattr(g, k) for g in same]) for k in ("rise", "pull", "cost")
+        )
+        found.append(_Group([c for g in same for c in g.chosen], rise, pull, cost, positions))
+    return found
 
 
 class _Tails:

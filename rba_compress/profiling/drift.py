@@ -106,6 +106,7 @@ class Place:
             mask: true at real tokens, in the stream's own layout.
         """
         tokens = stream.detach().movedim(self.chain.axis, -1).movedim(self.chain.sample_axis, 0)
+        tokens = tokens[..., : len(self.mean)]  # behind a merge, sizes are the last channel
         mask = None if mask is None else mask.movedim(self.chain.sample_axis, 0)
         rows = tokens.reshape(samples, -1, tokens.shape[-1]).to(self.mean.device)
         counted = torch.ones(rows.shape[:2], device=rows.device)

@@ -7,6 +7,7 @@ read_out        a block for the positions that the output reads
 attention_free  a block without its attention
 mlp_free        a block without its MLP
 read_out_mlp    a block whose MLP is for the read positions alone
+token_merge     a block that merges the most similar positions
 whole           a block as it is, to read the stream between its sublayers
 block_variants  a block traced into a graph, cut by a unit, and run
 offers          offers of units on a network's blocks, each tried

@@ -8,7 +8,7 @@ from torch import fx
 
 from rba_compress.core.plan import Offer, Replacement
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import BlockGraph
+from rba_compress.units.block_variants import BlockGraph, Form
 
 
 class AttentionFree(Unit):
@@ -28,7 +28,7 @@ class AttentionFree(Unit):
         """Return the original's stream between the sublayers."""
         return stop - 0.5
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Let the second sublayer read the mapped input."""
         block.replace_middle(block.entry)
         return block.output

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -20,13 +21,13 @@ from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ModelError
 from rba_compress.core.map_spec import MapSpec
-from rba_compress.core.plan import Chain, Offer, Replacement, Site
+from rba_compress.core.plan import ByPositions, Chain, Offer, Replacement, Site, macs_at
 from rba_compress.core.registry import UNITS
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.graph.tracer import record
 from rba_compress.linalg.maps import build_map, fit_map, map_macs, map_parameters, map_shapes
 from rba_compress.linalg.moments import PairMoments
-from rba_compress.units.block_variants import BlockGraph, Traces, example_inputs, thin
+from rba_compress.units.block_variants import BlockGraph, Cut, Form, Traces, example_inputs, thin
 
 IDENTITY = MapSpec(kind="identity")
 Level = MapSpec | float
@@ -53,21 +54,41 @@ class Trial:
         """
         copy, reads = copy_model(self.model, share=True), self.chain.reads
         try:
-            thinned = thin(
-                copy, self.block, nn.Identity(), self.traces, unit=unit, reads=reads, exact=exact
-            )
+            form = Form(reads=reads, exact=exact)
+            thinned = thin(copy, self.block, nn.Identity(), self.traces, unit=unit, form=form)
         except ModelError:
             return
         tensors = example_inputs(thinned, self.block.signature)
         if narrow and not exact:
             stream = self.block.signature.stream_index
             tensors[stream] = tensors[stream][:, :reads]
-        args, kwargs = self.block.signature.call(tensors)
-        recording = record(thinned, Batch(args, kwargs, None))
-        # The stream of the signature may have several rows for each sample.
-        macs = round(recording.macs * recording.samples / len(self.batch))
+        macs = self._macs(thinned, tensors)
         params = sum(p.numel() for p in thinned.parameters())
-        yield Offer(unit=unit.name, narrow=narrow, macs=macs, params=params)
+        counts = self.counted(unit, form) if exact and self.block.by_positions else ()
+        yield Offer(unit=unit.name, narrow=narrow, macs=macs, params=params, by_positions=counts)
+
+    def _macs(self, block: nn.Module, tensors: list[Tensor]) -> int:
+        args, kwargs = self.block.signature.call(tensors)
+        recording = record(block, Batch(args, kwargs, None))
+        # The stream of the signature may have several rows for each sample.
+        return round(recording.macs * recording.samples / len(self.batch))
+
+    def counted(self, unit: Cut, form: Form) -> ByPositions:
+        """Count the MACs of a cut block at three numbers of positions, with sizes in the stream.
+
+        Raises:
+            ModelError: the block cannot be cut, or takes no other number of positions.
+        """
+        copy = copy_model(self.model, share=True)
+        sized = replace(form, sized=True, hands_sizes=not form.exact)
+        thinned = thin(copy, self.block, nn.Identity(), self.traces, unit=unit, form=sized)
+        tensors = example_inputs(thinned, self.block.signature)
+        k, counts = self.block.signature.stream_index, []
+        n, whole, width = tensors[k].shape
+        for positions in (whole, whole - whole // 4, whole - whole // 2):
+            tensors[k] = torch.ones(n, positions, width + 1).to(tensors[k])
+            counts.append((positions, self._macs(thinned, tensors)))
+        return tuple(counts)
 
 
 class Unit(ABC):
@@ -80,6 +101,8 @@ class Unit(ABC):
     """True where nothing is left of the blocks."""
     mixes: ClassVar[bool] = True
     """True where the rest of the block lets a position read others."""
+    fitted: ClassVar[bool] = True
+    """True where the unit holds a map, which is fitted to the original streams."""
     unread: ClassVar[bool] = False
     """True where the map acts on the positions that the output does not read, and on no others."""
 
@@ -101,9 +124,9 @@ class Unit(ABC):
 
     # --- with which settings
 
-    def levels(self, config: Config, width: int) -> Sequence[Level]:
+    def levels(self, config: Config, chain: Chain) -> Sequence[Level]:
         """Return the unit's settings, the one that saves most first: for maps the identity."""
-        return [spec for spec in config.specs(width) if spec.kind != "folded"]
+        return [spec for spec in config.specs(chain.width) if spec.kind != "folded"]
 
     def choice(self, chain: Chain, start: int, stop: int, level: Level = IDENTITY) -> Replacement:
         """Return the decision for a site and a level, not fitted yet."""
@@ -159,10 +182,14 @@ class Unit(ABC):
             positions: number of positions before the blocks, in one sample.
         """
         read = chain.reads * max(chain.rows, 1)
+        merged = read < positions < chain.positions
         narrow = new.exact or positions < chain.positions
-        left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Cost()
+        left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Offer(
+            unit=self.name, narrow=narrow
+        )
+        macs = macs_at(left.by_positions, positions) if merged else left.macs
         positions = read if new.exact else positions
-        return [Cost(macs=left.macs, params=left.params) + self.map_cost(new, positions)], positions
+        return [Cost(macs=macs, params=left.params) + self.map_cost(new, positions)], positions
 
     def map_cost(self, new: Replacement, positions: int) -> Cost:
         """Return the cost of the map."""
@@ -199,24 +226,24 @@ class Unit(ABC):
         return build_map(new.map, new.width, ndim=new.ndim, axis=new.axis)
 
     def rewrite(
-        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces, form: Form
     ) -> nn.Module:
         """Return the module that replaces the blocks; the model is left as it is.
 
         Args:
             module: the module of `build`, with its tensors.
+            form: the form in which a cut block is run.
 
         Raises:
             ModelError: the unit cannot cut the block.
         """
-        return thin(model, new.blocks[0], module, traces, unit=self, reads=new.reads, exact=new.exact)
+        return thin(model, new.blocks[0], module, traces, unit=self, form=form)
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Edit a traced block, whose node `block.mapped` is the map, and return its output.
 
         Args:
-            reads: the positions that the output reads, the first ones.
-            exact: leave the other positions out.
+            form: the form in which the block is run.
         """
         raise ModelError(f"{self.name} leaves nothing of a block")
 

@@ -22,6 +22,7 @@ from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import BlockModule
 from rba_compress.graph.slice_propagation import narrow
+from rba_compress.graph.token_merging import merged_by_keys, restored, weights, with_sizes
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -39,6 +40,24 @@ _CHECKS = ("_assert", "sym_constrain")
 _END = 2**63 - 1
 
 
+@dataclass(frozen=True)
+class Form:
+    """Form in which a block is run from its graph, beside its unit."""
+
+    reads: int = 0
+    """Positions that the output reads, the first ones."""
+    exact: bool = False
+    """True to leave the other positions out."""
+    level: float | None = None
+    """Numeric setting of the unit."""
+    sized: bool = False
+    """True where the stream comes with the sizes of its positions as the last channel."""
+    hands_sizes: bool = False
+    """True where the output has such a channel, too."""
+    restored: int = 0
+    """Number of positions that were merged and are repeated in the output."""
+
+
 class Cut(Protocol):
     """The part of a unit that edits a traced block: see `units.base.Unit.cut`."""
 
@@ -46,7 +65,7 @@ class Cut(Protocol):
     def name(self) -> str:
         """Name of the unit, the key under which edited graphs are cached."""
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Edit the graph and return its output."""
 
 
@@ -127,8 +146,7 @@ def thin(
     traces: Traces,
     *,
     unit: Cut,
-    reads: int = 0,
-    exact: bool = False,
+    form: Form = Form(),
 ) -> Thinned:
     """Return a block of `model` cut by a unit, over its own weights; parts that do not run are dropped.
 
@@ -137,7 +155,7 @@ def thin(
     """
     module = undispatched(model, block.path)
     traced = traces.of(model, block)
-    bodies = [each.body(unit, reads, exact) for each in traced]
+    bodies = [each.body(unit, form) for each in traced]
     thinned = Thinned(module, bodies, map)
     for each in traced:
         for name, tensor in each.constants.items():
@@ -197,15 +215,15 @@ class Traced:
     """Name of the stream between the block's two sublayers; None where there are not two."""
     _bodies: dict[Any, Body] = field(default_factory=dict)
 
-    def body(self, unit: Cut, reads: int, exact: bool) -> Body:
+    def body(self, unit: Cut, form: Form) -> Body:
         """Return the block cut by a unit, compiled once.
 
         Raises:
             ModelError: the unit needs two sublayers, and the block does not consist of two.
         """
-        key = unit.name, reads, exact
+        key = unit.name, form
         if key not in self._bodies:
-            graph = self._cut(unit, reads, exact)
+            graph = self._cut(unit, form)
             weights = list(zip(list(graph.nodes), self.names, strict=False))
             for placeholder, _ in weights:
                 if not placeholder.users:
@@ -214,12 +232,20 @@ class Traced:
             self._bodies[key] = Body(self.signature, used, graph)
         return self._bodies[key]
 
-    def _cut(self, unit: Cut, reads: int, exact: bool) -> fx.Graph:
+    def _cut(self, unit: Cut, form: Form) -> fx.Graph:
         graph, values, output = copy_graph(self.graph)
         assert isinstance(output, fx.Node)
         named = {old.name: new for old, new in values.items()}
         middle = named[self.middle] if self.middle else None
-        graph.output(unit.cut(BlockGraph(graph, named[self.entry], middle, output), reads, exact))
+        block = BlockGraph(graph, named[self.entry], middle, output)
+        if form.sized:
+            block.take_sizes()
+        result = unit.cut(block, form)
+        if form.restored:
+            assert block.sizes is not None
+            shape = result.meta["shape"]
+            result = block.call(restored, result, block.sizes, form.restored, like=shape)
+        graph.output(block.joined_sizes(result) if form.hands_sizes else result)
         return narrow(graph)
 
 
@@ -230,6 +256,8 @@ class BlockGraph:
         self, graph: fx.Graph, entry: fx.Node, middle: fx.Node | None, output: fx.Node
     ) -> None:
         self.graph, self.entry, self.output, self._middle = graph, entry, output, middle
+        self.sizes: fx.Node | None = None
+        """Sizes of the positions, (N, T, 1); None where each is one."""
 
     @property
     def middle(self) -> fx.Node:
@@ -241,6 +269,69 @@ class BlockGraph:
         if self._middle is None:
             raise ModelError("its sublayers cannot be told apart")
         return self._middle
+
+    def call(self, function: Any, *args: Any, like: tuple[int, ...]) -> fx.Node:
+        """Add a call of a function whose result has a shape."""
+        called = self.graph.call_function(function, args)
+        called.meta["shape"] = like
+        return called
+
+    def channels(self, node: fx.Node, start: int, end: int) -> fx.Node:
+        """Select channels of a stream."""
+        *rest, width = node.meta["shape"]
+        return self.call(
+            _aten.slice.Tensor, node, -1, start, end, like=(*rest, min(end, width) - start)
+        )
+
+    def take_sizes(self) -> None:
+        """Split the sizes off the stream that comes in, and let attention count positions by them.
+
+        Raises:
+            ModelError: the block's attention has another form than the known ones.
+        """
+        entry, shape = self.entry, self.entry.meta["shape"]
+        readers, width = list(entry.users), shape[-1]
+        after = next(n for n in entry.graph.nodes if n.op != "placeholder")
+        with self.graph.inserting_before(after):
+            stream = self.channels(entry, 0, width)
+            self.sizes = self.channels(entry, width, width + 1)
+            self.sizes.meta["shape"] = (*shape[:-1], 1)
+            added = self.call(weights, self.sizes, like=(shape[0], 1, 1, shape[1]))
+        for reader in readers:
+            reader.replace_input_with(entry, stream)
+        for node in attentions(self.graph):
+            with self.graph.inserting_before(node):
+                _add_to_scores(self, node, added)
+        self.entry = stream
+
+    def joined_sizes(self, stream: fx.Node) -> fx.Node:
+        """Append the sizes of the positions to a stream."""
+        assert self.sizes is not None
+        *rest, width = stream.meta["shape"]
+        return self.call(with_sizes, stream, self.sizes, like=(*rest, width + 1))
+
+    def merge_middle(self, count: int, protected: int) -> None:
+        """Merge positions of the stream between the two sublayers by the keys of the first one.
+
+        Raises:
+            ModelError: the block does not consist of two sublayers, or has no attention.
+        """
+        middle, found = self.middle, attentions(self.graph)
+        if len(found) != 1:
+            raise ModelError(f"it has {len(found)} attentions, where one was expected")
+        readers, shape = list(middle.users), middle.meta["shape"]
+        # Behind all that merging reads, and before the second sublayer.
+        with self.graph.inserting_after(middle):
+            merged = self.call(
+                merged_by_keys, middle, self.sizes, keys_of(found[0]), count, protected, like=()
+            )
+            merged.meta["shape"] = (shape[0], shape[1] - count, shape[2] + 1)
+        with self.graph.inserting_after(merged):
+            stream = self.channels(merged, 0, shape[2])
+            sizes = self.channels(merged, shape[2], shape[2] + 1)
+        for reader in readers:
+            reader.replace_input_with(middle, stream)
+        self.sizes = sizes
 
     def mapped(self, node: fx.Node) -> fx.Node:
         """Apply the fitted map to a stream."""
@@ -270,6 +361,61 @@ class BlockGraph:
             new = self.mapped(source)
         for reader in readers:
             reader.replace_input_with(self.middle, new)
+
+
+def attentions(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes of a graph that mix positions by content: attention, or a softmax of scores."""
+    known = (_aten.scaled_dot_product_attention, _aten.softmax, _aten._softmax)
+    return [node for node in graph.nodes if packet_of(node) in known]
+
+
+def keys_of(node: fx.Node) -> fx.Node:
+    """Return the keys (N, heads, T, d) of attention.
+
+    Raises:
+        ModelError: the scores are not a product of queries and keys.
+    """
+    if packet_of(node) is _aten.scaled_dot_product_attention:
+        return argument_node(node.args[1])
+    scores = argument_node(node.args[0])
+    while packet_of(scores) in (_aten.mul, _aten.div, _aten.add):
+        scores = argument_node(scores.args[0])
+    if packet_of(scores) not in (_aten.matmul, _aten.bmm):
+        raise ModelError("its attention is no product of queries and keys")
+    turned = argument_node(scores.args[1])
+    if packet_of(turned) is not _aten.transpose:
+        raise ModelError("its attention is no product of queries and keys")
+    return argument_node(turned.args[0])
+
+
+def argument_node(value: Any) -> fx.Node:
+    """Return an argument that must be a node.
+
+    Raises:
+        ModelError: it is a constant.
+    """
+    if not isinstance(value, fx.Node):
+        raise ModelError("its attention is no product of queries and keys")
+    return value
+
+
+def _add_to_scores(block: BlockGraph, node: fx.Node, added: fx.Node) -> None:
+    """Add weights of positions to the scores of attention, before its node.
+
+    Raises:
+        ModelError: attention is causal, or its mask is not one of floats.
+    """
+    if packet_of(node) is not _aten.scaled_dot_product_attention:
+        scores = argument_node(node.args[0])
+        total = block.call(_aten.add.Tensor, scores, added, like=scores.meta["shape"])
+        node.replace_input_with(scores, total)
+        return
+    arguments = [*node.args, None, 0.0, False][:6]
+    if (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal"):
+        raise ModelError("its attention is causal")
+    if arguments[3] is not None or node.kwargs.get("attn_mask") is not None:
+        raise ModelError("its attention has a mask of its own")
+    node.args = (*node.args[:3], added, *node.args[4:])
 
 
 class Traces:

@@ -8,7 +8,7 @@ from torch import fx
 
 from rba_compress.core.plan import Chain, Offer, Replacement
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import BlockGraph
+from rba_compress.units.block_variants import BlockGraph, Form
 
 
 class MlpFree(Unit):
@@ -31,10 +31,10 @@ class MlpFree(Unit):
         """Return the same decision for the read positions alone."""
         return old.model_copy(update={"exact": True, "reads": chain.reads})
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Return the mapped stream between the sublayers as the output."""
         output = block.mapped(block.middle)
-        return block.part(output, 0, reads) if exact else output
+        return block.part(output, 0, form.reads) if form.exact else output
 
     def describe(self, new: Replacement) -> str:
         """Return the block and the map."""

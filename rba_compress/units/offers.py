@@ -14,16 +14,20 @@ from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.loader_form import batch_of
 from rba_compress.core.offload import undispatched
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Chain, Offer
+from rba_compress.core.plan import Chain
 from rba_compress.core.registry import searched_units
 from rba_compress.graph.discovery import Support, find_chains
 from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import Traces, thin
+from rba_compress.units.block_variants import Cut, Form, Traces, thin
 from rba_compress.units.read_out import READ_OUT
 from rba_compress.units.registry import unit_of
+from rba_compress.units.token_merge import TOKEN_MERGE, Turned, carries_sizes, merging_costs
 from rba_compress.units.whole import WHOLE
+
+MOST_ORDERED = 6
+"""Numbers of first positions that are tried to be class tokens and registers."""
 
 
 @torch.inference_mode(False)
@@ -67,14 +71,21 @@ def discover(
     if read_outs and READ_OUT not in tried:
         tried.append(READ_OUT)
     traces = traces or Traces()
-    chains = tuple(_with_offers(model, c, two, traces, tried) for c in support.chains)
+    merges = TOKEN_MERGE in tried and read_outs
+    chains = tuple(_with_offers(model, c, two, traces, tried, merges=merges) for c in support.chains)
     return Support(chains, support.refusals), recording
 
 
 def _with_offers(
-    model: nn.Module, chain: Chain, batch: Batch, traces: Traces, units: Sequence[Unit]
+    model: nn.Module,
+    chain: Chain,
+    batch: Batch,
+    traces: Traces,
+    units: Sequence[Unit],
+    *,
+    merges: bool,
 ) -> Chain:
-    """Return the chain with the verified offers of its blocks.
+    """Return the chain with the verified offers of its blocks, and whether they can merge positions.
 
     Blocks of one kind and size share the offers of the first of them.
     """
@@ -84,31 +95,63 @@ def _with_offers(
         flaw := _flaw(model, chain, len(chain) - 1, READ_OUT, batch=batch, traces=traces)
     ):
         chain = chain.model_copy(update={"reads": 0, "unread": flaw})
-    known: dict[Any, tuple[Offer, ...]] = {}
-    blocks = []
+    known: dict[Any, dict[str, Any]] = {}
+    blocks, unmerged = [], ""
+    if merges:
+        chain = chain.model_copy(
+            update={"ordered": chain.reads or _ordered(model, chain, batch=batch, traces=traces)}
+        )
+        if chain.ordered is None:
+            merges, unmerged = False, "what follows reads positions by their places"
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
             inner = any(unit is not READ_OUT for unit in units)
             divisible = inner and _flaw(model, chain, b, WHOLE, batch=batch, traces=traces) is None
+            found: dict[str, Any] = {}
             trial = Trial(model, chain, b, batch, traces, divisible=divisible)
+            if merges and not (flaw := carries_sizes(trial)):
+                found = merging_costs(trial)
+                trial.block = block.model_copy(update=found)
+            elif merges:
+                unmerged = f"{block.path}: {flaw}"
             offers = [offer for unit in units for offer in unit.offers(trial)]
-            known[key] = tuple(offer for offer in offers if offer.macs < chain.macs[b])
-        blocks.append(block.model_copy(update={"units": known[key]}))
-    return chain.model_copy(update={"blocks": tuple(blocks)})
+            known[key] = found | {"units": tuple(o for o in offers if o.macs < chain.macs[b])}
+        blocks.append(block.model_copy(update=known[key]))
+    return chain.model_copy(update={"blocks": tuple(blocks), "unmerged": unmerged})
+
+
+def _ordered(model: nn.Module, chain: Chain, *, batch: Batch, traces: Traces) -> int | None:
+    """Return the number of positions behind which the order does not matter to the output; None where
+    it matters, or where the last block cannot be run from its graph.
+    """
+    if chain.ndim != 3:
+        return None
+    for first in range(MOST_ORDERED):
+        form = Form(reads=first)
+        if _flaw(model, chain, len(chain) - 1, Turned(), batch=batch, traces=traces, form=form) is None:
+            return first
+    return None
 
 
 def _flaw(
-    model: nn.Module, chain: Chain, b: int, unit: Unit, *, batch: Batch, traces: Traces
+    model: nn.Module,
+    chain: Chain,
+    b: int,
+    unit: Cut,
+    *,
+    batch: Batch,
+    traces: Traces,
+    form: Form | None = None,
 ) -> str | None:
     """Return why a block cannot be run from its graph; None where it can, with the same output.
 
     A read-out is tried in its exact form, which leaves the output unchanged, too.
     """
-    exact, block = unit is READ_OUT, chain.blocks[b]
+    form, block = form or Form(reads=chain.reads, exact=unit is READ_OUT), chain.blocks[b]
     compressed = copy_model(model, share=True)
     try:
-        cut = thin(compressed, block, nn.Identity(), traces, unit=unit, reads=chain.reads, exact=exact)
+        cut = thin(compressed, block, nn.Identity(), traces, unit=unit, form=form)
         replace_blocks(compressed, [block], cut)
         with evaluating(model), evaluating(compressed):
             original, found = main_output(batch.run(model)), main_output(batch.run(compressed))

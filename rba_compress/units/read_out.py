@@ -13,7 +13,7 @@ from torch import fx
 from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Offer, Replacement
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import BlockGraph
+from rba_compress.units.block_variants import BlockGraph, Form
 
 
 class ReadOut(Unit):
@@ -36,11 +36,11 @@ class ReadOut(Unit):
         """Return no cost for an exact read-out, whose map is unused."""
         return Cost() if new.exact else super().map_cost(new, positions)
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Join the read positions of the output and the mapped others of the input."""
-        if exact:
-            return block.part(block.output, 0, reads)
-        return block.joined(block.output, block.entry, reads)
+        if form.exact:
+            return block.part(block.output, 0, form.reads)
+        return block.joined(block.output, block.entry, form.reads)
 
     def describe(self, new: Replacement) -> str:
         """Return the block, the number of positions that it computes, and the others' map, if any."""

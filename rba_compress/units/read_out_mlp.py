@@ -11,7 +11,7 @@ from torch import fx
 
 from rba_compress.core.plan import Offer, Replacement
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import BlockGraph
+from rba_compress.units.block_variants import BlockGraph, Form
 
 
 class ReadOutMlp(Unit):
@@ -29,9 +29,9 @@ class ReadOutMlp(Unit):
         """Return the compressed network's stream between the sublayers."""
         return start + 0.5
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Join the read positions of the output and the mapped others between the sublayers."""
-        return block.joined(block.output, block.middle, reads)
+        return block.joined(block.output, block.middle, form.reads)
 
     def describe(self, new: Replacement) -> str:
         """Return the block, the number of positions that its MLP computes, and the others' map."""

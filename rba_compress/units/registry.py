@@ -11,6 +11,7 @@ from rba_compress.units.mlp_free import MlpFree
 from rba_compress.units.read_out import READ_OUT
 from rba_compress.units.read_out_mlp import ReadOutMlp
 from rba_compress.units.span import SPAN
+from rba_compress.units.token_merge import TOKEN_MERGE
 from rba_compress.units.whole import WHOLE
 
 register(SPAN)
@@ -18,6 +19,7 @@ register(READ_OUT)
 register(AttentionFree())
 register(MlpFree())
 register(ReadOutMlp())
+register(TOKEN_MERGE)
 register(WHOLE)
 
 

@@ -11,7 +11,7 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Offer, Replacement, listed
 from rba_compress.units.base import Level, Trial, Unit
-from rba_compress.units.block_variants import Traces
+from rba_compress.units.block_variants import Form, Traces
 
 
 class Span(Unit):
@@ -29,9 +29,9 @@ class Span(Unit):
         """Return every span of at most `window` blocks."""
         return chain.spans(window)
 
-    def levels(self, config: Config, width: int) -> list[MapSpec]:
+    def levels(self, config: Config, chain: Chain) -> list[MapSpec]:
         """Return every map, folded ones among them."""
-        return config.specs(width)
+        return config.specs(chain.width)
 
     def folds(self, level: Level) -> bool:
         """Return whether the map is a correction of the layer before."""
@@ -52,7 +52,7 @@ class Span(Unit):
         """Accept any number of blocks."""
 
     def rewrite(
-        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces, form: Form
     ) -> nn.Module:
         """Return the map."""
         return module

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from rba_compress.core.errors import ModelError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.offload import execution_device, hold, take_place
-from rba_compress.core.plan import STATISTICS, NormRefit, Plan, Refit, Replacement
+from rba_compress.core.plan import STATISTICS, Block, NormRefit, Plan, Refit, Replacement
 from rba_compress.core.schema import nested
 from rba_compress.graph.rewrite import (
     copy_model,
@@ -23,8 +23,9 @@ from rba_compress.graph.rewrite import (
     replace_parameters,
 )
 from rba_compress.units.base import built
-from rba_compress.units.block_variants import Traces
+from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.registry import unit_of
+from rba_compress.units.token_merge import SIZED
 
 
 @torch.inference_mode(False)
@@ -70,7 +71,12 @@ def splice_shared(
 def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces) -> nn.Module:
     _check(model, plan, tensors)
     # Every module is made before the first block is replaced: a unit may refuse.
-    made = [(new, _module(model, new, tensors, traces)) for new in plan.replacements]
+    forms, sized = _forms(plan)
+    made = [(new, _module(model, new, tensors, traces, forms[new.key])) for new in plan.replacements]
+    carrying = [
+        (block, thin(model, block, nn.Identity(), traces, unit=SIZED, form=form))
+        for block, form in sized
+    ]
     gone = [b for new in plan.replacements if unit_of(new.unit).removes for b in new.blocks]
     keep_cache_length(model, gone)
     for new, module in made:
@@ -79,6 +85,9 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
             hold(model, block.path.rpartition(".")[0])
         replace_blocks(model, new.blocks, module)
         take_place(model.get_submodule(new.blocks[0].path), first)
+    for block, module in carrying:
+        hold(model, block.path.rpartition(".")[0])
+        replace_blocks(model, [block], module)
     for refit in plan.refits:
         _refit(model, refit, tensors)
     if plan.healed is not None:
@@ -87,8 +96,38 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     return model
 
 
+def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
+    """Return the form of each replacement, and the other blocks whose stream carries sizes."""
+    forms, others = {}, []
+    for chain in dict.fromkeys(r.chain for r in plan.replacements):
+        own = [r for r in plan.in_order if r.chain == chain]
+        first = next((r for r in own if r.behind), None)
+        at = {b: r for r in own for b in range(r.start, r.stop)}
+        last = max(at) if first is None else first.start + len(first.behind)
+        # Behind an exact read-out the stream has the read positions alone, and no sizes.
+        end = next((r.start for r in own if r.exact), last + 1)
+        taken = sum(int(r.level or 0) for r in own if r.behind)
+        gone = taken if first is not None and first.restores else 0
+        for r in own:
+            carried = first is not None and first.start < r.start <= end
+            hands = first is not None and first.start <= r.start < min(last, end)
+            forms[r.key] = Form(r.reads, r.exact, r.level, sized=carried, hands_sizes=hands)
+        if first is None:
+            continue
+        for b, block in enumerate(first.behind, first.start + 1):
+            if b not in at and b <= end:
+                ends = b == last
+                form = Form(first.reads, sized=True, hands_sizes=not ends, restored=gone * ends)
+                others.append((block, form))
+    return forms, others
+
+
 def _module(
-    model: nn.Module, new: Replacement, tensors: Mapping[str, Tensor], traces: Traces
+    model: nn.Module,
+    new: Replacement,
+    tensors: Mapping[str, Tensor],
+    traces: Traces,
+    form: Form,
 ) -> nn.Module:
     """Return the module that replaces the blocks, its tensors in their dtype and on their device.
 
@@ -110,7 +149,7 @@ def _module(
     state = module.state_dict()
     module.load_state_dict({n: tensors[f"{new.key}{n}"].reshape(v.shape) for n, v in state.items()})
     try:
-        return unit.rewrite(model, new, module, traces)
+        return unit.rewrite(model, new, module, traces, form)
     except ModelError as error:
         raise PlanError(f"{new}: {first} cannot be thinned: {error}") from error
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from rba_compress.core.plan import Offer, Replacement
 from rba_compress.units.base import Trial, Unit
-from rba_compress.units.block_variants import BlockGraph
+from rba_compress.units.block_variants import BlockGraph, Form
 
 
 class Whole(Unit):
@@ -24,7 +24,7 @@ class Whole(Unit):
         """Return nothing, because the unit saves no cost."""
         return ()
 
-    def cut(self, block: BlockGraph, reads: int, exact: bool) -> fx.Node:
+    def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Let the second sublayer read the stream between the two through the map."""
         block.replace_middle(block.middle)
         return block.output

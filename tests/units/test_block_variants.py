@@ -321,7 +321,8 @@ def test_a_plan_of_a_block_that_cannot_be_thinned_is_refused() -> None:
 
 
 def test_config_of_units() -> None:
-    config = Config()
+    config, chain = Config(), FoundChain(name="", blocks=(), width=4, ndim=3, axis=-1, positions=17)
     inner = [spec for spec in config.specs(4) if spec.kind != "folded"]
-    assert unit_of("read_out").levels(config, 4) == inner
-    assert unit_of("span").levels(config, 4) == config.specs(4)
+    assert unit_of("read_out").levels(config, chain) == inner
+    assert unit_of("span").levels(config, chain) == config.specs(4)
+    assert unit_of("token_merge").levels(config, chain) == [1, 2, 3, 4, 6]

@@ -21,7 +21,7 @@ from rba_compress.core.registry import UNITS, register
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.profiling.cost import cost
 from rba_compress.units.base import Level, Trial, Unit
-from rba_compress.units.block_variants import Traces
+from rba_compress.units.block_variants import Form, Traces
 from tests.networks import Chain, loader, seeded
 
 # Begin: a unit in one file.
@@ -54,7 +54,7 @@ class Shift(Unit):
     def excludes(self, site: Site, other: Replacement) -> bool:
         return UNITS[other.unit].removes
 
-    def levels(self, config: Settings, width: int) -> list[Level]:
+    def levels(self, config: Settings, chain: FoundChain) -> list[Level]:
         return [0.5, 1.0]
 
     def fit(self, new: Replacement, moments: PairMoments) -> tuple[Replacement, dict[str, Tensor]]:
@@ -71,7 +71,7 @@ class Shift(Unit):
         return ShiftModule(new.width)
 
     def rewrite(
-        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces
+        self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces, form: Form
     ) -> nn.Module:
         return module
 

@@ -1,0 +1,142 @@
+"""Token merging: the most similar positions of a stream are joined (Bolya et al., ICLR 2023).
+
+Positions are split alternately into two sets. Each position of the first set has its most similar one
+of the second set as partner; the r pairs with the highest similarity are joined into the partner's
+place, as a mean weighted by size, and their sizes are added. The size of a position is the number of
+original positions in it. Attention counts a position by its size: log(size) is added to the scores of
+its key. With both, joining equal positions changes no output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rba_compress.core.errors import ModelError
+
+
+def most(positions: int, protected: int) -> int:
+    """Return the largest number of positions that one merge can take away.
+
+    Args:
+        positions: the number of positions before it.
+        protected: the number of positions, the first ones, that are not merged.
+    """
+    first, second = (positions + 1) // 2 - (protected + 1) // 2, positions // 2 - protected // 2
+    return first if second > 0 else 0
+
+
+def places(keys: Tensor, count: int, protected: int) -> Tensor:
+    """Return the new place of each position after `count` of them were merged into others.
+
+    Ties are broken by the position: the first one wins.
+
+    Args:
+        keys: (N, T, width); positions are alike by the cosine of their keys.
+        count: the number of positions to take away, at most `most(T, protected)`.
+        protected: the number of positions, the first ones, that are not merged.
+
+    Raises:
+        ModelError: there are too few positions.
+
+    Returns:
+        (N, T) int64, values 0 to T - count - 1, in the order of the positions that are kept.
+    """
+    n, positions = keys.shape[:2]
+    if count > most(positions, protected):
+        least = max(2 * (count + (protected + 1) // 2) - 1, 2 * (protected // 2) + 2)
+        raise ModelError(
+            f"{positions} positions reach a block that merges {count} of them: give a larger input, "
+            f"with which {least} or more reach it"
+        )
+    unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
+    first, second = unit[:, 0::2], unit[:, 1::2]
+    # Protected positions are cut off, not masked: what is left is compared alone.
+    skip, into = (protected + 1) // 2, protected // 2
+    scores = torch.matmul(first[:, skip:], second[:, into:].transpose(1, 2))
+    partner = scores.argmax(-1)
+    best = scores.gather(-1, partner[..., None]).squeeze(-1)
+    index = torch.arange(best.shape[1], device=keys.device)
+    ahead = (best[:, None, :] > best[:, :, None]) | (
+        (best[:, None, :] == best[:, :, None]) & (index[None, :] < index[:, None])
+    )
+    merged = ahead.sum(-1) < count
+    target = torch.where(merged, 2 * (partner + into) + 1, 2 * (index + skip))
+    rest = pad(target, (skip, 0))  # the first ones are overwritten below
+    own = torch.arange(positions, device=keys.device).expand(n, positions)
+    odd = pad(own[:, 1::2], (0, positions % 2))
+    both = torch.stack([rest, odd], 2).flatten(1)[:, :positions]
+    target = torch.where(own < protected, own, both)
+    new = (target == own).long().cumsum(1) - 1
+    return new.gather(1, target)
+
+
+def merge(stream: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tensor:
+    """Join positions into means weighted by size.
+
+    Args:
+        stream: (N, T, d).
+        sizes: (N, T, 1), the number of original positions in each; None counts each as one.
+        new: the new place of each position, as `places` returns it.
+        count: the number of positions that are taken away.
+
+    Returns:
+        (N, T - count, d + 1), with the sizes as the last channel.
+    """
+    weighted = pad(stream, (0, 1), value=1.0) if sizes is None else with_sizes(stream * sizes, sizes)
+    n, positions, width = weighted.shape
+    left = positions - count
+    total = weighted.new_zeros(n, left, width).scatter_add(
+        1, new[..., None].expand(n, positions, width), weighted
+    )
+    new_sizes = total[..., -1:]
+    return with_sizes(total[..., :-1] / new_sizes, new_sizes)
+
+
+def merged_by_keys(
+    stream: Tensor, sizes: Tensor | None, keys: Tensor, count: int, protected: int
+) -> Tensor:
+    """Merge a stream by the keys (N, heads, T, d) of its attention, those of all heads together.
+
+    Args:
+        stream, sizes, count: as in `merge`.
+        protected: as in `places`.
+    """
+    new = places(keys.transpose(1, 2).flatten(2), count, protected)
+    return merge(stream, sizes, new, count)
+
+
+def with_sizes(stream: Tensor, sizes: Tensor) -> Tensor:
+    """Return a stream (N, T, d) with the sizes (N, T, 1) of its positions as the last channel."""
+    return torch.cat([stream, sizes], -1)
+
+
+def restored(stream: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """Repeat each position as often as its size says, one behind the other.
+
+    Whatever does not depend on the order of positions, such as a mean, then counts each by its size.
+
+    Args:
+        stream, sizes: (N, T, d) and (N, T, 1).
+        count: the number of positions that were taken away in all.
+
+    Returns:
+        (N, T + count, d).
+    """
+    n, left, width = stream.shape
+    ends = sizes.squeeze(-1).cumsum(1)
+    place = torch.arange(left + count, device=stream.device, dtype=ends.dtype) + 0.5
+    index = (ends[:, None, :] < place[:, None]).long().sum(-1)
+    return stream.gather(1, index[..., None].expand(n, left + count, width))
+
+
+def turned(stream: Tensor, first: int) -> Tensor:
+    """Return the positions of a stream in another order, the first ones in their places."""
+    rest = stream[:, first:].flip(1)
+    return torch.cat([stream[:, :first], rest.roll(rest.shape[1] // 2, 1)], 1)
+
+
+def weights(sizes: Tensor) -> Tensor:
+    """Return what is added to the scores of attention, (N, 1, 1, T), for sizes (N, T, 1)."""
+    return sizes.log().transpose(1, 2)[:, None]

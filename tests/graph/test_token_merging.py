@@ -1,0 +1,82 @@
+"""Token merging against an implementation in numpy, written from the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rba_compress.graph.token_merging import merge, most, places, weights
+
+
+def merged(
+    x: np.ndarray, size: np.ndarray, keys: np.ndarray, count: int, protected: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge `count` positions of one sample: rows x (T, d), sizes (T,), keys (T, c)."""
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    first = [i for i in range(len(x)) if i % 2 == 0 and i >= protected]
+    second = [j for j in range(len(x)) if j % 2 == 1 and j >= protected]
+    pairs = []
+    for i in first:
+        scores = [float(unit[i] @ unit[j]) for j in second]
+        best = int(np.argmax(scores))
+        pairs.append((-scores[best], i, second[best]))
+    groups = {i: [i] for i in range(len(x))}
+    for _, i, j in sorted(pairs)[:count]:
+        groups[j] += groups.pop(i)
+    rows = [np.average(x[g], axis=0, weights=size[g]) for _, g in sorted(groups.items())]
+    return np.array(rows), np.array([size[g].sum() for _, g in sorted(groups.items())])
+
+
+@given(st.integers(4, 21), st.integers(0, 3), st.integers(0, 1000), st.booleans(), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_merge_equals_its_definition(
+    positions: int, protected: int, seed: int, sized: bool, share: float
+) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    x, keys = (torch.randn(3, positions, c, generator=drawn, dtype=torch.float64) for c in (5, 7))
+    sizes = torch.randint(1, 5, (3, positions, 1), generator=drawn).double() if sized else None
+    if sizes is not None:
+        sizes[:, :protected] = 1  # what is never merged is one position
+    count = round(share * most(positions, protected))
+    found = merge(x, sizes, places(keys, count, protected), count)
+    assert found.shape == (3, positions - count, 6)
+    for n in range(3):
+        size = np.ones(positions) if sizes is None else sizes[n, :, 0].numpy()
+        rows, new = merged(x[n].numpy(), size, keys[n].numpy(), count, protected)
+        np.testing.assert_allclose(found[n, :, :-1], rows, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(found[n, :, -1], new)
+    np.testing.assert_array_equal(found[:, :protected, :-1], x[:, :protected])
+
+
+def test_the_most_that_can_be_taken_leaves_no_partner_without_a_pair() -> None:
+    assert [most(197, 1), most(198, 2), most(4, 0), most(5, 1), most(2, 1), most(2, 2), most(1, 0)] == [
+        98,
+        98,
+        2,
+        2,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_ties_go_to_the_first_position() -> None:
+    keys = torch.ones(1, 6, 2)
+    assert places(keys, 1, 0).tolist() == [[0, 0, 1, 2, 3, 4]]
+    assert places(keys, 2, 1).tolist() == [[0, 1, 1, 2, 1, 3]]
+    assert places(keys, 0, 0).tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("times", [(1, 1, 2, 3, 1), (4, 1, 1, 1, 1)])
+def test_attention_over_merged_equals_attention_over_repeated_positions(times: tuple[int, ...]) -> None:
+    """The law of proportional attention."""
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=drawn, dtype=torch.float64) for _ in range(3))
+    sizes = torch.tensor(times, dtype=torch.float64).view(1, -1, 1).expand(2, -1, 1)
+    repeated = torch.repeat_interleave(torch.arange(5), torch.tensor(times))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    found = attention(q, k, v, attn_mask=weights(sizes))
+    torch.testing.assert_close(found, attention(q, k[:, :, repeated], v[:, :, repeated]))

@@ -1,0 +1,206 @@
+"""Merged positions: the law on whole networks, costs, artefacts, other forms, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, fx, nn
+
+from rba_compress import (
+    Budget,
+    Config,
+    ModelError,
+    Plan,
+    compress,
+    export_onnx,
+    load,
+    profile,
+    save,
+    splice,
+    supports,
+)
+from rba_compress.core.batch import as_batch
+from rba_compress.core.plan import Chain
+from rba_compress.graph.token_merging import merge, places
+from rba_compress.planning.plan_cost import network_cost
+from rba_compress.planning.state import Solution, without_unread
+from rba_compress.profiling.cost import cost
+from rba_compress.units.token_merge import TOKEN_MERGE
+from tests.networks import images, seeded
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
+
+
+def vit(**more: Any) -> nn.Module:
+    """Vision transformer of 17 positions, the first one a class token."""
+    return seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"num_classes": 5} | more)
+
+
+def chain_of(model: nn.Module) -> Chain:
+    (chain,) = supports(model, images(4, 32)).chains
+    return chain
+
+
+def planned(chain: Chain, *merges: tuple[int, int]) -> Plan:
+    chosen = [TOKEN_MERGE.choice(chain, b, b + 1, float(count)) for b, count in merges]
+    return Plan(replacements=tuple(chosen))
+
+
+@pytest.mark.parametrize("merges", [[(0, 8)], [(0, 3), (1, 3)], [(2, 5)]])
+def test_equal_positions_merge_without_any_change(merges: list[tuple[int, int]]) -> None:
+    """Patches come in pairs, and no embedding tells positions apart."""
+    model = vit()
+    with torch.no_grad():
+        model.pos_embed.zero_()  # type: ignore[operator, union-attr]
+    x = images(3, 32)
+    x = x.unflatten(3, (2, 2, 8))[:, :, :, :, :1].expand(-1, -1, -1, -1, 2, -1).flatten(3)
+    merged = splice(model, planned(chain_of(model), *merges), {})
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def stream_by_hand(
+    model: Any, x: Tensor, merges: dict[int, int], protected: int
+) -> tuple[Tensor, Tensor]:
+    """Run the blocks of a vision transformer of timm with merged positions, without its attention."""
+    h = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    sizes = torch.ones(*h.shape[:2], 1)
+    for b, block in enumerate(model.blocks):
+        n, positions, width = h.shape
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(h)).reshape(n, positions, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log().reshape(n, 1, 1, positions)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width)
+        h = h + block.ls1(attn.proj(mixed))
+        if b in merges:
+            keys = k.transpose(1, 2).flatten(2)
+            both = merge(h, sizes, places(keys, merges[b], protected), merges[b])
+            h, sizes = both[..., :-1], both[..., -1:]
+        h = h + block.ls2(block.mlp(block.norm2(h)))
+    return h, sizes
+
+
+def by_hand(model: Any, x: Tensor, merges: dict[int, int], protected: int = 1) -> Any:
+    """Return the output with a class token."""
+    return model.forward_head(model.norm(stream_by_hand(model, x, merges, protected)[0]))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_spliced_network_computes_what_is_written_by_hand(fused: bool, registers: int) -> None:
+    model: Any = vit(reg_tokens=registers)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    merges = {0: 4, 1: 2, 2: 3}
+    chain = chain_of(model)
+    merged = splice(model, planned(chain, *merges.items()), {})
+    for n in (1, 2, 5):
+        x = images(n, 32)
+        with torch.no_grad():
+            expected = by_hand(model, x, merges, chain.reads)
+            torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("merges", [[(0, 4)], [(1, 3), (2, 5)], [(0, 1), (1, 2), (2, 3)]])
+@pytest.mark.parametrize("read_out", [False, True])
+def test_costs_follow_the_positions(merges: list[tuple[int, int]], read_out: bool) -> None:
+    model = vit() if read_out else vit(class_token=False, global_pool="avg")
+    seen = profile(model, [images(20, 32)])
+    plan = planned(seen.chains[0].chain, *merges)
+    handed = without_unread(Solution(plan, {}), seen).plan
+    assert any(r.exact for r in handed.replacements) is read_out
+    measured, said = cost(splice(model, handed, {}), as_batch(images(2, 32))), network_cost(seen, plan)
+    assert (measured.macs, measured.params) == (said.macs, said.params)
+    assert measured.macs < seen.original.macs
+
+
+@pytest.mark.slow
+def test_a_search_merges_and_what_it_found_reloads(tmp_path: Path) -> None:
+    model, data = vit(), [images(10, 32, seed=k) for k in range(4)]
+    config = Config(units=("token_merge",))
+    result = compress(model, data, budget=Budget(macs=0.75), config=config)
+    assert {r.unit for r in result.plan.replacements} == {"token_merge", "read_out"}
+    assert result.report.compressed.macs <= 0.75 * result.report.original.macs
+    assert result.report.compressed.params == result.report.original.params
+    assert not result.report.warnings
+    assert not result.check(data[0]).shifted
+    save(result, tmp_path / "merged")
+    again = load(tmp_path / "merged", original=model)
+    assert torch.equal(again(data[0]), result.model(data[0]))
+
+
+def test_a_graph_merges_as_its_module_does() -> None:
+    model, x = vit(), images(3, 32)
+    plain = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
+    traced = fx.symbolic_trace(model)
+    graph = splice(traced, planned(chain_of(traced), (0, 4), (1, 3)), {})
+    assert isinstance(graph, fx.GraphModule)
+    assert torch.equal(graph(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "reason"),
+    [
+        ("vit_tiny_patch16_224", SIZES | {"global_pool": ""}, "reads positions by their places"),
+        (
+            "beit_base_patch16_224",
+            SIZES | {"global_pool": "token"},
+            "its attention has a mask of its own",
+        ),
+    ],
+)
+def test_networks_that_cannot_merge_say_why(name: str, more: dict[str, Any], reason: str) -> None:
+    (chain,) = supports(seeded(timm.create_model, name, **more), images(4, 32)).chains
+    assert not TOKEN_MERGE.sites(chain, None)
+    assert chain.unmerged
+    import re
+
+    assert re.search(reason, chain.unmerged), chain.unmerged
+
+
+def test_a_level_that_is_no_number_of_positions_is_refused() -> None:
+    chain = chain_of(vit())
+    (new,) = planned(chain, (0, 4)).replacements
+    for level in (None, 0.0, 1.5):
+        with pytest.raises(ValueError, match="takes a number of positions away"):
+            type(new).model_validate(new.model_dump() | {"level": level})
+    message = "17 positions reach a block that merges 40 of them: .* 81 or more reach it"
+    with pytest.raises(ModelError, match=message):
+        splice(vit(), planned(chain, (0, 40)), {})(images(2, 32))
+
+
+@pytest.mark.parametrize("more", [{"class_token": False}, {"class_token": True}, {"reg_tokens": 2}])
+def test_a_head_that_takes_a_mean_counts_positions_by_their_sizes(more: dict[str, Any]) -> None:
+    model: Any = vit(global_pool="avg", **more)
+    chain = chain_of(model)
+    assert chain.reads == 0
+    assert chain.ordered == model.num_prefix_tokens
+    merges = {0: 3, 1: 2}
+    merged = splice(model, planned(chain, *merges.items()), {})
+    x = images(3, 32)
+
+    with torch.no_grad():
+        h, sizes = stream_by_hand(model, x, merges, chain.ordered)
+        h = model.norm(h)[:, model.num_prefix_tokens :]
+        weights = sizes[:, model.num_prefix_tokens :]
+        pooled = (h * weights).sum(1) / weights.sum(1)
+        expected = model.head(model.head_drop(model.fc_norm(pooled)))
+        torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+    measured, said = cost(merged, as_batch(x[:2])), profile(model, [images(20, 32)])
+    assert measured.macs == network_cost(said, planned(said.chains[0].chain, *merges.items())).macs
+
+
+@pytest.mark.slow
+def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
+    model, x = vit(), images(5, 32)
+    merged = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
+    export_onnx(merged, tmp_path / "merged.onnx", x[:2], original=model)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(merged, (x[:2],), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x), merged(x))
+    compiled = torch.compile(merged, fullgraph=True)
+    torch.testing.assert_close(compiled(x), merged(x), rtol=1e-4, atol=1e-5)
