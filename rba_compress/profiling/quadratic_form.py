@@ -79,7 +79,7 @@ def _rows(
             weight = counted.to(weight).reshape(weight.shape)
         share = weight / weight.sum(1, keepdim=True).clamp_min(1)
         return rows * share.flatten()[:, None].sqrt()
-    x, y, p = (each.double().flatten(1) for each in (before, after, expected))
+    x, y, p = (each.double().reshape(len(each), -1) for each in (before, after, expected))
     kept = torch.ones_like(p)
     if counted is not None:
         each = p.shape[1] // counted[0].numel()
