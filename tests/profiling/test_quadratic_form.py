@@ -46,6 +46,8 @@ CASES = {
     "token scores": ("kl", (3, 5, 6), {}, None),
     "token scores with padding": ("kl", (3, 5, 6), {}, [5, 2, 3]),
     "labels": ("bernoulli", (4, 3), {}, None),
+    "one number a sample": ("nse", (4,), {"scale": 0.7}, None),
+    "one label a sample": ("bernoulli", (4,), {}, None),
     "a squared error": ("nse", (4, 6), {}, None),
     "a squared error with a scale": ("nse", (4, 5, 6), {"scale": 0.7}, None),
     "a squared error with padding": ("nse", (3, 5, 6), {"scale": 0.7}, [5, 2, 3]),
