@@ -154,11 +154,11 @@ class Descent:
         self.context.record.networks += map(_recorded, verified)
 
     def _target(self) -> float:
-        """Return the size to which the next stage goes down."""
+        """Return the size to which the next stage goes down: half a stage or more."""
         limits = self.limits
         step = self.context.spent.stage
         size, target = limits.size(self.state.cost), limits.size(self.context.start.cost) - step
-        while target >= size - GRID / 2:
+        while target > size - step / 2:
             target -= step
         return target
 

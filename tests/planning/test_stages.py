@@ -150,7 +150,7 @@ def test_the_next_stage_starts_where_predictions_held() -> None:
 @pytest.mark.parametrize(
     ("block", "seed", "settings", "refined"),
     [
-        (Block, 1, {}, "refit"),
+        (Block, 0, {}, "refit"),
         (Normed, 1, {"maps": ("identity",), "refit": False}, "statistics"),
     ],
 )
