@@ -63,7 +63,8 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             at the end.
 
     Returns:
-        The plan and its tensors; `points` are other verified networks on the way there, and it itself.
+        The plan and its tensors; `points` are other verified networks on the way there, and it itself,
+        or none where nothing was replaced.
 
     Raises:
         BudgetError: no combination of options leads further, or none holds the limits of quality.
@@ -86,11 +87,12 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             except BudgetError:
                 limits.costs = asked
                 raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
-        if state.solution.plan.replacements:
-            context.rebase(state)
-            progress.refine()
-            before, state = state.mean, descent.refined(state)
-            context.log.decided("choose", state.solution.plan, state, before - state.mean)
+        if not state.solution.plan.replacements:
+            return context.finished(replace(state, cost=timed.cost))
+        context.rebase(state)
+        progress.refine()
+        before, state = state.mean, descent.refined(state)
+        context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
         front = []
         for each in descent.front(state):
