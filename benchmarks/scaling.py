@@ -2,7 +2,7 @@
 
 ViTs of 65 tokens with random weights; one of depth, width and samples is varied at a time, the others
 are 12 blocks, 192 channels and 160 samples. Watching is timed at every position, in turn with a plain
-pass, and each exponent is the slope of a line through the logarithms. A search takes an eighth of the
+pass, and each exponent is the slope of a line through the logarithms. A search takes a quarter of the
 MACs away and is counted in forward passes. `python -m benchmarks.scaling` writes
 `benchmarks/results/scaling.json`.
 """
@@ -87,7 +87,7 @@ def searched(depth: int) -> dict[str, float]:
     for name, config in (("spans", Config(units=("span",))), ("units", Config())):
         seen = profile(model, data, config=config)
         start = time.perf_counter()
-        plan = search(model, seen, data, budget=Budget(macs=0.875)).plan
+        plan = search(model, seen, data, budget=Budget(macs=0.75)).plan
         found |= {f"{name}_passes": plan.forward_passes, f"{name}_seconds": time.perf_counter() - start}
     return found
 
