@@ -166,7 +166,7 @@ class _Job(_Images):
     keep_features: bool = False
     """Compute every position, also those that the output does not read."""
     effort: Effort = "default"
-    """Work that the search does: quick takes about a third of default's time, thorough twice."""
+    """Work that the search does: quick tries fewer options on fewer images, thorough more on more."""
     foldable: bool = False
     """Search for a stock network with fewer blocks, which timm loads without this package."""
     seed: int = 0

@@ -139,6 +139,10 @@ class Chain(Frozen):
         """Module paths of the chain's blocks, in order."""
         return tuple(block.path for block in self.blocks)
 
+    def merged(self, positions: int) -> bool:
+        """Return whether merging left so many: fewer than all positions, more than the read ones."""
+        return self.reads * max(self.rows, 1) < positions < self.positions
+
     def spans(self, window: int | None = None) -> list[tuple[int, int]]:
         """Return every span (start, stop) of at most `window` blocks."""
         longest = len(self) if window is None else window

@@ -48,7 +48,7 @@ def step_cost(
         new: the replacement that starts at block `b`; None leaves the block as it is.
         times: as in `chain_cost`.
     """
-    merged = chain.reads * max(chain.rows, 1) < positions < chain.positions
+    merged = chain.merged(positions)
     macs = macs_at(chain.blocks[b].by_positions, positions) if merged else chain.macs[b]
     costs = [Cost(macs=macs, params=chain.params[b])]
     if new is not None:

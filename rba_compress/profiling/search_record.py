@@ -13,6 +13,9 @@ from rba_compress.core.errors import ArtifactError
 from rba_compress.core.plan import AnyRefit, EvaluatedCandidate, Replacement, Site, Step
 from rba_compress.core.schema import Frozen
 
+_PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "refined")
+"""Fields of a network that hold no tensors."""
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedNetwork:
@@ -70,14 +73,9 @@ class SearchRecord:
 
         networks = [
             SavedNetwork(
-                replacements=n.replacements,
-                refits=n.refits,
+                **{name: getattr(n, name) for name in _PLAIN},
                 tensors={name: held(t) for name, t in n.tensors.items()},
                 divergence=held(n.divergence),
-                agreement=n.agreement,
-                accuracy_drop=n.accuracy_drop,
-                predicted=n.predicted,
-                refined=n.refined,
             )
             for n in self.networks
         ]
@@ -105,14 +103,9 @@ class SearchRecord:
 
         self.networks = [
             EvaluatedNetwork(
-                replacements=n.replacements,
-                refits=n.refits,
+                **{name: getattr(n, name) for name in _PLAIN},
                 tensors={name: of(k) for name, k in n.tensors.items()},
                 divergence=of(n.divergence),
-                agreement=n.agreement,
-                accuracy_drop=n.accuracy_drop,
-                predicted=n.predicted,
-                refined=n.refined,
             )
             for n in saved.networks
         ]

@@ -182,7 +182,7 @@ class Unit(ABC):
             positions: number of positions before the blocks, in one sample.
         """
         read = chain.reads * max(chain.rows, 1)
-        merged = read < positions < chain.positions
+        merged = chain.merged(positions)
         narrow = new.exact or positions < chain.positions
         left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Offer(
             unit=self.name, narrow=narrow
