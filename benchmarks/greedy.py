@@ -200,9 +200,7 @@ def refined(context: SearchContext, state: SearchState, newest: Candidate) -> Se
     state = settle(context, state, chain, boundary)
     if context.config.refit:
         state = refit(context, state, chain, boundary)
-    if context.config.statistics:
-        state = statistics(context, state)
-    return state
+    return statistics(context, state)
 
 
 def settle(context: SearchContext, state: SearchState, chain: int, boundary: int) -> SearchState:

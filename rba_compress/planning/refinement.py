@@ -74,7 +74,9 @@ def _resolved(
 
 def statistics(context: SearchContext, state: SearchState) -> SearchState:
     """Re-estimate the BatchNorms behind the first replacement, all at once."""
-    places = ((context.order[r.chain], r.start, r) for r in state.solution.plan.replacements)
+    places = [(context.order[r.chain], r.start, r) for r in state.solution.plan.replacements]
+    if not places or not context.config.statistics:
+        return state
     chain, start, first = min(places, key=lambda place: place[:2])
     best: tuple[Tensor, Solution] | None = None
     for solution in context.fitter.statistics(state.solution, first.blocks[0].path):

@@ -51,6 +51,8 @@ class Verified:
     state: SearchState
     size: float
     predicted: float
+    settled: bool = False
+    """True where its BatchNorms were re-estimated, or where that did not help."""
     refined: bool = False
 
 
@@ -102,13 +104,14 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
         return replace(final, points=(*front, final))
 
 
-def _refined(context: SearchContext, state: SearchState) -> SearchState:
+def _refined(context: SearchContext, before: Verified) -> SearchState:
     """Refine a network: the kept layers behind its maps, then its BatchNorms."""
+    state = before.state
     for c, chain in enumerate(context.chains if context.refits else ()):
         starts = [r.start for r in state.solution.plan.replacements if r.chain == chain.name]
         if starts:
             state = refit(context, state, c, min(starts))
-    return statistics(context, state) if context.config.statistics else state
+    return state if before.settled and state is before.state else statistics(context, state)
 
 
 class Descent:
@@ -141,15 +144,34 @@ class Descent:
         if self.verified[k].refined or not state.solution.plan.replacements:
             return state
         self.context.rebase(state)
-        new = replace(self.verified[k], state=_refined(self.context, state), refined=True)
-        if new.state is state:  # nothing helped
-            self.verified[k], self.context.record.networks[k] = new, _recorded(new)
+        state = _refined(self.context, self.verified[k])
+        new = replace(self.verified[k], state=state, settled=True, refined=True)
+        if state is self.verified[k].state:  # nothing helped
+            self._set(k, new)
         else:
             self._add([new])
-        return new.state
+        return state
+
+    def _settled(self, states: Sequence[SearchState]) -> SearchState:
+        """Return the best of some verified networks, after BatchNorms of the first few of them were
+        re-estimated: that may change which is the best.
+        """
+        first, best = sorted(states, key=_order)[: self.context.spent.judged], []
+        for state in first:
+            k, log = self._index(state), self.context.log
+            if len(first) > 1 and not self.verified[k].settled:
+                steps, log.steps = log.steps, []
+                settled = statistics(self.context, state)
+                log.steps = steps
+                self._set(k, replace(self.verified[k], state=settled, settled=True))
+            best.append(self.verified[k].state)
+        return min(best, key=_order)
 
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)
+
+    def _set(self, k: int, new: Verified) -> None:
+        self.verified[k], self.context.record.networks[k] = new, _recorded(new)
 
     def _add(self, verified: Sequence[Verified]) -> None:
         self.verified += verified
@@ -176,7 +198,7 @@ class Descent:
             met = [state for state in held if not limits.lacking(state.cost)]
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
-                return min(met, key=_order)
+                return self._settled(met)
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
@@ -186,7 +208,7 @@ class Descent:
             further = self._stage()
             if limits.costs and not further:
                 if met:
-                    return min(met, key=_order)
+                    return self._settled(met)
                 raise BudgetError(limits.unreached(cheapest, None, context.config.maps))
             new = self.verified[done:]
             if not limits.costs and (not further or all(limits.broken(v.state) for v in new)):
@@ -222,19 +244,17 @@ class Descent:
             return self._stage()
         if not finite:
             return False
-        chosen = trusted(before, finite)
-        margin = min(
-            (
-                v.state.mean - chosen.state.mean
-                for v in finite
-                if v is not chosen and v.size <= chosen.size + GRID
-            ),
-            default=math.inf,
-        )
-        plan = chosen.state.solution.plan
-        context.log.decided("stage", plan, chosen.state, margin, chosen.predicted)
-        self._current = len(self.verified) + finite.index(chosen)
         self._add(finite)
+        alike = trusted(before, finite)
+        self._current = self._index(self._settled([v.state for v in alike]))
+        new, chosen = self.verified[-len(finite) :], self.verified[self._current]
+        others = [v.state.mean for v in new if v is not chosen and v.size <= chosen.size + GRID]
+        margin = min(others, default=math.inf) - chosen.state.mean
+        taken = finite[new.index(chosen)].state
+        context.log.decided("stage", taken.solution.plan, taken, margin, chosen.predicted)
+        if chosen.state is not taken:
+            gain = taken.mean - chosen.state.mean
+            context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
         record.current, record.skipped = self._current, set(context.skipped)
         record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
@@ -267,6 +287,7 @@ def _recorded(verified: Verified) -> EvaluatedNetwork:
         agreement=seen.agreement,
         accuracy_drop=seen.accuracy_drop,
         predicted=verified.predicted,
+        settled=verified.settled,
         refined=verified.refined,
     )
 
@@ -277,7 +298,8 @@ def _restored(context: SearchContext, network: EvaluatedNetwork) -> Verified:
     plan = context.start.solution.plan.model_copy(update=parts)
     cost = context.fitter.cost(plan)
     state = SearchState(Solution(plan, network.tensors), cost, evaluation_of(network))
-    return Verified(state, context.limits.size(cost), network.predicted, network.refined)
+    size = context.limits.size(cost)
+    return Verified(state, size, network.predicted, network.settled, network.refined)
 
 
 def _order(state: SearchState) -> tuple[float, int]:
@@ -285,17 +307,19 @@ def _order(state: SearchState) -> tuple[float, int]:
     return rounded(state.mean), state.cost.macs
 
 
-def trusted(before: SearchState, verified: Sequence[Verified]) -> Verified:
-    """Return the network to go on from: the cheapest whose predicted rise held, or else the nearest."""
+def trusted(before: SearchState, verified: Sequence[Verified]) -> list[Verified]:
+    """Return the networks to go on from, the best first: those as cheap as the cheapest whose predicted
+    rise held, or else the nearest.
+    """
     held = [
         v
         for v in verified
         if v.state.mean - before.mean <= TRUST * max(v.predicted - before.mean, 0.0) + 1e-6
     ]
     if not held:
-        return max(verified, key=lambda v: v.size)
+        return [max(verified, key=lambda v: v.size)]
     lowest = min(v.size for v in held)
-    return min((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
+    return sorted((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
 
 
 def _expected(context: SearchContext, state: SearchState) -> float:

@@ -13,7 +13,7 @@ from rba_compress.core.errors import ArtifactError
 from rba_compress.core.plan import AnyRefit, EvaluatedCandidate, Replacement, Site, Step
 from rba_compress.core.schema import Frozen
 
-_PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "refined")
+_PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "settled", "refined")
 """Fields of a network that hold no tensors."""
 
 
@@ -30,6 +30,8 @@ class EvaluatedNetwork:
     accuracy_drop: float | None
     predicted: float
     """Mean divergence that was predicted."""
+    settled: bool = False
+    """True where BatchNorms were re-estimated, or where that did not help."""
     refined: bool = False
     """True where kept layers were re-solved and BatchNorms re-estimated after the choice."""
 
@@ -124,6 +126,7 @@ class SavedNetwork(Frozen):
     agreement: float | None
     accuracy_drop: float | None
     predicted: float
+    settled: bool
     refined: bool
 
 

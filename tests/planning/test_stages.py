@@ -142,9 +142,9 @@ def test_the_next_stage_starts_where_predictions_held() -> None:
         verified(0.845, 0.012, 0.01),
         verified(0.8, 0.9, 0.02),
     )
-    assert trusted(run.start, [good, wild]) is good
-    assert trusted(run.start, [better, good, wild]) is good  # within a hundredth, the nearer network
-    assert trusted(run.start, [wild, verified(0.7, 2.0, 0.03)]) is wild  # none held: the smaller step
+    assert trusted(run.start, [good, wild]) == [good]
+    assert trusted(run.start, [better, good, wild])[0] is good  # within a hundredth, the nearer network
+    assert trusted(run.start, [wild, verified(0.7, 2.0, 0.03)]) == [wild]  # none held: the smaller step
 
 
 @pytest.mark.parametrize(
