@@ -253,7 +253,10 @@ def test_the_transformer_learns_repeats_itself_and_has_blocks_to_replace(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_fifth_of_the_real_patients_from_end_to_end(tmp_path: Path) -> None:
+def test_a_fifth_of_the_real_patients_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.clinical.intervals.TIMES", 50)
     real = data_root() / "diabetes130.zip"
     if not real.exists():
         pytest.skip(f"{real} is not there")

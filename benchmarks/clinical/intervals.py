@@ -12,6 +12,9 @@ from scipy.stats import binomtest
 SMALLEST = 11
 """Cells of fewer people are not shown (the rule of the US Centers for Medicare & Medicaid Services)."""
 
+TIMES = 500
+"""How often patients are drawn for an interval."""
+
 
 class Interval(BaseModel):
     """A value and its 95 % interval."""
@@ -36,14 +39,13 @@ def share(events: int, count: int) -> Interval:
 
 
 def by_patient(
-    measure: Callable[[np.ndarray], float], patients: np.ndarray, *, times: int = 500, seed: int = 0
+    measure: Callable[[np.ndarray], float], patients: np.ndarray, *, seed: int = 0
 ) -> Interval:
     """A measure of rows, with its percentiles over patients drawn with replacement.
 
     Args:
         measure: of row numbers, which may repeat; NaN where it cannot be taken.
         patients: whose each row is, numbered from 0 without gaps.
-        times: how often patients are drawn.
     """
     order = np.argsort(patients, kind="stable")
     starts = np.searchsorted(patients[order], np.arange(patients.max() + 2))
@@ -51,7 +53,7 @@ def by_patient(
     generator = np.random.default_rng(seed)
     drawn = [
         measure(np.concatenate([groups[k] for k in generator.integers(0, len(groups), len(groups))]))
-        for _ in range(times)
+        for _ in range(TIMES)
     ]
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return Interval(value=float(measure(np.arange(len(patients)))), low=float(low), high=float(high))

@@ -5,8 +5,8 @@ the cached stream of its boundary on the screened validation samples. Of its out
 products with the other options' changes are kept, so that the table does not grow with the samples.
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
-that is not folded. Other levels follow for the best sites. A span that is longer by a block follows
-where both of its shorter ones belong to the better half.
+that is not folded. Other levels follow for the best sites, and for those that are replaced already. A
+span that is longer by a block follows where both of its shorter ones belong to the better half.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rba_compress.planning.state import (
     Candidate,
     SearchState,
     Solution,
+    again,
     removed_length,
     undone,
     with_candidate,
@@ -166,9 +167,6 @@ def _run(
     of_site: dict[Site, list[Candidate]] = {}
     for candidate in candidates:
         of_site.setdefault(candidate.site, []).append(candidate)
-    rounds: dict[int, list[Site]] = {}
-    for site in of_site:
-        rounds.setdefault(max(removed_length(site), 1), []).append(site)
     done: list[tuple[Candidate, int]] = []
     prices: dict[Site, float] = {}
     poor: set[Site] = set()
@@ -180,8 +178,17 @@ def _run(
         )
         done.append((candidate, index))
         context.log.measured(state, candidate, state.mean + runs.rises[index])
-        price = runs.rises[index] / context.limits.saved(state.cost, candidate.saving)
+        saved = context.limits.saved(state.cost, candidate.saving)
+        price = runs.rises[index] / (saved if saved > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
+
+    for site in [site for site, levels in of_site.items() if again(state, levels[0])]:
+        levels = of_site.pop(site)
+        _levels(levels, _first(levels), run(_first(levels)), run)
+    old = len(done)
+    rounds: dict[int, list[Site]] = {}
+    for site in of_site:
+        rounds.setdefault(max(removed_length(site), 1), []).append(site)
 
     finer = max(FEWEST, round(context.spent.finer * blocks))
     for _, sites in sorted(rounds.items()):
@@ -194,7 +201,7 @@ def _run(
             prices[site] = min(prices[site], *_levels(of_site[site], first[site], prices[site], run))
         spans = [site for site in best if removed_length(site)]
         poor.update(site for site in sites if site not in spans[: max(-(-len(spans) // 2), FEWEST)])
-    if done and not context.skipped and not any(map(math.isfinite, runs.rises)):
+    if done[old:] and not context.skipped and not any(map(math.isfinite, runs.rises[old:])):
         raise ActivationError("every candidate makes the model's output NaN or infinite")
     order = sorted(prices, key=lambda site: (prices[site], site))
     context.skipped = set(order[round(context.spent.again * blocks) :])

@@ -23,12 +23,13 @@ from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
-from rba_compress.planning.refinement import refit, statistics
+from rba_compress.planning.refinement import refit, statistics, wins
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
     SearchState,
     Solution,
+    again,
     removed_length,
     undone,
     with_candidate,
@@ -192,20 +193,21 @@ class Descent:
         Raises:
             BudgetError: no combination of options leads further, or none holds the limits of quality.
         """
-        limits, context = self.limits, self.context
+        limits, context, staged = self.limits, self.context, False
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
-                return self._settled(met)
+                best = self._settled(met)
+                return self._exchanged(best) if staged else best
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
                 after = max(beyond, key=lambda state: limits.size(state.cost))
                 raise BudgetError(limits.unreached(cheapest, after, context.config.maps))
             done = len(self.verified)
-            further = self._stage()
+            staged = further = self._stage()
             if limits.costs and not further:
                 if met:
                     return self._settled(met)
@@ -217,6 +219,31 @@ class Descent:
                     said = " and ".join(limits.broken(after))
                     context.log.decided("stop", said, after, after.mean - cheapest.mean)
                 return cheapest
+
+    def _exchanged(self, state: SearchState) -> SearchState:
+        """Exchange options of a network for better ones at the size of the budget."""
+        context, limits = self.context, self.limits
+        for _ in range(context.spent.exchanges if state.solution.plan.replacements else 0):
+            context.rebase(state)
+            self.progress.stage(state, _expected(context, state))
+            judged = stage(context, state, limits.goal_size, exchange=True)
+            context.record.runs.clear()
+            better = [
+                v
+                for v in judged
+                if wins(context, v.state.evaluation.divergence, state.evaluation.divergence)
+                and not limits.lacking(v.state.cost)
+                and not limits.broken(v.state)
+            ]
+            if not better:
+                break
+            before = state
+            self._add(better)
+            state = self._settled([v.state for v in better])
+            chosen = self.verified[self._index(state)]
+            plan, gain = state.solution.plan, before.mean - state.mean
+            context.log.decided("stage", plan, state, gain, chosen.predicted)
+        return state
 
     def _stage(self) -> bool:
         """Take one stage; return False where no option leads further.
@@ -245,7 +272,7 @@ class Descent:
         if not finite:
             return False
         self._add(finite)
-        alike = trusted(before, finite)
+        alike = trusted(before, finite, size - context.spent.stage / 4, context.evaluator.screened)
         self._current = self._index(self._settled([v.state for v in alike]))
         new, chosen = self.verified[-len(finite) :], self.verified[self._current]
         others = [v.state.mean for v in new if v is not chosen and v.size <= chosen.size + GRID]
@@ -307,17 +334,26 @@ def _order(state: SearchState) -> tuple[float, int]:
     return rounded(state.mean), state.cost.macs
 
 
-def trusted(before: SearchState, verified: Sequence[Verified]) -> list[Verified]:
+def trusted(
+    before: SearchState, verified: Sequence[Verified], size: float, screened: int
+) -> list[Verified]:
     """Return the networks to go on from, the best first: those as cheap as the cheapest whose predicted
-    rise held, or else the nearest.
+    rise held, or else the nearest one.
+
+    Args:
+        size: the least step; without it, predictions that never hold make stages ever smaller.
+        screened: the number of samples that predictions were made on. On them a prediction fails for
+            its interactions alone; the mean of all samples differs by chance, too.
     """
-    held = [
-        v
-        for v in verified
-        if v.state.mean - before.mean <= TRUST * max(v.predicted - before.mean, 0.0) + 1e-6
-    ]
+
+    def rise(v: Verified) -> float:
+        gap = v.state.evaluation.divergence[:screened] - before.evaluation.divergence[:screened]
+        return float(gap.mean())
+
+    held = [v for v in verified if rise(v) <= TRUST * max(v.predicted - before.mean, 0.0) + 1e-6]
     if not held:
-        return [max(verified, key=lambda v: v.size)]
+        far = [v for v in verified if v.size <= size + 1e-9]
+        return [max(far, key=lambda v: v.size) if far else min(verified, key=lambda v: v.size)]
     lowest = min(v.size for v in held)
     return sorted((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
 
@@ -332,18 +368,26 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     return 2 + (sum(options) + further + judged) / context.held
 
 
-def stage(context: SearchContext, state: SearchState, target: float) -> list[Verified]:
-    """Evaluate the best plans of one stage, between the size of its state and the target."""
+def stage(
+    context: SearchContext, state: SearchState, target: float, *, exchange: bool = False
+) -> list[Verified]:
+    """Evaluate the best plans of one stage, between the size of its state and the target.
+
+    Args:
+        exchange: look for plans of the target's size alone that are predicted to be better than the
+            state, which has that size already.
+    """
     limits = context.limits
-    start = limits.size(state.cost)
+    most = target if exchange else limits.size(state.cost) - 2e-9
     fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
-    useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0]
+    useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0 or again(state, c)]
     table = output_changes(context, state, useful)
     single = [limits.saved(state.cost, c.saving) for c in table.options if removed_length(c.site) <= 1]
-    lowest = target - max([2 * GRID, *single])
-    found = _solved(context, state, table, lowest=lowest)
+    found = _solved(context, state, table, lowest=target - max([2 * GRID, *single]))
+    if exchange:
+        found = [each for each in found if rounded(each[0].rise) < 0]
     verified = []
-    for combination, solution, cost in _picked(context, found, start, target):
+    for combination, solution, cost in _picked(context, found, most, target):
         at = _boundary(context, table, combination)
         evaluation = context.evaluation(state, solution, at)
         predicted = max(state.mean + table.rise(combination.rows), 0.0)
@@ -407,18 +451,18 @@ def _boundary(
 def _picked(
     context: SearchContext,
     found: Sequence[tuple[Combination, Solution, Cost]],
-    start: float,
+    most: float,
     target: float,
 ) -> Iterator[tuple[Combination, Solution, Cost]]:
-    """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
-    the best few at the target and at the budget.
+    """Return the plans to evaluate: the one with the least predicted rise at each size of a grid from
+    `most` down to the target, and the best few at the target and at the budget.
     """
     sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
-    sized = [(size, each) for size, each in sized if size < start - 1e-9]
+    sized = [(size, each) for size, each in sized if size <= most + 1e-9]
     if not sized:
         return
     target = max(target, min(size for size, _ in sized))
-    grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
+    grid = np.arange(math.floor(most / GRID), 0, -1) * GRID
     ends = [end for end in (context.limits.goal_size, target) if end >= target]
     seen: set[tuple[int, ...]] = set()
     for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):

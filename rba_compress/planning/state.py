@@ -159,6 +159,15 @@ def undone(solution: Solution, old: Replacement) -> Solution:
     return changed(solution, drop=[old, *folded_for(solution.plan, old)])
 
 
+def again(state: SearchState, candidate: Candidate) -> bool:
+    """Return whether a state has the candidate's unit at its site already, with another map or level."""
+    new = candidate.replacement
+    place = new.start, new.stop, new.unit
+    old = [r for r in overlapping(state.solution.plan, new) if (r.start, r.stop, r.unit) == place]
+    same = [r for r in old if r.level == new.level and r.map.kind == new.map.kind == "identity"]
+    return bool(old) and not same
+
+
 def removed_length(site: Site) -> int:
     """Return the number of blocks that a site removes; 0 where it cuts one."""
     return site.stop - site.start if unit_of(site.unit).removes else 0

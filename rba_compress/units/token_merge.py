@@ -23,7 +23,7 @@ from rba_compress.graph.token_merging import most, turned
 from rba_compress.units.base import Level, Trial, Unit
 from rba_compress.units.block_variants import BlockGraph, Form, Thinned, example_inputs, thin
 
-SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)
+SHARES = (1 / 48, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 5 / 24, 1 / 4, 1 / 3)
 """Levels, as shares of the chain's positions."""
 
 

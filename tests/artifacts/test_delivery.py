@@ -189,7 +189,8 @@ with torch.no_grad():
 def test_stages_of_blocks_fold(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "resnet26d", num_classes=5)
     data = list(torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
-    found = compress(model, data, budget=Budget(macs=0.97), config=Config(foldable=True))
+    how = Config(foldable=True, effort="quick")
+    found = compress(model, data, budget=Budget(macs=0.97), config=how)
     found.save(tmp_path / "compressed", fold=True)
     stock = read_manifest(tmp_path / "compressed").folded
     assert stock is not None

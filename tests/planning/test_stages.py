@@ -133,8 +133,8 @@ def test_taking_back_is_a_row_of_the_table() -> None:
 def test_the_next_stage_starts_where_predictions_held() -> None:
     run = started(Budget(macs=0.5))
 
-    def verified(size: float, mean: float, predicted: float) -> Verified:
-        evaluation = replace(run.start.evaluation, divergence=torch.tensor([mean]))
+    def verified(size: float, seen: float, predicted: float, unseen: float = 0.0) -> Verified:
+        evaluation = replace(run.start.evaluation, divergence=torch.tensor([seen, unseen]))
         return Verified(replace(run.start, evaluation=evaluation), size, predicted)
 
     good, better, wild = (
@@ -142,9 +142,14 @@ def test_the_next_stage_starts_where_predictions_held() -> None:
         verified(0.845, 0.012, 0.01),
         verified(0.8, 0.9, 0.02),
     )
-    assert trusted(run.start, [good, wild]) == [good]
-    assert trusted(run.start, [better, good, wild])[0] is good  # within a hundredth, the nearer network
-    assert trusted(run.start, [wild, verified(0.7, 2.0, 0.03)]) == [wild]  # none held: the smaller step
+    assert trusted(run.start, [good, wild], 1.0, 1) == [good]
+    assert trusted(run.start, [better, good, wild], 1.0, 1)[0] is good  # within a hundredth: the nearer
+    worse = verified(0.7, 2.0, 0.03)
+    assert trusted(run.start, [wild, worse], 1.0, 1) == [wild]  # none held: the smaller step
+    assert trusted(run.start, [wild, worse], 0.75, 1) == [worse]  # but not too small a step
+    assert trusted(run.start, [wild, worse], 0.65, 1) == [worse]
+    unlucky = verified(0.8, 0.02, 0.02, unseen=0.9)  # its prediction was of the first sample
+    assert trusted(run.start, [good, unlucky], 1.0, 1) == [unlucky]
 
 
 @pytest.mark.parametrize(
