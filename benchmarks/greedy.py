@@ -264,7 +264,7 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
     """Re-solve the last linear layers of the kept blocks behind a boundary, one by one."""
     blocks = context.chains[chain].blocks
     taken = replaced_blocks(state.solution.plan, context.chains[chain])
-    walk = context.fitter.walk(chain)
+    walk = context.fitter.walk(chain, state.solution.plan)
     for b in range(boundary, len(blocks)):
         folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
         for k, branch in enumerate(blocks[b].branches if b not in taken else ()):

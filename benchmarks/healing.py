@@ -133,7 +133,7 @@ def resolved(model: nn.Module, calibration: Loader, compressed: Result) -> nn.Mo
     )
     for c, chain in enumerate(run.chains):
         taken = replaced_blocks(solution.plan, chain)
-        walk = run.fitter.walk(c)
+        walk = run.fitter.walk(c, solution.plan)
         for b in (b for b in range(min(taken, default=len(chain)), len(chain)) if b not in taken):
             for k in range(len(chain.blocks[b].branches)):
                 # The first that is offered: the middle damping, half a step.

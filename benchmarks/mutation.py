@@ -1,12 +1,12 @@
 """Count the small faults, put into a module one at a time, that its tests notice.
 
     pip install mutmut
-    python -m benchmarks.mutation linalg.moments linalg.maps units.splice planning.selection=100
+    python -m benchmarks.mutation linalg.moments linalg.maps units.splice planning.stages=100
 
 Faults are those of mutmut: another number, operator or constant, an argument gone or None, an
 assignment of None. Annotations, docstrings, decorators, what is raised and the case of strings stay as
 they are. The first failure of a module's tests ends them, in a fork of one process that holds all heavy
-imports. `planning.selection=100` takes a sample of 100, the same for the same `--seed`. Survivors are
+imports. `planning.stages=100` takes a sample of 100, the same for the same `--seed`. Survivors are
 printed as they are found, then a table.
 """
 
@@ -63,7 +63,7 @@ TESTS = {
     "planning.plan_cost": [*SEARCH[:2], "tests/units/test_block_variants.py", *SEARCH[2:]],
     "planning.refinement": SEARCH,
     "planning.search": SEARCH,
-    "planning.selection": SEARCH,
+    "planning.stages": ["tests/planning/test_stages.py", *SEARCH],
     "planning.solver": ["tests/planning/test_solver.py"],
     "linalg.sketch": ["tests/linalg/test_sketch.py"],
     "profiling.quadratic_form": ["tests/profiling/test_quadratic_form.py"],

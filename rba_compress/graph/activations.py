@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import running
 from rba_compress.core.plan import Chain
+from rba_compress.graph.rewrite import BlockModule
 from rba_compress.graph.tracer import graph_arguments
 
 
@@ -46,7 +48,8 @@ def observe(
     """Run a model, rewritten or not, and keep the streams of its chains without copying them.
 
     Args:
-        layers: paths of modules whose inputs and outputs are kept, too.
+        layers: paths of modules whose inputs and outputs are kept, too; `PLACES` of a block that merges
+            positions gives its keys, and where each position went.
         stop: (chain, boundary) after which the pass is ended.
         clock: read at every boundary.
 
@@ -71,11 +74,23 @@ def observe(
 
     def keep_layer(path: str) -> Callable[..., None]:
         def after(_: Any, args: Any, output: Tensor) -> None:
-            seen.layers[path] = (args[0], output)
+            keep_values(path, args[0], output)
 
         return after
 
-    handles = [model.get_submodule(p).register_forward_hook(keep_layer(p)) for p in layers]
+    def keep_values(path: str, given: Any, output: Any) -> None:
+        seen.layers[path] = (given, output)
+
+    handles = []
+    watched: dict[BlockModule, dict[str, Callable[..., None]]] = {}
+    for path in layers:
+        block, name = _graph_run(model, path)
+        if block is not None:
+            watched.setdefault(block, {})[name] = partial(keep_values, path)
+        else:
+            handles.append(model.get_submodule(path).register_forward_hook(keep_layer(path)))
+    for block, wanted in watched.items():
+        block.watching = wanted
     try:
         with running(model, batch):
             if isinstance(model, fx.GraphModule):
@@ -88,10 +103,24 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+        for block in watched:
+            block.watching = None
     for tensor, version, path in versions:
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
     return seen
+
+
+def _graph_run(model: nn.Module, path: str) -> tuple[BlockModule | None, str]:
+    """Return the block that runs a layer by its graph, and the layer's path in it; None where the layer
+    runs as a module.
+    """
+    module, names = model, path.split(".")
+    for k, name in enumerate(names):
+        if isinstance(module, BlockModule) and name != "map":
+            return module, ".".join(names[k:])
+        module = module.get_submodule(name)
+    return None, path
 
 
 def run_with_streams(

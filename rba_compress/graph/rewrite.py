@@ -9,7 +9,7 @@ their state dicts agree. A `BlockModule` is called as the block was, in either f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,9 +21,16 @@ from rba_compress.core.plan import Block, Plan, listed
 from rba_compress.core.weight_types import of_peft
 from rba_compress.graph.tracer import module_stack
 
+PLACES = "places"
+"""Name under which a block that merges positions shows where each of them went."""
+
 
 class BlockModule(nn.Module):
     """Base of modules that replace one block and are called as the block was, side inputs included."""
+
+    watching: Mapping[str, Callable[[Any, Any], None]] | None = None
+    """Set while a pass is observed: for layers of the block that run by a graph and not as modules, by
+    path, what is called with their input and output. `PLACES` stands for a merge of positions."""
 
 
 class Spliced(nn.Module):

@@ -94,17 +94,9 @@ def merge(stream: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tens
     return with_sizes(total[..., :-1] / new_sizes, new_sizes)
 
 
-def merged_by_keys(
-    stream: Tensor, sizes: Tensor | None, keys: Tensor, count: int, protected: int
-) -> Tensor:
-    """Merge a stream by the keys (N, heads, T, d) of its attention, those of all heads together.
-
-    Args:
-        stream, sizes, count: as in `merge`.
-        protected: as in `places`.
-    """
-    new = places(keys.transpose(1, 2).flatten(2), count, protected)
-    return merge(stream, sizes, new, count)
+def places_by_keys(keys: Tensor, count: int, protected: int) -> Tensor:
+    """Return `places` by the keys (N, heads, T, d) of attention, those of all heads together."""
+    return places(keys.transpose(1, 2).flatten(2), count, protected)
 
 
 def with_sizes(stream: Tensor, sizes: Tensor) -> Tensor:

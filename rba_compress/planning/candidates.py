@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
-from rba_compress.core.cost import Cost
+from rba_compress.core.cost import UNREACHABLE, Cost
 from rba_compress.core.distributed import current
 from rba_compress.core.memory import out_of_memory
 from rba_compress.core.plan import (
@@ -118,8 +118,11 @@ class CandidateFitter:
             found += self._of_chain(model, c, inner, {})
             found += self._of_chain(model, c, [s for s in wanted if s not in inner], folds)
         before = self.cost(state.solution.plan)
+        costs = [self.cost(with_candidate(state.solution, each).plan) for each in found]
         return [
-            replace(f, saving=before - self.cost(with_candidate(state.solution, f).plan)) for f in found
+            replace(each, saving=before - cost)
+            for each, cost in zip(found, costs, strict=True)
+            if cost.macs < UNREACHABLE.macs
         ]
 
     def _of_chain(
@@ -196,9 +199,11 @@ class CandidateFitter:
         order = {site: k for k, site in enumerate(sites)}
         return sorted(found, key=lambda candidate: order[candidate.site])
 
-    def walk(self, chain: int) -> Walk:
-        """Return a walk down a chain, for `refits`."""
-        return Walk(self.model, self.chains, chain, self.batches)
+    def walk(self, chain: int, plan: Plan) -> Walk:
+        """Return a walk down a chain under a plan, for `refits`."""
+        name = self.chains[chain].name
+        merges = [r.start for r in plan.in_order if r.chain == name and not unit_of(r.unit).fitted]
+        return Walk(self.model, self.chains, chain, self.batches, merges)
 
     def refits(
         self, walk: Walk, solution: Solution, block: int, branch: int

@@ -20,7 +20,8 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Block, Branch, Chain
 from rba_compress.graph.activations import Observed, attention_mask, observe
-from rba_compress.graph.rewrite import copy_model, replace_blocks
+from rba_compress.graph.rewrite import PLACES, copy_model, replace_blocks
+from rba_compress.graph.token_merging import merge
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.units.block_variants import Traces, thin
@@ -254,25 +255,48 @@ class _Pass:
         model = self.resumed.start(self.held[k])
         return observe(model, self.chains, self.batches[k], layers=self.layers, stop=self.stop)
 
-    def reached(self, k: int, boundaries: Sequence[int]) -> Streams:
-        """Return one stream of each chain, where the run reached it."""
-        streams = self(k).streams
-        return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
+
+def _at(streams: Streams, boundaries: Sequence[int]) -> Streams:
+    """Return one stream of each chain, where a run reached it."""
+    return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
+
+
+def _behind(places: Tensor | None, new: Tensor) -> Tensor:
+    """Return where original positions are behind one more merge."""
+    return new if places is None else new.gather(1, places)
+
+
+def _merged(x: Tensor, sizes: Tensor | None, places: Tensor | None, left: int) -> Tensor:
+    """Return a stream, or a part of it, merged to `left` positions; unchanged without places."""
+    if places is None:
+        return x
+    return merge(x, sizes, places, x.shape[1] - left)[..., :-1]
 
 
 class Walk:
-    """Walk down a chain with both networks, which caches the samples' streams at one boundary."""
+    """Walk down a chain with both networks, which caches the samples' streams at one boundary.
+
+    Where the compressed network merges positions, the original's are merged in the same way, sample by
+    sample: a mean of original positions is what a position behind the merge stands for.
+    """
 
     def __init__(
-        self, original: nn.Module, chains: Sequence[Chain], chain: int, batches: Sequence[Batch]
+        self,
+        original: nn.Module,
+        chains: Sequence[Chain],
+        chain: int,
+        batches: Sequence[Batch],
+        merges: Sequence[int] = (),
     ) -> None:
         self.original, self.chains, self.index = original, chains[: chain + 1], chain
-        self.batches = batches
+        self.batches, self._merges = batches, merges
         self.boundary = 0
         self.passes = 0.0
         """Number of passes of all samples through the whole chain, in either network."""
         self._h: list[Streams] = []
         self._g: list[Streams] = []
+        self._places: list[Tensor | None] = [None] * len(batches)
+        """Where each original position went, (N, T), by batch; None where none was merged."""
 
     @property
     def chain(self) -> Chain:
@@ -283,13 +307,23 @@ class Walk:
         if self._h and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
+        merges = [self._merge_at(b) for b in self._merges if self.boundary <= b < boundary]
         reached: list[list[Streams]] = []
         for model, held in ((self.original, self._h), (compressed, self._g)):
-            run = self._pass(model, held, boundary)
+            own = merges if model is compressed else ()
+            run = self._pass(model, held, boundary, own)
             with evaluating(run.resumed.model):
-                reached.append([run.reached(k, last) for k in range(len(self.batches))])
+                reached.append([])
+                for k in range(len(self.batches)):
+                    seen = run(k)
+                    reached[-1].append(_at(seen.streams, last))
+                    for path in own:
+                        self._places[k] = _behind(self._places[k], seen.layers[path][1])
         self._h, self._g = reached
         self.boundary = boundary
+
+    def _merge_at(self, block: int) -> str:
+        return f"{self.chain.blocks[block].path}.{PLACES}"
 
     def _pass(
         self, model: nn.Module, held: list[Streams], stop: int, layers: Sequence[str] = ()
@@ -311,25 +345,38 @@ class Walk:
         """
         last, paths = branches[-1], observed(branches)
         total: Rows | None = None
-        stop, b = self.boundary + 1, self.boundary
+        stop, b, width = self.boundary + 1, self.boundary, self.chain.width
+        # A merge of this block lies between its sublayers, so before its last branch alone.
+        merges = [self._merge_at(b)] if b in self._merges and len(branches) > 1 else []
         original, light = (
-            self._pass(model, held, stop, paths)
-            for model, held in ((self.original, self._h), (compressed, self._g))
+            self._pass(model, held, stop, [*paths, *own])
+            for model, held, own in ((self.original, self._h, []), (compressed, self._g, merges))
         )
         with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
                 theirs, ours = original(k).layers, light(k).layers
+                h, g = self._h[k][self.index][b], self._g[k][self.index][b]
+                g, sizes = g[..., :width], g[..., width:] if self._places[k] is not None else None
+                places, new = self._places[k], None
+                for path in merges:
+                    new = ours[path][1]
+                    places = _behind(places, new)
+                left = ours[last.path][1].shape[1]
                 if last.norm is not None:
-                    gap = theirs[last.norm][1] - ours[last.norm][1]
+                    gap = _merged(theirs[last.norm][1], None, places, left) - ours[last.norm][1]
                 else:
-                    gap = self._h[k][self.index][b] - self._g[k][self.index][b]
+                    gap = _merged(h, None, places, left) - _merged(g, sizes, new, left)
                     for branch in branches:
-                        moved = (theirs[branch.path][1] - ours[branch.path][1]).reshape(gap.shape)
+                        moved = _merged(theirs[branch.path][1].reshape(h.shape), None, places, left)
+                        own = ours[branch.path][1]
+                        if branch is not last:
+                            own = _merged(own.reshape(g.shape), sizes, new, left)
+                        moved = moved - own.reshape(gap.shape)
                         gap = gap + moved * scale_of(self.original, branch)
                 lacking = _lacking(compressed, last, ours, gap)
-                new = Rows.of(
+                seen = Rows.of(
                     self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)
                 )
-                total = new if total is None else total + new
+                total = seen if total is None else total + seen
         assert total is not None
         return total

@@ -31,15 +31,11 @@ def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
 def refit(context: SearchContext, state: SearchState, chain: int, boundary: int) -> SearchState:
     """Re-solve the last linear layers of the kept blocks behind a boundary, one by one."""
     blocks = context.chains[chain].blocks
-    taken = replaced_blocks(state.solution.plan, context.chains[chain])
-    walk = context.fitter.walk(chain)
-    merges = [
-        r.start
-        for r in state.solution.plan.replacements
-        if r.chain == context.chains[chain].name and not unit_of(r.unit).fitted
-    ]
-    # Behind a merge the original's stream has other positions.
-    for b in range(boundary, min(merges, default=len(blocks))):
+    plan = state.solution.plan
+    fitted = [r for r in plan.replacements if unit_of(r.unit).fitted]
+    taken = replaced_blocks(plan.model_copy(update={"replacements": fitted}), context.chains[chain])
+    walk = context.fitter.walk(chain, plan)
+    for b in range(boundary, len(blocks)):
         folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
         for k, branch in enumerate(blocks[b].branches if b not in taken else ()):
             if branch.path in folded:

@@ -160,7 +160,7 @@ def undone(solution: Solution, old: Replacement) -> Solution:
 
 
 def again(state: SearchState, candidate: Candidate) -> bool:
-    """Return whether a state has the candidate's unit at its site already, with another map or level."""
+    """Return whether a state has the unit at the candidate's site, with another map or level."""
     new = candidate.replacement
     place = new.start, new.stop, new.unit
     old = [r for r in overlapping(state.solution.plan, new) if (r.start, r.stop, r.unit) == place]

@@ -20,9 +20,9 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
 from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
-from rba_compress.graph.rewrite import BlockModule
+from rba_compress.graph.rewrite import PLACES, BlockModule
 from rba_compress.graph.slice_propagation import narrow
-from rba_compress.graph.token_merging import merged_by_keys, restored, weights, with_sizes
+from rba_compress.graph.token_merging import merge, places_by_keys, restored, weights, with_sizes
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -85,11 +85,38 @@ class Body:
         """Return the same body: a search copies networks hundreds of times, and compiling is slow."""
         return self
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, block: Thinned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph on a block's tensors and its `map`."""
         values = [_tensor(block, path) for path in self._paths]
-        stream = type(self._compiled).forward(block, *values, *self.signature.tensors(args, kwargs))
+        values += self.signature.tensors(args, kwargs)
+        if block.watching:
+            stream = _Watched(self._compiled, self.names, block).run(*values)
+        else:
+            stream = type(self._compiled).forward(block, *values)
         return self.signature.rebuild(stream, args, kwargs)
+
+
+class _Watched(fx.Interpreter):
+    """Run of a body that shows the inputs and outputs of layers which `block.watching` asks for."""
+
+    def __init__(self, compiled: fx.GraphModule, names: Sequence[str], block: Thinned) -> None:
+        super().__init__(compiled)
+        self._block, self._watching = block, dict(block.watching or {})
+        weights = zip(compiled.graph.nodes, names, strict=False)
+        self._layers = {node: name.removesuffix(".weight") for node, name in weights}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._block.get_submodule(target)(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        names = {self._layers[node] for node in n.all_input_nodes if node in self._layers}
+        if n.target is places_by_keys:
+            names.add(PLACES)
+        given = [self.env[node] for node in n.all_input_nodes if node not in self._layers]
+        for name in names.intersection(self._watching) if given else ():
+            self._watching[name](given[0], result)
+        return result
 
 
 class Thinned(BlockModule):
@@ -322,10 +349,11 @@ class BlockGraph:
         readers, shape = list(middle.users), middle.meta["shape"]
         # Behind all that merging reads, and before the second sublayer.
         with self.graph.inserting_after(middle):
-            merged = self.call(
-                merged_by_keys, middle, self.sizes, keys_of(found[0]), count, protected, like=()
-            )
-            merged.meta["shape"] = (shape[0], shape[1] - count, shape[2] + 1)
+            keys = keys_of(found[0])
+            new = self.call(places_by_keys, keys, count, protected, like=tuple(shape[:2]))
+        with self.graph.inserting_after(new):
+            after = (shape[0], shape[1] - count, shape[2] + 1)
+            merged = self.call(merge, middle, self.sizes, new, count, like=after)
         with self.graph.inserting_after(merged):
             stream = self.channels(merged, 0, shape[2])
             sizes = self.channels(merged, shape[2], shape[2] + 1)

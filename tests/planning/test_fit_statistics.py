@@ -123,7 +123,7 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
         resumed = run.divergences(draft, with_candidate(draft.solution, move), at)
         whole = run.evaluator(run.fitter.compressed(with_candidate(draft.solution, move)))
         torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-9)
-    walk = run.fitter.walk(1)
+    walk = run.fitter.walk(1, draft.solution.plan)
     compressed = run.fitter.compressed(draft.solution)
     for boundary in (1, 2):
         walk.to(compressed, boundary)
@@ -167,7 +167,7 @@ def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
     run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
     solution = run.start.solution
     for _ in range(2):
-        _, solution = next(iter(run.fitter.refits(run.fitter.walk(0), solution, 2, 1)))
+        _, solution = next(iter(run.fitter.refits(run.fitter.walk(0, solution.plan), solution, 2, 1)))
     assert [r.path for r in solution.plan.refits] == ["blocks.2.mlp.fc2"]
 
 
@@ -194,7 +194,7 @@ def test_the_gap_of_a_layer_by_hand() -> None:
         run.chains[0],
         3,
     )
-    walk = run.fitter.walk(0)
+    walk = run.fitter.walk(0, run.start.solution.plan)
     walk.to(compressed, b)
     found = walk.gaps(compressed, chain.blocks[b].branches).weighted(1.0)
     assert torch.is_grad_enabled()

@@ -26,6 +26,7 @@ from rba_compress import (
 from rba_compress.core.batch import as_batch
 from rba_compress.core.plan import Chain
 from rba_compress.graph.token_merging import merge, places
+from rba_compress.planning.context import SearchContext
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.state import Solution, without_unread
 from rba_compress.profiling.cost import cost
@@ -204,3 +205,66 @@ def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
     torch.testing.assert_close(exported(x), merged(x))
     compiled = torch.compile(merged, fullgraph=True)
     torch.testing.assert_close(compiled(x), merged(x), rtol=1e-4, atol=1e-5)
+
+
+def test_refits_behind_a_merge_are_towards_the_original_merged_alike() -> None:
+    """What layers lack, against streams by hand: before a merge, at it, and behind two of them."""
+    model: Any = vit(init_values=0.5)
+    merges, data = {1: 4, 2: 3}, list(images(20, 32).split(5))
+    seen = profile(model, data, config=Config(seed=0))
+    run = SearchContext.read(model, seen, data, Budget(macs=0.5))
+    chain, plan = run.chains[0], planned(run.chains[0], *merges.items())
+    walk, network = run.fitter.walk(0, plan), run.fitter.compressed(Solution(plan, {}))
+    for b, branch in ((0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)):
+        walk.to(network, b)
+        found = walk.gaps(network, chain.blocks[b].branches[: branch + 1])
+        features, lacking = [], []
+        for batch in run.fitter.batches:
+            with torch.no_grad():
+                given, gap = gap_by_hand(model, batch.args[0], merges, (b, branch))
+            features.append(given)
+            lacking.append(gap)
+        x, y = (torch.cat(parts).double() for parts in (features, lacking))
+        torch.testing.assert_close(found.others.mean_x, x[:, 1:].mean((0, 1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.others.mean_y, y[:, 1:].mean((0, 1)), rtol=1e-3, atol=1e-5)
+        cross = (x[:, 1:] - x[:, 1:].mean((0, 1))).flatten(0, 1).T @ y[:, 1:].flatten(0, 1)
+        torch.testing.assert_close(found.others.xy, cross, rtol=1e-3, atol=1e-3)
+        assert float(y.abs().max()) > (1e-3 if (b, branch) > (1, 0) else -1)
+
+
+def gap_by_hand(
+    model: Any, x: Tensor, merges: dict[int, int], at: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the features of the last layer of a branch, and what its output lacks.
+
+    The original's stream is merged as the compressed one is: each group is averaged by its members.
+    """
+    h = g = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    groups = torch.eye(h.shape[1]).expand(len(h), -1, -1)  # (N, merged positions, original positions)
+    for b, block in enumerate(model.blocks):
+        streams = []
+        for stream, sizes in ((h, torch.ones(h.shape[:2])), (g, groups.sum(-1))):
+            n, positions, width = stream.shape
+            attn = block.attn
+            qkv = attn.qkv(block.norm1(stream)).reshape(n, positions, 3, attn.num_heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log()[:, None, None]
+            mixed = attn.norm((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width))
+            streams.append((stream + block.ls1(attn.proj(mixed)), mixed, k))
+        (h, _, _), (g, features, keys) = streams
+        alike = groups / groups.sum(-1, keepdim=True)
+        if at == (b, 0):
+            return features, (alike @ h - g) / block.ls1.gamma
+        if b in merges:
+            new = places(keys.transpose(1, 2).flatten(2), merges[b], 1)
+            joined = torch.nn.functional.one_hot(new, g.shape[1] - merges[b]).mT.float()
+            after = joined @ groups
+            g = joined @ (g * groups.sum(-1, keepdim=True)) / after.sum(-1, keepdim=True)
+            groups = after
+            alike = groups / groups.sum(-1, keepdim=True)
+        mlp = block.mlp
+        features = mlp.norm(mlp.act(mlp.fc1(block.norm2(g))))
+        h, g = (s + block.ls2(mlp(block.norm2(s))) for s in (h, g))
+        if at == (b, 1):
+            return features, (alike @ h - g) / block.ls2.gamma
+    raise AssertionError(at)
