@@ -1,13 +1,14 @@
-"""Claim: a DeiT-tiny loses less than a point of top-1 for a sixth of its cost, and what more costs.
+"""Claim: what a DeiT-tiny loses for what it saves, beside what a user would do instead.
 
-One search a split seed on the 500 calibration images of `RBA_DATA`, on its way through several budgets:
-each goes on from the network that met the one before. Measured on the 500 test images, beside what
-`benchmarks.methods` measured of the paper's map and of skipping, and `benchmarks.healing` of the
-healed. Latency follows the share of MACs: `benchmarks.delivered_speed`.
+One search a split seed on the 500 calibration images of `RBA_DATA` meets several budgets, one after the
+other, with every unit and without merging; merging with one number of positions for all blocks, or with
+a number that falls from block to block, needs no search. All are measured on the 500 test images,
+beside what `benchmarks.methods` measured of the paper's map and of skipping. Latency follows the share
+of MACs: `benchmarks.delivered_speed`.
 
-`python -m benchmarks.tradeoff` writes `benchmarks/results/tradeoff.jsonl`, a row for each network on
-its way; of the means over seeds a row for each method and budget, `tradeoff.csv` and `tradeoff.json`;
-and a picture, `tradeoff.png`. `--seeds` alone makes the latter three of what is there.
+`python -m benchmarks.tradeoff` writes `benchmarks/results/tradeoff.jsonl`, a row for each network; of
+the means over seeds a row for each method and budget, `tradeoff.csv` and `tradeoff.json`; and a
+picture, `tradeoff.png`. `--seeds` alone makes the latter three of what is there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,28 @@ from typing import Any
 import tyro
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Budget, Config, profile, search
+from rba_compress import Budget, Config, Plan, profile, search, supports
 from rba_compress.core.loader import read
+from rba_compress.core.registry import UNITS
+from rba_compress.graph.token_merging import most
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.registry import unit_of
 from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
+OURS, UNMERGED = "rba_compress", "rba_compress without merging"
+UNIFORM, FALLING = "same merge in every block", "merges fall over the blocks"
 RIVALS = {
     "linear, greedy": "the paper's map, block by block",
     "skip, greedy": "blocks skipped, greedily",
 }
-OURS, HEALED = "rba_compress", "rba_compress, healed"
-STYLES = dict(zip((OURS, HEALED, *RIVALS.values()), ("o-", "*", "s--", "^:"), strict=True))
+STYLES = dict(zip((OURS, UNMERGED, UNIFORM, FALLING, *RIVALS.values()), "osDv^P", strict=True))
+SEARCHED = {
+    OURS: (0.95, 0.87, 0.8, 0.73, 0.67, 0.6, 0.5, 0.45),
+    UNMERGED: (0.95, 0.87, 0.8, 0.75, 0.67),
+}
+"""Shares of MACs to keep, one after the other."""
 MEASURES = ("macs_kept", "top1", "agreement", "kl")
 
 
@@ -45,21 +55,23 @@ MEASURES = ("macs_kept", "top1", "agreement", "kl")
 class Run:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Deal the images to fit, validation and test samples."""
-    macs: tuple[float, ...] = (0.95, 0.87, 0.8, 0.75, 0.67)
-    """Shares to keep, one after the other."""
+    methods: tuple[str, ...] = (OURS, UNMERGED, UNIFORM, FALLING)
     out: Path = RESULTS / "tradeoff.jsonl"
 
 
 def main(how: Run) -> None:
-    rows = [json.loads(line) for line in how.out.read_text().splitlines()] if how.out.exists() else []
-    for seed in how.seeds:
-        rows = [row for row in rows if row["seed"] != seed]
-        for row in path(seed, how.macs):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        kept = "".join(f"{json.dumps(row)}\n" for row in sorted(rows, key=lambda row: row["seed"]))
-        how.out.write_text(kept)
-    summary = [*ours(rows, how.macs), *healed(), *rivals()]
+    for method in how.methods if how.seeds else ():
+        for seed in how.seeds if method in SEARCHED else (0,):
+            found = path(seed, method) if method in SEARCHED else merged(method)
+            for seen in found:
+                row = {"method": method, "seed": seed} | seen
+                print(json.dumps(row), flush=True)
+                key = ("method", "seed", "budget")
+                rows = [r for r in _rows(how.out) if [r[k] for k in key] != [row[k] for k in key]]
+                text = "".join(f"{json.dumps(each)}\n" for each in [*rows, row])
+                how.out.write_text(text)
+    rows = _rows(how.out)
+    summary = [*ours(rows), *rivals()]
     for row in summary:
         print(json.dumps(row))
     (RESULTS / "tradeoff.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -70,32 +82,60 @@ def main(how: Run) -> None:
     draw(rows, summary, RESULTS / "tradeoff.png")
 
 
-def path(seed: int, shares: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Return a row for each budget; all searches share one profile, and so what they evaluated."""
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def path(seed: int, method: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each budget; all searches share one profile, and so what they evaluated."""
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration", 16), list(read(imagenet(model, "test", 50)))
-    seen = profile(model, calibration, config=Config(seed=seed))
-    start, passes, found = time.perf_counter(), 0.0, []
-    for share in shares:
+    units = [name for name in UNITS if method == OURS or unit_of(name).fitted]
+    seen = profile(model, calibration, config=Config(seed=seed, units=units))
+    start, passes = time.process_time(), 0.0
+    for share in SEARCHED[method]:
         solution = search(model, seen, calibration, budget=Budget(macs=share))
         passes += solution.plan.forward_passes
         compressed = splice_shared(model, solution.plan, solution.tensors)
-        measured = fidelity(model, compressed, test, "kl")
-        found.append(
-            {
-                "seed": seed,
-                "budget": share,
-                "macs_kept": round(cost(compressed, test[0]).macs / seen.original.macs, 4),
-                "top1_dense": measured.accuracy_original,
-                "top1": measured.accuracy_compressed,
-                "agreement": measured.agreement,
-                "kl": round(measured.divergence, 4),
-                "seconds": round(time.perf_counter() - start),
+        yield (
+            {"budget": share}
+            | measured(model, compressed, test)
+            | {
+                "cpu_seconds": round(time.process_time() - start),
                 "forward_passes": round(passes, 2),
                 "plan": str(solution.plan),
             }
         )
-    return found
+
+
+def merged(method: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each number of positions that a block merges, on average."""
+    model = deit_tiny()
+    test = list(read(imagenet(model, "test", 50)))
+    (chain,) = supports(model, imagenet(model, "calibration", 16)[0]).chains
+    unit, sites = unit_of("token_merge"), range(len(chain) - 1)
+    for mean in (2, 4, 6, 8, 10, 12, 14, 16):
+        falling = [round(2 * mean * (1 - b / sites[-1])) for b in sites]
+        counts = falling if method == FALLING else [mean] * len(sites)
+        left, chosen = chain.positions, []
+        for b, wanted in zip(sites, counts, strict=True):
+            count = min(wanted, most(left, chain.reads))
+            left -= count
+            chosen += [unit.choice(chain, b, b + 1, float(count))] if count else []
+        compressed = splice_shared(model, Plan(replacements=tuple(chosen)), {})
+        yield {"budget": mean} | measured(model, compressed, test) | {"plan": f"{method}: {counts}"}
+
+
+def measured(model: Any, compressed: Any, test: Sequence[Any]) -> dict[str, Any]:
+    """Return what a network saves and loses on test samples."""
+    found = fidelity(model, compressed, test, "kl")
+    return {
+        "macs_kept": round(cost(compressed, test[0]).macs / cost(model, test[0]).macs, 4),
+        "top1_dense": found.accuracy_original,
+        "top1": found.accuracy_compressed,
+        "agreement": found.agreement,
+        "kl": float(f"{found.divergence:.4g}"),
+    }
 
 
 def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -113,23 +153,13 @@ def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, A
     }
 
 
-def ours(rows: Sequence[dict[str, Any]], shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The network of every seed that met each budget."""
-    found = []
-    for share in shares:
-        met = {row["seed"]: row for row in rows if row["budget"] == share}  # the last one met it
-        found.append(mean(OURS, f"{share:.0%} of MACs", list(met.values())))
-    return found
-
-
-def healed() -> list[dict[str, Any]]:
-    """The DeiT-tiny of `benchmarks.healing`, healed on all of its images."""
-    plans: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in (RESULTS / "healing.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["case"] == "deit" and row["method"] == "healed":
-            plans[row["plan"]].append(row)
-    return [mean(HEALED, plan, rows) for plan, rows in plans.items()]
+def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean over seeds of each method and budget."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["method"], row["budget"]].append(row)
+    asked = {True: "{:.0%} of MACs", False: "{} positions a block"}
+    return [mean(m, asked[m in SEARCHED].format(b), seeds) for (m, b), seeds in found.items()]
 
 
 def rivals() -> list[dict[str, Any]]:
@@ -145,37 +175,46 @@ def rivals() -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], summary: list[dict[str, Any]], target: Path) -> None:
+    """Draw top-1 and KL divergence over the MACs saved, each method's means over seeds as a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    original = rows[0]["top1_dense"]
-    for axis, name, first in ((axes[0], "top1", original), (axes[1], "kl", 0.0)):
+    for axis, name in zip(axes, ("top1", "kl"), strict=True):
+        for k, (method, marker) in enumerate(STYLES.items()):
+            own = [row for row in summary if row["method"] == method]
+            points = sorted((100 * (1 - row["macs_kept"]), max(row[name], 1e-4)) for row in own)
+            if points:
+                width = 2.2 if method == OURS else 1.2
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=f"C{k}",
+                    marker=marker,
+                    ms=5,
+                    lw=width,
+                    label=method,
+                )
+        seeds = [row for row in rows if row["method"] == OURS]
         axis.plot(
-            [100 * (1 - row["macs_kept"]) for row in rows],
-            [row[name] for row in rows],
+            [100 * (1 - row["macs_kept"]) for row in seeds],
+            [max(row[name], 1e-4) for row in seeds],
             ".",
             color="C0",
             alpha=0.35,
-            label="each seed, each step",
         )
-        for method, style in STYLES.items():
-            own = [row for row in summary if row["method"] == method]
-            points = [(100 * (1 - row["macs_kept"]), row[name]) for row in own]
-            start = [] if method == HEALED else [(0.0, first)]
-            size = 12 if method == HEALED else 6
-            if points:
-                axis.plot(*zip(*start, *points, strict=True), style, ms=size, label=method)
         axis.set_xlabel("multiply-accumulates saved, %")
         axis.grid(alpha=0.3)
-        axis.set_xlim(-1, 36)
+        axis.set_xlim(3, 62)
     axes[0].set_ylabel("top-1, 500 test images")
-    axes[0].set_ylim(0.58, 0.82)
-    axes[0].axhline(original, color="0.6", lw=0.8)
-    axes[1].set_ylabel("KL divergence to the original network (nats)")
-    axes[1].set_ylim(-0.02, 0.62)
-    axes[0].legend(frameon=False, loc="lower left")
-    figure.suptitle("DeiT-tiny, ImageNet: 500 unlabelled calibration images", fontsize=11)
+    axes[0].set_ylim(0.6, 0.82)
+    axes[0].axhline(rows[0]["top1_dense"], color="0.6", lw=0.8)
+    axes[1].set_ylabel("KL divergence to the original (nats)")
+    axes[1].set_yscale("log")
+    axes[1].set_ylim(2e-4, 5)
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.suptitle(
+        "DeiT-tiny, ImageNet: 500 unlabelled calibration images, nothing trained", fontsize=11
+    )
     figure.savefig(target, dpi=130)
 
 

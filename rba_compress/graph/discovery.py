@@ -49,6 +49,10 @@ class Support:
                 )
             else:
                 lines.append(f"  behind it every position is computed: {chain.unread}")
+            if chain.unmerged:
+                lines.append(f"  no positions can be merged: {chain.unmerged}")
+            elif any(block.second for block in chain.blocks):
+                lines.append("  positions can be merged between the sublayers of a block")
             units = dict.fromkeys(u.unit for block in chain.blocks for u in block.units)
             lines.append(f"  units: {', '.join(('span', *units))}")
         lines += [f"refused {refusal}" for refusal in self.refusals]

@@ -182,9 +182,16 @@ def _run(
         price = runs.rises[index] / (saved if saved > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
 
+    taken = {(r.chain, r.start, r.unit): r for r in state.solution.plan.replacements}
     for site in [site for site, levels in of_site.items() if again(state, levels[0])]:
         levels = of_site.pop(site)
-        _levels(levels, _first(levels), run(_first(levels)), run)
+        new = levels[0].replacement
+        near = _near(levels, taken[new.chain, new.start, new.unit].level)
+        if near:
+            for level in near:
+                run(level)
+        else:
+            _levels(levels, _first(levels), run(_first(levels)), run)
     old = len(done)
     rounds: dict[int, list[Site]] = {}
     for site in of_site:
@@ -198,7 +205,8 @@ def _run(
         best = sorted(wanted, key=lambda site: prices[site])
         highest = sorted(prices.values())[:finer][-1] if prices else 0.0
         for site in (site for site in best[:finer] if prices[site] <= highest):
-            prices[site] = min(prices[site], *_levels(of_site[site], first[site], prices[site], run))
+            found = _levels(of_site[site], first[site], prices[site], run, highest)
+            prices[site] = min(found)
         spans = [site for site in best if removed_length(site)]
         poor.update(site for site in sites if site not in spans[: max(-(-len(spans) // 2), FEWEST)])
     if done[old:] and not context.skipped and not any(map(math.isfinite, runs.rises[old:])):
@@ -209,21 +217,33 @@ def _run(
 
 
 def _levels(
-    levels: Sequence[Candidate], first: Candidate, price: float, run: Callable[[Candidate], float]
+    levels: Sequence[Candidate],
+    first: Candidate,
+    price: float,
+    run: Callable[[Candidate], float],
+    highest: float = math.inf,
 ) -> list[float]:
     """Run further levels of a site; return their prices.
 
-    Levels of different costs are all run. The divergence along the dial of one kind of map falls to
-    its least and rises again, so that each kind is run from its middle in the direction in which the
-    price falls, for as long as it falls.
+    The divergence along the dial of one kind of map falls to its least and rises again, so that each
+    kind is run from its middle in the direction in which the price falls, for as long as it falls. The
+    price of a level that saves more is higher: from the middle, those that save more are run as long as
+    the price is below the `highest` one of interest, or else those that save less until it is.
     """
     kinds: dict[tuple[str, bool], list[Candidate]] = {}
     for level in levels:
         kinds.setdefault((level.replacement.map.kind, level.refit is not None), []).append(level)
     found = [price]
     for dial in kinds.values():
-        if len({level.saving.macs for level in dial}) > 1:  # each is the best one of its own cost
-            found += [run(level) for level in dial if level is not first]
+        if len({level.saving.macs for level in dial}) > 1:
+            dial.sort(key=lambda level: level.saving.macs)
+            at = dial.index(first) if first in dial else len(dial) // 2
+            found += [] if first in dial else [run(dial[at])]
+            cheap = found[-1] <= highest
+            for level in dial[at + 1 :] if cheap else dial[:at][::-1]:
+                found.append(run(level))
+                if (found[-1] <= highest) != cheap:
+                    break
             continue
         middle = len(dial) // 2
         lowest = price if dial[middle] is first else run(dial[middle])
@@ -238,6 +258,17 @@ def _levels(
             if lowest < before:
                 break
     return found
+
+
+def _near(levels: Sequence[Candidate], taken: float | None) -> list[Candidate]:
+    """Return the two levels above and the two below the one that is taken; none where that is a map."""
+    if taken is None:
+        return []
+    values = {level.replacement.level or 0.0: level for level in levels}
+    below, above = (
+        sorted(v for v in values if (v > taken) == up and v != taken) for up in (False, True)
+    )
+    return [values[v] for v in (*below[-2:], *above[:2])]
 
 
 def _shorter(site: Site) -> Iterable[Site]:

@@ -34,14 +34,15 @@ from rba_compress.planning.state import (
     undone,
     with_candidate,
 )
-from rba_compress.profiling.search_record import EvaluatedNetwork
+from rba_compress.profiling.search_record import EvaluatedNetwork, Refined
+from rba_compress.units.registry import unit_of
 
 GRID = 0.01
 """Distance of the sizes at which a stage evaluates plans."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
 less its interactions are known, and a solver finds those that are predicted too well."""
-TRUST = 2.0
+TRUST = 4.0
 """Ratio of true to predicted rise up to which a plan's prediction counts as held."""
 
 
@@ -54,7 +55,7 @@ class Verified:
     predicted: float
     settled: bool = False
     """True where its BatchNorms were re-estimated, or where that did not help."""
-    refined: bool = False
+    refined: Refined = "not"
 
 
 def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Solution:
@@ -94,7 +95,7 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             return context.finished(replace(state, cost=timed.cost))
         context.rebase(state)
         progress.refine()
-        before, state = state.mean, descent.refined(state)
+        before, state = state.mean, descent.refined(state, result=True)
         context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
         front = []
@@ -105,11 +106,14 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
         return replace(final, points=(*front, final))
 
 
-def _refined(context: SearchContext, before: Verified) -> SearchState:
-    """Refine a network: the kept layers behind its maps, then its BatchNorms."""
+def _refined(context: SearchContext, before: Verified, *, result: bool) -> SearchState:
+    """Refine a network: the kept layers behind its maps, and of the result also those behind merges,
+    which are most of the network; then its BatchNorms.
+    """
     state = before.state
     for c, chain in enumerate(context.chains if context.refits else ()):
-        starts = [r.start for r in state.solution.plan.replacements if r.chain == chain.name]
+        own = [r for r in state.solution.plan.replacements if r.chain == chain.name]
+        starts = [r.start for r in own if result or unit_of(r.unit).fitted]
         if starts:
             state = refit(context, state, c, min(starts))
     return state if before.settled and state is before.state else statistics(context, state)
@@ -137,16 +141,20 @@ class Descent:
         """Network from which the next stage starts."""
         return self.verified[self._current].state
 
-    def refined(self, state: SearchState) -> SearchState:
+    def refined(self, state: SearchState, *, result: bool) -> SearchState:
         """Return a verified network with kept layers re-solved and BatchNorms re-estimated, and add it
         to the verified ones.
         """
         k = self._index(state)
-        if self.verified[k].refined or not state.solution.plan.replacements:
+        done, replacements = self.verified[k].refined, state.solution.plan.replacements
+        if not replacements or done == "result" or (done == "start" and not result):
             return state
+        whole = result or all(unit_of(r.unit).fitted for r in replacements)
         self.context.rebase(state)
-        state = _refined(self.context, self.verified[k])
-        new = replace(self.verified[k], state=state, settled=True, refined=True)
+        state = _refined(self.context, self.verified[k], result=result)
+        new = replace(
+            self.verified[k], state=state, settled=True, refined="result" if whole else "start"
+        )
         if state is self.verified[k].state:  # nothing helped
             self._set(k, new)
         else:
@@ -254,7 +262,7 @@ class Descent:
         context, record, before = self.context, self.context.record, self.state
         context.rebase(before)
         self.progress.refine()
-        before = self.refined(before)
+        before = self.refined(before, result=False)
         self._current = record.current = self._index(before)
         record.steps = list(context.log.steps)
         self.progress.stage(before, _expected(context, before))

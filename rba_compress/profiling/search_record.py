@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +16,11 @@ from rba_compress.core.schema import Frozen
 
 _PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "settled", "refined")
 """Fields of a network that hold no tensors."""
+
+
+Refined = Literal["not", "start", "result"]
+"""Whether kept layers of a network were re-solved: as the start of a stage behind maps alone, as the
+result also behind merges of positions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +38,7 @@ class EvaluatedNetwork:
     """Mean divergence that was predicted."""
     settled: bool = False
     """True where BatchNorms were re-estimated, or where that did not help."""
-    refined: bool = False
-    """True where kept layers were re-solved and BatchNorms re-estimated after the choice."""
+    refined: Refined = "not"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +132,7 @@ class SavedNetwork(Frozen):
     accuracy_drop: float | None
     predicted: float
     settled: bool
-    refined: bool
+    refined: Refined
 
 
 class SavedRecord(Frozen):

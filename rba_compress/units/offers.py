@@ -13,7 +13,7 @@ from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.loader_form import batch_of
 from rba_compress.core.offload import undispatched
-from rba_compress.core.outputs import main_output
+from rba_compress.core.outputs import float_outputs
 from rba_compress.core.plan import Chain
 from rba_compress.core.registry import searched_units
 from rba_compress.graph.discovery import Support, find_chains
@@ -102,7 +102,7 @@ def _with_offers(
             update={"ordered": chain.reads or _ordered(model, chain, batch=batch, traces=traces)}
         )
         if chain.ordered is None:
-            merges, unmerged = False, "what follows reads positions by their places"
+            merges, unmerged = False, "what follows hands out positions, or reads them by their places"
     for b, block in enumerate(chain.blocks):
         key = (block.type, chain.macs[b], chain.params[b], block.signature.model_dump_json())
         if key not in known:
@@ -154,14 +154,16 @@ def _flaw(
         cut = thin(compressed, block, nn.Identity(), traces, unit=unit, form=form)
         replace_blocks(compressed, [block], cut)
         with evaluating(model), evaluating(compressed):
-            original, found = main_output(batch.run(model)), main_output(batch.run(compressed))
+            originals, outputs = (float_outputs(batch.run(m)) for m in (model, compressed))
     except ModelError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  a block that cannot be run is not thinned
         return f"the thinned model fails: {type(error).__name__}: {error}"
-    if original.shape != found.shape:
-        return "the model's output has another shape without them"
-    allowed = min(1000 * torch.finfo(original.dtype).eps, 0.05) * original.abs().max()
-    if not bool((original - found).abs().max() <= allowed) and bool(torch.isfinite(original).all()):
-        return "the model's output is another one without them"
+    for name, original in originals.items():
+        found = outputs.get(name)
+        if found is None or original.shape != found.shape:
+            return "the model's output has another shape without them"
+        allowed = min(1000 * torch.finfo(original.dtype).eps, 0.05) * original.abs().max()
+        if not bool((original - found).abs().max() <= allowed) and bool(torch.isfinite(original).all()):
+            return "the model's output is another one without them"
     return None

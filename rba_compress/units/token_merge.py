@@ -172,7 +172,7 @@ def _flaw(trial: Trial, sized: Thinned, plain: Thinned) -> str | None:
     k = signature.stream_index
     n, whole, width = tensors[k].shape
     if len(tensors) > 1:
-        return "it reads other tensors beside its stream"
+        return "it reads other tensors beside its stream, such as rotary embeddings"
     # A third of the positions behind the read ones is repeated, in another order.
     kept = trial.chain.ordered or 0
     left = whole - (whole - kept) // 3

@@ -132,7 +132,7 @@ def test_compress_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytes
     expected = compress(model, data, budget=BUDGET, config=HOW)
     monkeypatch.setattr("rba_compress.planning.progress.EVERY", 0.0)
 
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
