@@ -265,10 +265,9 @@ def _near(levels: Sequence[Candidate], taken: float | None) -> list[Candidate]:
     if taken is None:
         return []
     values = {level.replacement.level or 0.0: level for level in levels}
-    below, above = (
-        sorted(v for v in values if (v > taken) == up and v != taken) for up in (False, True)
-    )
-    return [values[v] for v in (*below[-2:], *above[:2])]
+    order = sorted({*values, taken})
+    at = order.index(taken)
+    return [values[v] for v in order[max(at - 2, 0) : at + 3] if v != taken]
 
 
 def _shorter(site: Site) -> Iterable[Site]:

@@ -143,26 +143,6 @@ def test_a_graph_merges_as_its_module_does() -> None:
     assert torch.equal(graph(x), plain(x))
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "reason"),
-    [
-        ("vit_tiny_patch16_224", SIZES | {"global_pool": ""}, "reads positions by their places"),
-        (
-            "beit_base_patch16_224",
-            SIZES | {"global_pool": "token"},
-            "its attention has a mask of its own",
-        ),
-    ],
-)
-def test_networks_that_cannot_merge_say_why(name: str, more: dict[str, Any], reason: str) -> None:
-    (chain,) = supports(seeded(timm.create_model, name, **more), images(4, 32)).chains
-    assert not TOKEN_MERGE.sites(chain, None)
-    assert chain.unmerged
-    import re
-
-    assert re.search(reason, chain.unmerged), chain.unmerged
-
-
 def test_a_level_that_is_no_number_of_positions_is_refused() -> None:
     chain = chain_of(vit())
     (new,) = planned(chain, (0, 4)).replacements
