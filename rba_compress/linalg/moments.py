@@ -330,7 +330,7 @@ class Moments:
         by = [_power(peak) for peak in rows.abs().amax((1, 2)).cpu()]
         scaled = any(power != 1 for power in by)
         if scaled:
-            rows *= torch.tensor(by, dtype=dtype, device=rows.device)[:, None, None]
+            rows *= rows.new_tensor(by)[:, None, None]
         # The mean is rounded to `dtype`; the share of the rounding error in the products is subtracted.
         rest, gap, total = mean - shift.to(_FLOAT64), mean - self._mean, self._n + n
         left = torch.stack([self._n * n / total * gap, -n * rest], dim=-1)  # (B, d, 2)
@@ -340,7 +340,7 @@ class Moments:
                 before = slice(self._first(j), j + 1)
                 product = rows[before].mT @ rows[j]
                 if scaled:
-                    whole = torch.tensor(by[before], dtype=_FLOAT64, device=rows.device) * by[j]
+                    whole = rows.new_tensor(by[before], dtype=_FLOAT64) * by[j]
                     product = product.to(_FLOAT64) / whole[:, None, None]
                 comoment.add_(product)
                 comoment.baddbmm_(left[before], right[j].expand(len(comoment), -1, -1))

@@ -84,6 +84,11 @@ def test_an_empty_batch_changes_nothing() -> None:
     assert_same(moments, folded(whole), 0)
 
 
+def test_all_sums_are_on_the_device_that_is_asked_for() -> None:
+    state = Moments(3, 4, device="meta").state()
+    assert {tensor.device.type for name, tensor in state.items() if name != "n"} == {"meta"}
+
+
 def test_a_window_keeps_near_pairs_and_names_the_far() -> None:
     whole = streams(20, boundaries=5)
     full, narrow = folded(whole), folded(whole, window=2)
