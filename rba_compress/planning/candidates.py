@@ -212,13 +212,17 @@ class CandidateFitter:
         the first has the middle damping and the smallest step.
         """
         chain, c = walk.chain, walk.index
-        before, model = walk.passes, self.compressed(solution)
-        walk.to(model, block)
-        branches = chain.blocks[block].branches[: branch + 1]
-        rows = walk.gaps(model, branches).merged(self.total, self.weight)
-        gap = rows.weighted(self.class_weight(c))
-        self.samples += (walk.passes - before) * self.held * len(chain) / sum(map(len, self.chains))
-        path = branches[-1].path
+        model, branches = self.compressed(solution), chain.blocks[block].branches
+        same = walk.known is not None and walk.known[0] is solution
+        if walk.known is None or not same or walk.known[1] != block:
+            before = walk.passes
+            walk.to(model, block, unchanged=same)
+            rows = [r.merged(self.total, self.weight) for r in walk.gaps(model, branches)]
+            walk.known = solution, block, rows
+            ran = (walk.passes - before) * self.held * len(chain)
+            self.samples += ran / sum(map(len, self.chains))
+        gap = walk.known[2][branch].weighted(self.class_weight(c))
+        path = branches[branch].path
         before_it = [r for r in solution.plan.refits if r.path == path]
         dampings = sorted(self.config.refit_dampings)
         middle = dampings[len(dampings) // 2]

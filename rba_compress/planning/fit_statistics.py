@@ -24,6 +24,7 @@ from rba_compress.graph.rewrite import PLACES, copy_model, replace_blocks
 from rba_compress.graph.token_merging import merge
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
+from rba_compress.planning.state import Solution
 from rba_compress.units.block_variants import Traces, thin
 from rba_compress.units.whole import WHOLE
 
@@ -297,13 +298,24 @@ class Walk:
         self._g: list[Streams] = []
         self._places: list[Tensor | None] = [None] * len(batches)
         """Where each original position went, (N, T), by batch; None where none was merged."""
+        self._ahead: tuple[list[Streams], list[Streams], list[Tensor | None]] | None = None
+        """The streams and places behind the block at the boundary, as `gaps` saw them."""
+        self.known: tuple[Solution, int, list[Rows]] | None = None
+        """The gaps of a block under a solution, of the last one that was asked for."""
 
     @property
     def chain(self) -> Chain:
         return self.chains[self.index]
 
-    def to(self, compressed: nn.Module, boundary: int) -> None:
-        """Advance to a boundary; `compressed` must not have changed before the current one."""
+    def to(self, compressed: nn.Module, boundary: int, *, unchanged: bool = False) -> None:
+        """Advance to a boundary; `compressed` must not have changed before the current one.
+
+        Args:
+            unchanged: it has not changed since `gaps` either, whose streams are taken over.
+        """
+        if unchanged and self._ahead is not None and boundary > self.boundary:
+            self._h, self._g, self._places = self._ahead
+            self._ahead, self.boundary = None, self.boundary + 1
         if self._h and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
@@ -336,47 +348,59 @@ class Walk:
         resumed = Resumed(copy, self.chains, self.index, first, streams[0])
         return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
 
-    def gaps(self, compressed: nn.Module, branches: Sequence[Branch]) -> Rows:
-        """Return the moments of (features of the last branch, what its output lacks), in the block at
-        the boundary.
+    def gaps(self, compressed: nn.Module, branches: Sequence[Branch]) -> list[Rows]:
+        """Return for each branch of the block at the boundary the moments of (features of its last
+        layer, what that layer's output lacks), in one pass of the block.
 
-        `branches` are the block's branches, up to the one to correct. The gap is the original stream
-        behind that branch minus the current stream there.
+        The gap is the original stream behind the branch minus the current stream there.
         """
-        last, paths = branches[-1], observed(branches)
-        total: Rows | None = None
-        stop, b, width = self.boundary + 1, self.boundary, self.chain.width
-        # A merge of this block lies between its sublayers, so before its last branch alone.
-        merges = [self._merge_at(b)] if b in self._merges and len(branches) > 1 else []
-        original, light = (
-            self._pass(model, held, stop, [*paths, *own])
-            for model, held, own in ((self.original, self._h, []), (compressed, self._g, merges))
-        )
+        found: list[list[Rows]] = [[] for _ in branches]
+        stop, b = self.boundary + 1, self.boundary
+        last = [*(len(chain) for chain in self.chains[: self.index]), stop]
+        merge_at = [self._merge_at(b)] if b in self._merges else []
+        paths = observed(branches)
+        original = self._pass(self.original, self._h, stop, paths)
+        light = self._pass(compressed, self._g, stop, [*paths, *merge_at])
+        ahead_h: list[Streams] = []
+        ahead_g: list[Streams] = []
+        ahead_places: list[Tensor | None] = []
         with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
-                theirs, ours = original(k).layers, light(k).layers
-                h, g = self._h[k][self.index][b], self._g[k][self.index][b]
-                g, sizes = g[..., :width], g[..., width:] if self._places[k] is not None else None
-                places, new = self._places[k], None
-                for path in merges:
-                    new = ours[path][1]
-                    places = _behind(places, new)
-                left = ours[last.path][1].shape[1]
-                if last.norm is not None:
-                    gap = _merged(theirs[last.norm][1], None, places, left) - ours[last.norm][1]
-                else:
-                    gap = _merged(h, None, places, left) - _merged(g, sizes, new, left)
-                    for branch in branches:
-                        moved = _merged(theirs[branch.path][1].reshape(h.shape), None, places, left)
-                        own = ours[branch.path][1]
-                        if branch is not last:
-                            own = _merged(own.reshape(g.shape), sizes, new, left)
-                        moved = moved - own.reshape(gap.shape)
-                        gap = gap + moved * scale_of(self.original, branch)
-                lacking = _lacking(compressed, last, ours, gap)
-                seen = Rows.of(
-                    self.chain, ours[last.path][0], lacking, attention_mask(batch, self.chain)
-                )
-                total = seen if total is None else total + seen
-        assert total is not None
-        return total
+                theirs, ours = original(k), light(k)
+                new = ours.layers[merge_at[0]][1] if merge_at else None
+                mask = attention_mask(batch, self.chain)
+                for index, branch in enumerate(branches):
+                    # A merge of this block lies between its sublayers: behind its first branch.
+                    gap = self._gap(k, theirs.layers, ours.layers, branches[: index + 1], new)
+                    lacking = _lacking(compressed, branch, ours.layers, gap)
+                    features = ours.layers[branch.path][0]
+                    found[index].append(Rows.of(self.chain, features, lacking, mask))
+                ahead_h.append(_at(theirs.streams, last))
+                ahead_g.append(_at(ours.streams, last))
+                places = self._places[k]
+                ahead_places.append(places if new is None else _behind(places, new))
+        self._ahead = ahead_h, ahead_g, ahead_places
+        return [sum(rows[1:], start=rows[0]) for rows in found]
+
+    def _gap(
+        self, k: int, theirs: Layers, ours: Layers, branches: Sequence[Branch], new: Tensor | None
+    ) -> Tensor:
+        """Return the original stream behind the last of some branches minus the current one."""
+        h, g = (held[k][self.index][self.boundary] for held in (self._h, self._g))
+        places, width, last = self._places[k], self.chain.width, branches[-1]
+        g, sizes = (g, None) if places is None else (g[..., :width], g[..., width:])
+        if len(branches) == 1:
+            new = None
+        elif new is not None:
+            places = _behind(places, new)
+        left = ours[last.path][1].shape[1]
+        if last.norm is not None:
+            return _merged(theirs[last.norm][1], None, places, left) - ours[last.norm][1]
+        gap = _merged(h, None, places, left) - _merged(g, sizes, new, left)
+        for branch in branches:
+            moved = _merged(theirs[branch.path][1].reshape(h.shape), None, places, left)
+            own = ours[branch.path][1]
+            if branch is not last:
+                own = _merged(own.reshape(g.shape), sizes, new, left)
+            gap = gap + (moved - own.reshape(gap.shape)) * scale_of(self.original, branch)
+        return gap

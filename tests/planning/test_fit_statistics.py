@@ -196,7 +196,7 @@ def test_the_gap_of_a_layer_by_hand() -> None:
     )
     walk = run.fitter.walk(0, run.start.solution.plan)
     walk.to(compressed, b)
-    found = walk.gaps(compressed, chain.blocks[b].branches).weighted(1.0)
+    found = walk.gaps(compressed, chain.blocks[b].branches)[-1].weighted(1.0)
     assert torch.is_grad_enabled()
     gaps = []
     with torch.no_grad():
