@@ -23,21 +23,21 @@ class Spent:
     """Sites that are measured again in the next stage, for each block of the network."""
     judged: int
     """Plans that are evaluated at the end of a stage."""
-    exchanges: int
-    """How often options of the result are exchanged for others at its cost."""
+    trades: int
+    """Trades of levels that are evaluated at the end."""
     refits: bool
     """True to re-solve kept layers of the result."""
 
 
 SPENT: dict[Effort, Spent] = {
     "quick": Spent(
-        stage=0.2, screen=8, fewest=16, finer=0.25, again=1, judged=2, exchanges=0, refits=False
+        stage=0.2, screen=8, fewest=16, finer=0.25, again=0.5, judged=2, trades=8, refits=False
     ),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
     "default": Spent(
-        stage=0.1, screen=4, fewest=32, finer=1, again=1.5, judged=3, exchanges=1, refits=True
+        stage=0.1, screen=4, fewest=32, finer=1, again=1, judged=3, trades=24, refits=True
     ),
     "thorough": Spent(
-        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, exchanges=2, refits=True
+        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, trades=48, refits=True
     ),
 }

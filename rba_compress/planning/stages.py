@@ -23,7 +23,7 @@ from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
-from rba_compress.planning.refinement import refit, statistics, wins
+from rba_compress.planning.refinement import refit, statistics
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
@@ -34,10 +34,11 @@ from rba_compress.planning.state import (
     undone,
     with_candidate,
 )
+from rba_compress.planning.trades import traded
 from rba_compress.profiling.search_record import EvaluatedNetwork, Refined
 from rba_compress.units.registry import unit_of
 
-GRID = 0.01
+GRID = 0.02
 """Distance of the sizes at which a stage evaluates plans."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
@@ -208,7 +209,7 @@ class Descent:
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
                 best = self._settled(met)
-                return self._exchanged(best) if staged else best
+                return self._traded(best) if staged else best
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
@@ -228,30 +229,14 @@ class Descent:
                     context.log.decided("stop", said, after, after.mean - cheapest.mean)
                 return cheapest
 
-    def _exchanged(self, state: SearchState) -> SearchState:
-        """Exchange options of a network for better ones at the size of the budget."""
-        context, limits = self.context, self.limits
-        for _ in range(context.spent.exchanges if state.solution.plan.replacements else 0):
-            context.rebase(state)
-            self.progress.stage(state, _expected(context, state))
-            judged = stage(context, state, limits.goal_size, exchange=True)
-            context.record.runs.clear()
-            better = [
-                v
-                for v in judged
-                if wins(context, v.state.evaluation.divergence, state.evaluation.divergence)
-                and not limits.lacking(v.state.cost)
-                and not limits.broken(v.state)
-            ]
-            if not better:
-                break
-            before = state
-            self._add(better)
-            state = self._settled([v.state for v in better])
-            chosen = self.verified[self._index(state)]
-            plan, gain = state.solution.plan, before.mean - state.mean
-            context.log.decided("stage", plan, state, gain, chosen.predicted)
-        return state
+    def _traded(self, state: SearchState) -> SearchState:
+        """Trade levels of the network that met the budget, and add it to the verified ones."""
+        k, new = self._index(state), traded(self.context, state)
+        if new is not state:
+            self._add([Verified(new, self.limits.size(new.cost), self.verified[k].predicted)])
+            gain = state.mean - new.mean
+            self.context.log.decided("trade", new.solution.plan, new, gain)
+        return new
 
     def _stage(self) -> bool:
         """Take one stage; return False where no option leads further.
@@ -376,26 +361,17 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     return 2 + (sum(options) + further + judged) / context.held
 
 
-def stage(
-    context: SearchContext, state: SearchState, target: float, *, exchange: bool = False
-) -> list[Verified]:
-    """Evaluate the best plans of one stage, between the size of its state and the target.
-
-    Args:
-        exchange: look for plans of the target's size alone that are predicted to be better than the
-            state, which has that size already.
-    """
+def stage(context: SearchContext, state: SearchState, target: float) -> list[Verified]:
+    """Evaluate the best plans of one stage, between the size of its state and the target."""
     limits = context.limits
-    most = target if exchange else limits.size(state.cost) - 2e-9
+    start = limits.size(state.cost)
     fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
     useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0 or again(state, c)]
     table = output_changes(context, state, useful)
     single = [limits.saved(state.cost, c.saving) for c in table.options if removed_length(c.site) <= 1]
     found = _solved(context, state, table, lowest=target - max([2 * GRID, *single]))
-    if exchange:
-        found = [each for each in found if rounded(each[0].rise) < 0]
     verified = []
-    for combination, solution, cost in _picked(context, found, most, target):
+    for combination, solution, cost in _picked(context, found, start, target):
         at = _boundary(context, table, combination)
         evaluation = context.evaluation(state, solution, at)
         predicted = max(state.mean + table.rise(combination.rows), 0.0)
@@ -459,18 +435,18 @@ def _boundary(
 def _picked(
     context: SearchContext,
     found: Sequence[tuple[Combination, Solution, Cost]],
-    most: float,
+    start: float,
     target: float,
 ) -> Iterator[tuple[Combination, Solution, Cost]]:
-    """Return the plans to evaluate: the one with the least predicted rise at each size of a grid from
-    `most` down to the target, and the best few at the target and at the budget.
+    """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
+    the best few at the target and at the budget.
     """
     sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
-    sized = [(size, each) for size, each in sized if size <= most + 1e-9]
+    sized = [(size, each) for size, each in sized if size < start - 1e-9]
     if not sized:
         return
     target = max(target, min(size for size, _ in sized))
-    grid = np.arange(math.floor(most / GRID), 0, -1) * GRID
+    grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
     ends = [end for end in (context.limits.goal_size, target) if end >= target]
     seen: set[tuple[int, ...]] = set()
     for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):
