@@ -28,7 +28,6 @@ import tyro
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, Plan, profile, search, supports
 from rba_compress.core.loader import read
-from rba_compress.core.registry import UNITS
 from rba_compress.graph.token_merging import most
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
@@ -90,7 +89,7 @@ def path(seed: int, method: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each budget; all searches share one profile, and so what they evaluated."""
     model = deit_tiny()
     calibration, test = imagenet(model, "calibration", 16), list(read(imagenet(model, "test", 50)))
-    units = [name for name in UNITS if method == OURS or unit_of(name).fitted]
+    units = [name for name in Config().units if method == OURS or unit_of(name).fitted]
     seen = profile(model, calibration, config=Config(seed=seed, units=units))
     start, passes = time.process_time(), 0.0
     for share in SEARCHED[method]:

@@ -1,0 +1,74 @@
+"""Trades of merged positions between blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+
+from rba_compress import Budget, Config, Plan, profile
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.state import SearchState, Solution
+from rba_compress.planning.trades import traded
+from rba_compress.units.token_merge import TOKEN_MERGE
+from tests.networks import images, seeded
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 6, "embed_dim": 32, "num_heads": 2}
+
+
+def started(budget: float, **merges: int) -> tuple[SearchContext, SearchState]:
+    """A search and a network that merges positions at blocks."""
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES, num_classes=5)
+    data = list(images(40, 32).split(10))
+    run = SearchContext.read(
+        model, profile(model, data, config=Config(seed=0)), data, Budget(macs=budget)
+    )
+    chain = run.chains[0]
+    chosen = [
+        TOKEN_MERGE.choice(chain, int(b[1:]), int(b[1:]) + 1, float(r)) for b, r in merges.items()
+    ]
+    plan = run.start.solution.plan.model_copy(update={"replacements": tuple(chosen)})
+    return run, run.state(Solution(plan, {}), run.fitter.cost(plan))
+
+
+def levels(plan: Plan) -> dict[int, float]:
+    return {r.start: r.level or 0.0 for r in plan.in_order}
+
+
+def test_a_trade_meets_the_budget_and_lowers_the_divergence() -> None:
+    run, state = started(0.72, b0=7, b1=3)
+    assert not run.limits.lacking(state.cost)
+    found = traded(run, state)
+    assert levels(found.solution.plan) != levels(state.solution.plan)
+    assert not run.limits.lacking(found.cost)
+    assert run.fitter.cost(found.solution.plan) == found.cost
+    assert found.mean < 0.9 * state.mean
+    evaluated = run.state(found.solution, found.cost)  # as a whole, not from a boundary
+    assert evaluated.mean == pytest.approx(found.mean, rel=1e-4)
+    again, same = started(0.72, b0=7, b1=3)
+    assert levels(traded(again, same).solution.plan) == levels(found.solution.plan)
+
+
+def test_no_more_networks_are_evaluated_than_the_effort_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, state = started(0.72, b0=7, b1=3)
+    evaluated = []
+    own = run.evaluation
+
+    def counted(*args: Any) -> Any:
+        evaluated.append(args)
+        return own(*args)
+
+    monkeypatch.setattr(run, "evaluation", counted)
+    run.spent = replace(run.spent, trades=5)
+    traded(run, state)
+    assert len(evaluated) == 5
+    run.spent = replace(run.spent, trades=0)
+    assert traded(run, state) is state
+    assert len(evaluated) == 5
+
+
+def test_without_merges_there_is_nothing_to_trade() -> None:
+    run, state = started(0.9)
+    assert traded(run, state) is state
