@@ -34,6 +34,8 @@ class SearchCheckpoint(Frozen):
     """Rank of the process, and the number of ranks."""
     samples: float = 0.0
     """Number of samples that the search had run before the stage that is under way."""
+    before: int = 0
+    """Number of networks that the record held before this search."""
     record: SavedRecord = SavedRecord()
 
 
@@ -58,7 +60,9 @@ class SearchProgress:
             loader=context.profile.order,
             config=context.config,
             rank=(ranks.rank, ranks.count),
+            before=len(context.record.networks),
         )
+        self.before = self._header.before
         self._resumed: float | None = None
         if self._path is not None and self._path.exists():
             self._resume(self._path)
@@ -148,7 +152,8 @@ class SearchProgress:
             return
         record, tensors = self._context.record.state()
         samples = self._start * self._context.held
-        header = self._header.model_copy(update={"samples": samples, "record": record})
+        now = {"samples": samples, "before": self.before, "record": record}
+        header = self._header.model_copy(update=now)
         write_tensors(self._path, header, tensors)
         self._written = time.monotonic()
 
@@ -159,7 +164,7 @@ class SearchProgress:
             ArtifactError: the checkpoint is of another search.
         """
         header, tensors = read_tensors(path, SearchCheckpoint)
-        fresh = {"samples": 0.0, "record": SavedRecord()}
+        fresh = {"samples": 0.0, "before": self.before, "record": SavedRecord()}
         if header.model_copy(update=fresh) != self._header:
             raise ArtifactError(
                 f"{path} is the checkpoint of another search (of other weights, data, settings or "
@@ -168,7 +173,7 @@ class SearchProgress:
         context = self._context
         context.record.restore(header.record, tensors)
         context.skipped = set(context.record.skipped)
-        self._resumed = header.samples
+        self._resumed, self.before = header.samples, header.before
 
     def _continue(self) -> None:
         """Count the samples of the interrupted search in place of those that led back to its state."""

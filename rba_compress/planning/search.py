@@ -3,9 +3,9 @@
 `stages` goes down from the original in steps of a tenth of its cost. In each stage every option is run
 alone (`output_changes`), a solver combines the options by the inner products of their output changes
 (`solver`), and the plans that are predicted to be the best are evaluated on all validation samples. The
-best network that meets the budget trades levels between blocks (`trades`) and is refined (`refinement`):
-the last linear layers of kept blocks are re-solved and BatchNorm statistics re-estimated, each accepted
-only if the divergence falls.
+best network that meets the budget trades levels between blocks (`trades`) and is refined
+(`refinement`): the last linear layers of kept blocks are re-solved and BatchNorm statistics
+re-estimated, each accepted only if the divergence falls.
 
 Divergences that agree to six digits are a tie, because another device or number of threads may reverse
 them. A tie goes to the network with the fewest multiply-accumulates, then to the first in the network's

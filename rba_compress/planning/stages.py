@@ -96,7 +96,8 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             return context.finished(replace(state, cost=timed.cost))
         context.rebase(state)
         progress.refine()
-        before, state = state.mean, descent.refined(state, result=True)
+        before, state = state.mean, descent.refined(state, result=descent.staged)
+        descent.write_record()
         context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
         front = []
@@ -157,9 +158,9 @@ class Descent:
             self.verified[k], state=state, settled=True, refined="result" if whole else "start"
         )
         if state is self.verified[k].state:  # nothing helped
-            self._set(k, new)
+            self.verified[k] = new
         else:
-            self._add([new])
+            self.verified.append(new)
         return state
 
     def _settled(self, states: Sequence[SearchState]) -> SearchState:
@@ -173,19 +174,21 @@ class Descent:
                 steps, log.steps = log.steps, []
                 settled = statistics(self.context, state)
                 log.steps = steps
-                self._set(k, replace(self.verified[k], state=settled, settled=True))
+                self.verified[k] = replace(self.verified[k], state=settled, settled=True)
             best.append(self.verified[k].state)
         return min(best, key=_order)
 
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)
 
-    def _set(self, k: int, new: Verified) -> None:
-        self.verified[k], self.context.record.networks[k] = new, _recorded(new)
+    @property
+    def staged(self) -> bool:
+        """True where this search has evaluated networks, and not an earlier one of the same profile."""
+        return len(self.context.record.networks) > self.progress.before
 
-    def _add(self, verified: Sequence[Verified]) -> None:
-        self.verified += verified
-        self.context.record.networks += map(_recorded, verified)
+    def write_record(self) -> None:
+        """Write all verified networks to the record; an interrupted search goes on from there."""
+        self.context.record.networks[:] = map(_recorded, self.verified)
 
     def _target(self) -> float:
         """Return the size to which the next stage goes down: half a stage or more."""
@@ -202,23 +205,25 @@ class Descent:
         Raises:
             BudgetError: no combination of options leads further, or none holds the limits of quality.
         """
-        limits, context, staged = self.limits, self.context, False
+        limits, context = self.limits, self.context
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
+                self.progress.refine()
                 best = self._settled(met)
-                return self._traded(best) if staged else best
+                return self._traded(best) if self.staged else best
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
                 after = max(beyond, key=lambda state: limits.size(state.cost))
                 raise BudgetError(limits.unreached(cheapest, after, context.config.maps))
             done = len(self.verified)
-            staged = further = self._stage()
+            further = self._stage()
             if limits.costs and not further:
                 if met:
+                    self.progress.refine()
                     return self._settled(met)
                 raise BudgetError(limits.unreached(cheapest, None, context.config.maps))
             new = self.verified[done:]
@@ -233,7 +238,8 @@ class Descent:
         """Trade levels of the network that met the budget, and add it to the verified ones."""
         k, new = self._index(state), traded(self.context, state)
         if new is not state:
-            self._add([Verified(new, self.limits.size(new.cost), self.verified[k].predicted)])
+            size, predicted = self.limits.size(new.cost), self.verified[k].predicted
+            self.verified.append(Verified(new, size, predicted))
             gain = state.mean - new.mean
             self.context.log.decided("trade", new.solution.plan, new, gain)
         return new
@@ -249,6 +255,7 @@ class Descent:
         self.progress.refine()
         before = self.refined(before, result=False)
         self._current = record.current = self._index(before)
+        self.write_record()
         record.steps = list(context.log.steps)
         self.progress.stage(before, _expected(context, before))
         size = self.limits.size(before.cost)
@@ -264,7 +271,7 @@ class Descent:
             return self._stage()
         if not finite:
             return False
-        self._add(finite)
+        self.verified += finite
         alike = trusted(before, finite, size - context.spent.stage / 4, context.evaluator.screened)
         self._current = self._index(self._settled([v.state for v in alike]))
         new, chosen = self.verified[-len(finite) :], self.verified[self._current]
@@ -275,6 +282,7 @@ class Descent:
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
+        self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)

@@ -180,7 +180,7 @@ def test_a_looser_budget_never_ends_worse_from_one_record() -> None:
         ends = []
         for macs in (0.45, 0.6, 0.75, 0.9):
             context = SearchContext.read(model, seen, data, Budget(macs=macs))
-            progress: Any = SimpleNamespace(stage=lambda *_: None, refine=lambda: None)
+            progress: Any = SimpleNamespace(stage=lambda *_: None, refine=lambda: None, before=0)
             ends.append(Descent(context, progress).best().mean)
         pairs += itertools.pairwise(ends)
     assert len(pairs) == 36

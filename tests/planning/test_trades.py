@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import torch
 
-from rba_compress import Budget, Config, Plan, profile
+from rba_compress import Budget, Config, Plan, profile, search
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.state import SearchState, Solution
 from rba_compress.planning.trades import traded
@@ -72,3 +74,41 @@ def test_no_more_networks_are_evaluated_than_the_effort_allows(monkeypatch: pyte
 def test_without_merges_there_is_nothing_to_trade() -> None:
     run, state = started(0.9)
     assert traded(run, state) is state
+
+
+@pytest.mark.slow
+def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES, num_classes=5)
+    data, path = list(images(40, 32).split(10)), tmp_path / "checkpoint"
+    how = Config(units=("token_merge",), effort="quick")
+    monkeypatch.setattr("rba_compress.planning.progress.EVERY", 0.0)
+
+    def searched() -> Solution:
+        seen = profile(model, data, config=how)
+        return search(model, seen, data, budget=Budget(macs=0.7), checkpoint=path)
+
+    def lower(_: Any, after: torch.Tensor, before: torch.Tensor) -> bool:
+        return bool(
+            after.mean() < before.mean()
+        )  # few samples: by more than a standard error it is rare
+
+    monkeypatch.setattr("rba_compress.planning.trades.wins", lower)
+    expected, tried = searched(), []
+    assert "trade" in {step.action for step in expected.plan.steps}
+
+    def interrupted(*args: Any) -> bool:
+        tried.append(1)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return lower(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rba_compress.planning.trades.wins", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            searched()
+    assert path.exists()
+    found = searched()
+    assert found.plan.model_dump_json() == expected.plan.model_dump_json()
+    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
