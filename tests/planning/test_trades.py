@@ -76,7 +76,6 @@ def test_without_merges_there_is_nothing_to_trade() -> None:
     assert traded(run, state) is state
 
 
-@pytest.mark.slow
 def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
