@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import numbers
 import sys
@@ -279,3 +280,9 @@ class Healing(Asked):
     """Multiply in bfloat16; the teacher and the evaluation keep their precision."""
     seed: int = 0
     """Seed of the sample order, the augmentation and the adapters."""
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed made of integers of any size."""
+    hashed = hashlib.blake2b(repr(numbers).encode(), digest_size=7)
+    return int.from_bytes(hashed.digest(), "big")

@@ -81,13 +81,9 @@ def observe(
     def keep_values(path: str, given: Any, output: Any) -> None:
         seen.layers[path] = (given, output)
 
-    handles = []
-    watched: dict[BlockModule, dict[str, Callable[..., None]]] = {}
+    handles, watched = [], _watched(model, layers, keep_values)
     for path in layers:
-        block, name = _graph_run(model, path)
-        if block is not None:
-            watched.setdefault(block, {})[name] = partial(keep_values, path)
-        else:
+        if _graph_run(model, path)[0] is None:
             handles.append(model.get_submodule(path).register_forward_hook(keep_layer(path)))
     for block, wanted in watched.items():
         block.watching = wanted
@@ -109,6 +105,18 @@ def observe(
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
     return seen
+
+
+def _watched(
+    model: nn.Module, layers: Sequence[str], keep: Callable[[str, Any, Any], None]
+) -> dict[BlockModule, dict[str, Callable[[Any, Any], None]]]:
+    """Return what blocks that run by a graph are asked to show."""
+    found: dict[BlockModule, dict[str, Callable[[Any, Any], None]]] = {}
+    for path in layers:
+        block, name = _graph_run(model, path)
+        if block is not None:
+            found.setdefault(block, {})[name] = partial(keep, path)
+    return found
 
 
 def _graph_run(model: nn.Module, path: str) -> tuple[BlockModule | None, str]:

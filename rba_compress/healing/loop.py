@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rba_compress.core.config import RATES, Healing
+from rba_compress.core.config import RATES, Healing, mixed_seed
 from rba_compress.core.distributed import Ranks
 from rba_compress.core.errors import RankError
 from rba_compress.core.inference import evaluating
@@ -33,7 +33,7 @@ from rba_compress.core.plan import Chain, Healed
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.healing.augmentation import Mixed, augmented
 from rba_compress.healing.checkpoint import Training, read_checkpoint, write_checkpoint
-from rba_compress.healing.samples import Samples, Shuffled, mixed_seed, require_labels
+from rba_compress.healing.samples import Samples, Shuffled, require_labels
 from rba_compress.healing.student import Student, Watched, require_trainable
 from rba_compress.profiling.fidelity import Criterion
 from rba_compress.profiling.profiler import EVERY, fingerprint

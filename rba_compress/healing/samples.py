@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rba_compress.core.batch import Batch, class_labels
-from rba_compress.core.config import Healing
+from rba_compress.core.config import Healing, mixed_seed
 from rba_compress.core.errors import LoaderError
 from rba_compress.core.loader import Split
 from rba_compress.profiling.fidelity import Criterion
@@ -40,12 +40,6 @@ class Shuffled:
     def _order(self, round_: int) -> list[int]:
         generator = torch.Generator().manual_seed(mixed_seed(self._seed, round_))
         return torch.randperm(self.count, generator=generator).tolist()
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return a seed made of several numbers."""
-    hashed = hashlib.blake2b(repr(numbers).encode(), digest_size=7)
-    return int.from_bytes(hashed.digest(), "big")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rba_compress.core.config import mixed_seed
+
 
 class Sketch:
     """Seeded random projection of rows to at most `size` numbers in all; short rows stay as they are.
@@ -36,7 +38,7 @@ class Sketch:
         if length <= self.width:
             return x
         if length not in self._drawn:
-            drawn = torch.Generator().manual_seed(self.seed + length)
+            drawn = torch.Generator().manual_seed(mixed_seed(self.seed, length))
             signs = torch.randint(0, 2, (length + self.rows,), generator=drawn) * 2 - 1
             self._drawn[length] = signs, torch.randperm(length, generator=drawn)
         signs, order = (t.to(x.device) for t in self._drawn[length])

@@ -297,7 +297,7 @@ class Walk:
         self._h: list[Streams] = []
         self._g: list[Streams] = []
         self._places: list[Tensor | None] = [None] * len(batches)
-        """Where each original position went, (N, T), by batch; None where none was merged."""
+        """Places of the original positions, (N, T), by batch; None where none was merged."""
         self._ahead: tuple[list[Streams], list[Streams], list[Tensor | None]] | None = None
         """The streams and places behind the block at the boundary, as `gaps` saw them."""
         self.known: tuple[Solution, int, list[Rows]] | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rba_compress.core.config import mixed_seed
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import wins
@@ -25,7 +26,7 @@ def traded(context: SearchContext, state: SearchState) -> SearchState:
     """Trade levels for as long as the divergence falls, and at most as often as the effort allows."""
     left, again = context.spent.trades, True
     known: set[str] = set()
-    generator = np.random.default_rng(context.config.seed)
+    generator = np.random.default_rng(mixed_seed(context.config.seed))
     while again and left:
         again = False
         trades = list(_trades(context, state))

@@ -19,7 +19,7 @@ _PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "
 
 
 Refined = Literal["not", "start", "result"]
-"""Whether kept layers of a network were re-solved: as the start of a stage behind maps alone, as the
+"""Extent to which kept layers of a network were re-solved: as the start of a stage behind maps alone, as the
 result also behind merges of positions."""
 
 
