@@ -19,8 +19,8 @@ _PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "
 
 
 Refined = Literal["not", "start", "result"]
-"""Extent to which kept layers of a network were re-solved: as the start of a stage behind maps alone, as the
-result also behind merges of positions."""
+"""Extent to which kept layers of a network were re-solved: as the start of a stage behind maps alone,
+as the result also behind merges of positions."""
 
 
 @dataclass(frozen=True, eq=False)
