@@ -37,9 +37,10 @@ def traded(context: SearchContext, state: SearchState) -> SearchState:
             known.add(str(solution.plan))
             chain, _, down, up, _ = trades[k]
             evaluation = context.evaluation(state, solution, (chain, min(down, up)))
-            if wins(context, evaluation.divergence, state.evaluation.divergence):
-                state = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-                again = True
+            new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
+            better = wins(context, evaluation.divergence, state.evaluation.divergence)
+            if better and not context.limits.broken(new):
+                state, again = new, True
             left -= 1
             if not left:
                 break

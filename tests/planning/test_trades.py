@@ -53,6 +53,12 @@ def test_a_trade_meets_the_budget_and_lowers_the_divergence() -> None:
     assert levels(traded(again, same).solution.plan) == levels(found.solution.plan)
 
 
+def test_a_trade_that_breaks_a_limit_of_quality_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, state = started(0.72, b0=7, b1=3)
+    monkeypatch.setattr(run.limits, "broken", lambda _: ["agreement"])
+    assert traded(run, state) is state
+
+
 def test_no_more_networks_are_evaluated_than_the_effort_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     run, state = started(0.72, b0=7, b1=3)
     evaluated = []
