@@ -32,6 +32,7 @@ import torch
 import tyro
 from torch import nn
 
+from benchmarks.quality import quality
 from benchmarks.real_data import deit_tiny, imagenet, resnet20
 from benchmarks.resnet import loaders
 from rba_compress import Budget, Config, Healing, Result, compress, heal, profile
@@ -41,8 +42,6 @@ from rba_compress.cli.digits import batches, digits_data, digits_model
 from rba_compress.core.batch import as_batch
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.state import Solution, replaced_blocks, without_unread
-from rba_compress.profiling.cost import cost
-from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.splice import splice
 
 Loader = list[Any]
@@ -160,21 +159,15 @@ def main(how: Run) -> None:
     tests = [as_batch(item) for item in test]
 
     def row(plan: str, method: str, compressed: nn.Module, **more: Any) -> None:
-        found = fidelity(model, compressed, tests, "kl")
-        original, top1 = found.accuracy_original or 0.0, found.accuracy_compressed or 0.0
-        kept = cost(compressed, tests[0]).macs / cost(model, tests[0]).macs
+        found = quality(model, compressed, tests)
         values = {
             "case": how.case,
             "cores": os.cpu_count(),
             "plan": plan,
-            "macs_kept": round(kept, 4),
             "method": method,
             **more,
-            "top1_dense": round(original, 4),
-            "top1": round(top1, 4),
-            "share": round(top1 / original, 4),
-            "agreement": round(found.agreement or 0.0, 4),
-            "kl": round(found.divergence, 4),
+            **found,
+            "share": round(found["top1"] / found["top1_dense"], 4),
         }
         print(json.dumps(values), flush=True)
         with how.out.open("a") as file:

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.quality import quality
 from benchmarks.real_data import cifar10, resnet20
 from rba_compress import Budget, Config, profile, search
-from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.batch import as_batch
 from rba_compress.core.plan import NormRefit, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import statistics as re_estimated
 from rba_compress.planning.state import Solution, with_candidate
-from rba_compress.profiling.cost import cost
-from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,29 +88,16 @@ def main(how: Run) -> None:
     for block, method, solution in found:
         compressed = splice_shared(model, solution.plan, solution.tensors)
         rows.append(
-            {"block": block, "method": method, **measured(model, compressed, solution, batches)}
+            {"block": block, "method": method}
+            | quality(model, compressed, batches)
+            | {
+                "norms": sum(isinstance(r, NormRefit) for r in solution.plan.refits),
+                "plan": str(solution.plan),
+            }
         )
         print(json.dumps(rows[-1]), flush=True)
     how.out.write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     how.out.with_suffix(".md").write_text(table(rows))
-
-
-def measured(
-    model: nn.Module, compressed: nn.Module, solution: Solution, test: Sequence[Batch]
-) -> dict[str, Any]:
-    """Measure one network on the test images."""
-    found = fidelity(model, compressed, test, "kl")
-    return {
-        "macs_kept": round(cost(compressed, test[0]).macs / cost(model, test[0]).macs, 4),
-        "top1_dense": found.accuracy_original,
-        "top1": found.accuracy_compressed,
-        "agreement": found.agreement,
-        "kl": round(found.divergence, 4),
-        "kl_low": round(found.divergence_low or 0.0, 4),
-        "kl_high": round(found.divergence_high or 0.0, 4),
-        "norms": sum(isinstance(r, NormRefit) for r in solution.plan.refits),
-        "plan": str(solution.plan),
-    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -25,12 +25,11 @@ from typing import Any
 
 import tyro
 
+from benchmarks.quality import quality
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, Plan, profile, search, supports
 from rba_compress.core.loader import read
 from rba_compress.graph.token_merging import most
-from rba_compress.profiling.cost import cost
-from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.registry import unit_of
 from rba_compress.units.splice import splice_shared
 
@@ -98,7 +97,7 @@ def path(seed: int, method: str) -> Iterator[dict[str, Any]]:
         compressed = splice_shared(model, solution.plan, solution.tensors)
         yield (
             {"budget": share}
-            | measured(model, compressed, test)
+            | quality(model, compressed, test)
             | {
                 "cpu_seconds": round(time.process_time() - start),
                 "forward_passes": round(passes, 2),
@@ -122,23 +121,11 @@ def merged(method: str) -> Iterator[dict[str, Any]]:
             left -= count
             chosen += [unit.choice(chain, b, b + 1, float(count))] if count else []
         compressed = splice_shared(model, Plan(replacements=tuple(chosen)), {})
-        yield {"budget": mean} | measured(model, compressed, test) | {"plan": f"{method}: {counts}"}
-
-
-def measured(model: Any, compressed: Any, test: Sequence[Any]) -> dict[str, Any]:
-    """Return what a network saves and loses on test samples."""
-    found = fidelity(model, compressed, test, "kl")
-    return {
-        "macs_kept": round(cost(compressed, test[0]).macs / cost(model, test[0]).macs, 4),
-        "top1_dense": found.accuracy_original,
-        "top1": found.accuracy_compressed,
-        "agreement": found.agreement,
-        "kl": float(f"{found.divergence:.4g}"),
-    }
+        yield {"budget": mean} | quality(model, compressed, test) | {"plan": f"{method}: {counts}"}
 
 
 def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one method at one budget, over its seeds, with the lowest and the highest top-1."""
+    """Return the means of one method at one budget over its seeds, and the lowest and highest top-1."""
     of = {name: round(statistics.mean(row[name] for row in rows), 4) for name in MEASURES}
     top1, original = [row["top1"] for row in rows], statistics.mean(row["top1_dense"] for row in rows)
     return {
@@ -162,7 +149,7 @@ def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rivals() -> list[dict[str, Any]]:
-    """The paper's map and skipping, of `benchmarks.methods`."""
+    """Return the means of the paper's map and of skipping, from `benchmarks.methods`."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in (RESULTS / "methods.jsonl").read_text().splitlines():
         row = json.loads(line)

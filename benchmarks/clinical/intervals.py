@@ -13,7 +13,7 @@ SMALLEST = 11
 """Cells of fewer people are not shown (the rule of the US Centers for Medicare & Medicaid Services)."""
 
 TIMES = 500
-"""How often patients are drawn for an interval."""
+"""Number of bootstrap samples of patients for an interval."""
 
 
 class Interval(BaseModel):

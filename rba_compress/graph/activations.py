@@ -72,21 +72,22 @@ def observe(
         if stop == (chain, boundary):
             raise _Reached
 
-    def keep_layer(path: str) -> Callable[..., None]:
-        def after(_: Any, args: Any, output: Tensor) -> None:
-            keep_values(path, args[0], output)
-
-        return after
-
-    def keep_values(path: str, given: Any, output: Any) -> None:
+    def keep_layer(path: str, given: Any, output: Any) -> None:
         seen.layers[path] = (given, output)
 
-    handles, watched = [], _watched(model, layers, keep_values)
+    def after(_: Any, args: Any, output: Any, path: str) -> None:
+        keep_layer(path, args[0], output)
+
+    handles: list[Any] = []
+    watched: list[BlockModule] = []
     for path in layers:
-        if _graph_run(model, path)[0] is None:
-            handles.append(model.get_submodule(path).register_forward_hook(keep_layer(path)))
-    for block, wanted in watched.items():
-        block.watching = wanted
+        block, name = _graph_run(model, path)
+        if block is None:
+            hook = partial(after, path=path)
+            handles.append(model.get_submodule(path).register_forward_hook(hook))
+        else:
+            block.watching = {**(block.watching or {}), name: partial(keep_layer, path)}
+            watched.append(block)
     try:
         with running(model, batch):
             if isinstance(model, fx.GraphModule):
@@ -105,18 +106,6 @@ def observe(
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
     return seen
-
-
-def _watched(
-    model: nn.Module, layers: Sequence[str], keep: Callable[[str, Any, Any], None]
-) -> dict[BlockModule, dict[str, Callable[[Any, Any], None]]]:
-    """Return what blocks that run by a graph are asked to show."""
-    found: dict[BlockModule, dict[str, Callable[[Any, Any], None]]] = {}
-    for path in layers:
-        block, name = _graph_run(model, path)
-        if block is not None:
-            found.setdefault(block, {})[name] = partial(keep, path)
-    return found
 
 
 def _graph_run(model: nn.Module, path: str) -> tuple[BlockModule | None, str]:

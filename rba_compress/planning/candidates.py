@@ -213,15 +213,15 @@ class CandidateFitter:
         """
         chain, c = walk.chain, walk.index
         model, branches = self.compressed(solution), chain.blocks[block].branches
-        same = walk.known is not None and walk.known[0] is solution
-        if walk.known is None or not same or walk.known[1] != block:
+        known, at, rows = walk.known or (None, -1, [])
+        if known is not solution or at != block:
             before = walk.passes
-            walk.to(model, block, unchanged=same)
+            walk.to(model, block, unchanged=known is solution)
             rows = [r.merged(self.total, self.weight) for r in walk.gaps(model, branches)]
             walk.known = solution, block, rows
             ran = (walk.passes - before) * self.held * len(chain)
             self.samples += ran / sum(map(len, self.chains))
-        gap = walk.known[2][branch].weighted(self.class_weight(c))
+        gap = rows[branch].weighted(self.class_weight(c))
         path = branches[branch].path
         before_it = [r for r in solution.plan.refits if r.path == path]
         dampings = sorted(self.config.refit_dampings)

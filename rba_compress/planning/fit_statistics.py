@@ -257,6 +257,16 @@ class _Pass:
         return observe(model, self.chains, self.batches[k], layers=self.layers, stop=self.stop)
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """Streams of both networks at a boundary, by batch."""
+
+    original: list[Streams]
+    compressed: list[Streams]
+    places: list[Tensor | None]
+    """Positions behind the merges of each original position, (N, T); None where none was merged."""
+
+
 def _at(streams: Streams, boundaries: Sequence[int]) -> Streams:
     """Return one stream of each chain, where a run reached it."""
     return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
@@ -294,12 +304,9 @@ class Walk:
         self.boundary = 0
         self.passes = 0.0
         """Number of passes of all samples through the whole chain, in either network."""
-        self._h: list[Streams] = []
-        self._g: list[Streams] = []
-        self._places: list[Tensor | None] = [None] * len(batches)
-        """Places of the original positions, (N, T), by batch; None where none was merged."""
-        self._ahead: tuple[list[Streams], list[Streams], list[Tensor | None]] | None = None
-        """The streams and places behind the block at the boundary, as `gaps` saw them."""
+        self._now = _Reached([], [], [None] * len(batches))
+        self._ahead: _Reached | None = None
+        """Streams behind the block at the boundary, as `gaps` saw them."""
         self.known: tuple[Solution, int, list[Rows]] | None = None
         """The gaps of a block under a solution, of the last one that was asked for."""
 
@@ -314,25 +321,23 @@ class Walk:
             unchanged: it has not changed since `gaps` either, whose streams are taken over.
         """
         if unchanged and self._ahead is not None and boundary > self.boundary:
-            self._h, self._g, self._places = self._ahead
-            self._ahead, self.boundary = None, self.boundary + 1
-        if self._h and boundary == self.boundary:
+            self._now, self.boundary = self._ahead, self.boundary + 1
+        self._ahead = None
+        if self._now.original and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
         merges = [self._merge_at(b) for b in self._merges if self.boundary <= b < boundary]
-        reached: list[list[Streams]] = []
-        for model, held in ((self.original, self._h), (compressed, self._g)):
-            own = merges if model is compressed else ()
-            run = self._pass(model, held, boundary, own)
-            with evaluating(run.resumed.model):
-                reached.append([])
-                for k in range(len(self.batches)):
-                    seen = run(k)
-                    reached[-1].append(_at(seen.streams, last))
-                    for path in own:
-                        self._places[k] = _behind(self._places[k], seen.layers[path][1])
-        self._h, self._g = reached
-        self.boundary = boundary
+        original = self._pass(self.original, self._now.original, boundary)
+        light = self._pass(compressed, self._now.compressed, boundary, merges)
+        reached = _Reached([], [], list(self._now.places))
+        with evaluating(original.resumed.model), evaluating(light.resumed.model):
+            for k in range(len(self.batches)):
+                seen = light(k)
+                reached.original.append(_at(original(k).streams, last))
+                reached.compressed.append(_at(seen.streams, last))
+                for path in merges:
+                    reached.places[k] = _behind(reached.places[k], seen.layers[path][1])
+        self._now, self.boundary = reached, boundary
 
     def _merge_at(self, block: int) -> str:
         return f"{self.chain.blocks[block].path}.{PLACES}"
@@ -359,11 +364,9 @@ class Walk:
         last = [*(len(chain) for chain in self.chains[: self.index]), stop]
         merge_at = [self._merge_at(b)] if b in self._merges else []
         paths = observed(branches)
-        original = self._pass(self.original, self._h, stop, paths)
-        light = self._pass(compressed, self._g, stop, [*paths, *merge_at])
-        ahead_h: list[Streams] = []
-        ahead_g: list[Streams] = []
-        ahead_places: list[Tensor | None] = []
+        original = self._pass(self.original, self._now.original, stop, paths)
+        light = self._pass(compressed, self._now.compressed, stop, [*paths, *merge_at])
+        ahead = _Reached([], [], [])
         with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
                 theirs, ours = original(k), light(k)
@@ -375,19 +378,20 @@ class Walk:
                     lacking = _lacking(compressed, branch, ours.layers, gap)
                     features = ours.layers[branch.path][0]
                     found[index].append(Rows.of(self.chain, features, lacking, mask))
-                ahead_h.append(_at(theirs.streams, last))
-                ahead_g.append(_at(ours.streams, last))
-                places = self._places[k]
-                ahead_places.append(places if new is None else _behind(places, new))
-        self._ahead = ahead_h, ahead_g, ahead_places
+                ahead.original.append(_at(theirs.streams, last))
+                ahead.compressed.append(_at(ours.streams, last))
+                places = self._now.places[k]
+                ahead.places.append(places if new is None else _behind(places, new))
+        self._ahead = ahead
         return [sum(rows[1:], start=rows[0]) for rows in found]
 
     def _gap(
         self, k: int, theirs: Layers, ours: Layers, branches: Sequence[Branch], new: Tensor | None
     ) -> Tensor:
         """Return the original stream behind the last of some branches minus the current one."""
-        h, g = (held[k][self.index][self.boundary] for held in (self._h, self._g))
-        places, width, last = self._places[k], self.chain.width, branches[-1]
+        held = self._now.original, self._now.compressed
+        h, g = (streams[k][self.index][self.boundary] for streams in held)
+        places, width, last = self._now.places[k], self.chain.width, branches[-1]
         g, sizes = (g, None) if places is None else (g[..., :width], g[..., width:])
         if len(branches) == 1:
             new = None

@@ -28,8 +28,8 @@ from rba_compress.planning.state import (
     Candidate,
     SearchState,
     Solution,
-    again,
     removed_length,
+    taken_at,
     undone,
     with_candidate,
 )
@@ -182,17 +182,17 @@ def _run(
         price = runs.rises[index] / (saved if saved > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
 
-    taken = {(r.chain, r.start, r.unit): r for r in state.solution.plan.replacements}
-    for site in [site for site, levels in of_site.items() if again(state, levels[0])]:
+    earlier = {site: taken_at(state, levels[0]) for site, levels in of_site.items()}
+    for site, old in earlier.items():
+        if old is None:
+            continue
         levels = of_site.pop(site)
-        new = levels[0].replacement
-        near = _near(levels, taken[new.chain, new.start, new.unit].level)
-        if near:
-            for level in near:
-                run(level)
-        else:
+        if old.level is None:  # maps are fitted anew
             _levels(levels, _first(levels), run(_first(levels)), run)
-    old = len(done)
+        else:
+            for level in _near(levels, old.level):
+                run(level)
+    first_new = len(done)
     rounds: dict[int, list[Site]] = {}
     for site in of_site:
         rounds.setdefault(max(removed_length(site), 1), []).append(site)
@@ -209,7 +209,8 @@ def _run(
             prices[site] = min(found)
         spans = [site for site in best if removed_length(site)]
         poor.update(site for site in sites if site not in spans[: max(-(-len(spans) // 2), FEWEST)])
-    if done[old:] and not context.skipped and not any(map(math.isfinite, runs.rises[old:])):
+    new_rises = runs.rises[first_new:]
+    if new_rises and not context.skipped and not any(map(math.isfinite, new_rises)):
         raise ActivationError("every candidate makes the model's output NaN or infinite")
     order = sorted(prices, key=lambda site: (prices[site], site))
     context.skipped = set(order[round(context.spent.again * blocks) :])
@@ -260,10 +261,8 @@ def _levels(
     return found
 
 
-def _near(levels: Sequence[Candidate], taken: float | None) -> list[Candidate]:
-    """Return the two levels above and the two below the one that is taken; none where that is a map."""
-    if taken is None:
-        return []
+def _near(levels: Sequence[Candidate], taken: float) -> list[Candidate]:
+    """Return the two levels above and the two below the one that is taken."""
     values = {level.replacement.level or 0.0: level for level in levels}
     order = sorted({*values, taken})
     at = order.index(taken)

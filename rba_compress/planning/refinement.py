@@ -7,11 +7,7 @@ from torch import Tensor
 from rba_compress.core.plan import FoldRefit, Refit
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Walk
-from rba_compress.planning.state import (
-    SearchState,
-    Solution,
-    replaced_blocks,
-)
+from rba_compress.planning.state import SearchState, Solution, replaced_blocks
 from rba_compress.units.registry import unit_of
 
 

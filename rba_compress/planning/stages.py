@@ -29,8 +29,8 @@ from rba_compress.planning.solver import Combination, Floats, Move, Walked, comb
 from rba_compress.planning.state import (
     SearchState,
     Solution,
-    again,
     removed_length,
+    taken_at,
     undone,
     with_candidate,
 )
@@ -374,7 +374,7 @@ def stage(context: SearchContext, state: SearchState, target: float) -> list[Ver
     limits = context.limits
     start = limits.size(state.cost)
     fitted = context.fitter.candidates(state, sites(context, state.solution.plan))
-    useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0 or again(state, c)]
+    useful = [c for c in fitted if limits.saved(state.cost, c.saving) > 0 or taken_at(state, c)]
     table = output_changes(context, state, useful)
     single = [limits.saved(state.cost, c.saving) for c in table.options if removed_length(c.site) <= 1]
     found = _solved(context, state, table, lowest=target - max([2 * GRID, *single]))

@@ -159,13 +159,14 @@ def undone(solution: Solution, old: Replacement) -> Solution:
     return changed(solution, drop=[old, *folded_for(solution.plan, old)])
 
 
-def again(state: SearchState, candidate: Candidate) -> bool:
-    """Return whether a state has the unit at the candidate's site, with another map or level."""
+def taken_at(state: SearchState, candidate: Candidate) -> Replacement | None:
+    """Return the replacement that has the candidate's site and unit, and another map or level."""
     new = candidate.replacement
-    place = new.start, new.stop, new.unit
-    old = [r for r in overlapping(state.solution.plan, new) if (r.start, r.stop, r.unit) == place]
-    same = [r for r in old if r.level == new.level and r.map.kind == new.map.kind == "identity"]
-    return bool(old) and not same
+    for old in overlapping(state.solution.plan, new):
+        if (old.start, old.stop, old.unit) == (new.start, new.stop, new.unit):
+            same = old.level == new.level and old.map.kind == new.map.kind == "identity"
+            return None if same else old
+    return None
 
 
 def removed_length(site: Site) -> int:

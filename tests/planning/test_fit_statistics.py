@@ -129,7 +129,7 @@ def test_later_chains_are_judged_and_walked_with_the_earlier_ones_in_place(netwo
         walk.to(compressed, boundary)
         with torch.no_grad():
             for k, batch in enumerate(run.fitter.batches):
-                for network, held in ((model, walk._h), (compressed, walk._g)):
+                for network, held in ((model, walk._now.original), (compressed, walk._now.compressed)):
                     expected = run_with_streams(network, run.chains, batch)[1][1][boundary]
                     torch.testing.assert_close(held[k][1][boundary], expected)
 

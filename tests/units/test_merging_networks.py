@@ -84,27 +84,27 @@ def classifier() -> nn.Module:
 
 
 MERGING: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
-    "vit": (of_timm("vit_tiny_patch16_224"), lambda n: images(n, 32)),
-    "deit": (of_timm("deit_tiny_patch16_224"), lambda n: images(n, 32)),
-    "deit, distilled": (of_timm("deit_tiny_distilled_patch16_224"), lambda n: images(n, 32)),
-    "deit3": (of_timm("deit3_small_patch16_224"), lambda n: images(n, 32)),
-    "dinov2, registers": (of_timm("vit_small_patch14_reg4_dinov2"), lambda n: images(n, 32)),
+    "vit": (of_timm("vit_tiny_patch16_224"), images),
+    "deit": (of_timm("deit_tiny_patch16_224"), images),
+    "deit, distilled": (of_timm("deit_tiny_distilled_patch16_224"), images),
+    "deit3": (of_timm("deit3_small_patch16_224"), images),
+    "dinov2, registers": (of_timm("vit_small_patch14_reg4_dinov2"), images),
     "vit, mean of positions": (
         of_timm("vit_tiny_patch16_224", global_pool="avg", class_token=False),
-        lambda n: images(n, 32),
+        images,
     ),
-    "siglip, timm": (of_timm("vit_base_patch16_siglip_224"), lambda n: images(n, 32)),
-    "clip, timm": (of_timm("vit_base_patch16_clip_224"), lambda n: images(n, 32)),
-    "flexivit": (of_timm("flexivit_small"), lambda n: images(n, 32)),
-    "clip": (lambda: Tower(clip(), "image_embeds"), lambda n: images(n, 32)),
-    "siglip": (lambda: Tower(siglip(), "pooler_output"), lambda n: images(n, 32)),
-    "vit, transformers": (lambda: Tower(classifier(), "logits"), lambda n: images(n, 32)),
+    "siglip, timm": (of_timm("vit_base_patch16_siglip_224"), images),
+    "clip, timm": (of_timm("vit_base_patch16_clip_224"), images),
+    "flexivit": (of_timm("flexivit_small"), images),
+    "clip": (lambda: Tower(clip(), "image_embeds"), images),
+    "siglip": (lambda: Tower(siglip(), "pooler_output"), images),
+    "vit, transformers": (lambda: Tower(classifier(), "logits"), images),
     "audio spectrograms": (
         lambda: Tower(spectrograms(), "logits"),
         lambda n: images(n, 64)[:, 0, :, :32],
     ),
-    "nn.TransformerEncoder": (lambda: Encoder(True), lambda n: images(n, 32)[:, 0, :17]),
-    "nn.TransformerEncoder, norms behind": (lambda: Encoder(False), lambda n: images(n, 32)[:, 0, :17]),
+    "nn.TransformerEncoder": (lambda: Encoder(True), lambda n: images(n)[:, 0, :17]),
+    "nn.TransformerEncoder, norms behind": (lambda: Encoder(False), lambda n: images(n)[:, 0, :17]),
 }
 
 
@@ -133,28 +133,28 @@ def test_a_network_merges_from_end_to_end(name: str, tmp_path: Path) -> None:
     assert max(parity.max_rel for parity in certificate.parity) < 1e-3
 
 
-REFUSING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
+REFUSING: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], str]] = {
     "beit": (
         of_timm("beit_base_patch16_224", global_pool="token"),
-        lambda: images(4, 32),
+        images,
         "its attention has a mask of its own",
     ),
     "relative places": (
         of_timm("vit_relpos_small_patch16_224"),
-        lambda: images(4, 32),
+        images,
         "its attention has a mask of its own",
     ),
     "rotary keys": (
         of_timm("eva02_tiny_patch14_224"),
-        lambda: images(4, 32),
+        images,
         "reads other tensors beside its stream, such as rotary embeddings",
     ),
     "outputs per position": (
         of_timm("vit_tiny_patch16_224", global_pool=""),
-        lambda: images(4, 32),
+        images,
         "hands out positions",
     ),
-    "clip with its positions": (clip, lambda: images(4, 32), "hands out positions"),
+    "clip with its positions": (clip, images, "hands out positions"),
     "windows": (
         lambda: timm.create_model(
             "swin_tiny_patch4_window7_224",
@@ -166,32 +166,24 @@ REFUSING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
             num_heads=(2, 2),
             num_classes=5,
         ),
-        lambda: images(4, 32),
+        images,
         "reads them by their places",
     ),
     "mixing by a matrix": (
         lambda: timm.create_model("mixer_s16_224", img_size=64, num_classes=5),
-        lambda: images(4, 64),
+        lambda n: images(n, 64),
         "it takes no other number of positions",
     ),
     "convolutions between positions": (
-        lambda: timm.create_model(
-            "xcit_nano_12_p16_224",
-            img_size=32,
-            patch_size=8,
-            depth=4,
-            embed_dim=32,
-            num_heads=2,
-            num_classes=5,
-        ),
-        lambda: images(4, 32),
+        of_timm("xcit_nano_12_p16_224"),
+        images,
         "it takes no other number of positions",
     ),
     "a language model": (
         lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=50, n_positions=32)
         ),
-        lambda: torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0)),
+        lambda n: torch.randint(0, 50, (n, 12), generator=torch.Generator().manual_seed(0)),
         "hands out positions",
     ),
 }
@@ -201,7 +193,7 @@ REFUSING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSING)
 def test_a_network_that_cannot_merge_says_why(name: str) -> None:
     build, data, reason = REFUSING[name]
-    found = supports(seeded(build), data())
+    found = supports(seeded(build), data(4))
     chain = found.chains[0]
     assert not TOKEN_MERGE.sites(chain, None)
     assert reason in chain.unmerged

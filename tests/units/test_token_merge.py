@@ -188,7 +188,7 @@ def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
 
 
 def test_refits_behind_a_merge_are_towards_the_original_merged_alike() -> None:
-    """What layers lack, against streams by hand: before a merge, at it, and behind two of them."""
+    """Compare what layers lack with streams by hand: before a merge, at it, and behind two of them."""
     model: Any = vit(init_values=0.5)
     merges, data = {1: 4, 2: 3}, list(images(20, 32).split(5))
     seen = profile(model, data, config=Config(seed=0))
