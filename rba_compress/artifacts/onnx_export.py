@@ -12,7 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -199,19 +199,10 @@ def _written(
     trace: Callable[[nn.Module], torch.export.ExportedProgram],
 ) -> tuple[Weight, nn.Module]:
     """Export a network to a file; return its weight, and the file opened as a module."""
-    program = trace(network)
-    try:
-        weight = _write(kind, program, names, file)
-    except ExportError as error:
-        if not any("scaled_dot_product" in str(n.target) for n in program.graph.nodes):
-            raise
-        # When decomposed, attention with a bias has other strides than it was traced with, and views
-        # of it fail. The plain (math) form of attention does not.
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                weight = _write(kind, trace(network), names, file)
-        except ExportError:
-            raise error from None
+    # ONNX has attention decomposed. Decomposed from another form than the plain (math) one, attention
+    # with a bias has other strides than it was traced with, and views of it fail.
+    with sdpa_kernel(SDPBackend.MATH) if kind == "onnx" else nullcontext():
+        weight = _write(kind, trace(network), names, file)
     return weight, open_file(kind, file)
 
 

@@ -45,11 +45,13 @@ def traded(context: SearchContext, state: SearchState) -> SearchState:
                 continue
             known.add(str(solution.plan))
             at = trades[k].chain, min(trades[k].down, trades[k].up)
-            evaluation = context.evaluation(state, solution, at)
-            new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-            better = wins(context, evaluation.divergence, state.evaluation.divergence)
-            if better and not context.limits.broken(new):
-                state, again = new, True
+            before = state.evaluation.divergence
+            screened = context.divergences(state, solution, at, screen=True)
+            if float(screened.mean()) < float(before[: len(screened)].mean()):
+                evaluation = context.evaluation(state, solution, at)
+                new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
+                if wins(context, evaluation.divergence, before) and not context.limits.broken(new):
+                    state, again = new, True
             left -= 1
             if not left:
                 break
