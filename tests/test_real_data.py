@@ -96,21 +96,14 @@ def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
     replacement, tensors = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
     compressed = splice(model, Plan(replacements=(replacement,)), tensors)
     found = fidelity(model, compressed, read(imagenet(model, "test")), "kl")
+    assert found.accuracy_original == 0.792  # the published network
     assert found.accuracy_compressed == pytest.approx(row["top1"], abs=0.005)
     assert found.divergence == pytest.approx(row["kl"], rel=0.02)
 
 
 @pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_images(capsys: pytest.CaptureFixture[str]) -> None:
-    profile_memory.main(profile_memory.Memory(counts=(100, 400)))
+    profile_memory.main(profile_memory.Memory(counts=(50, 200)))
     printed = json.loads(capsys.readouterr().out)
     assert printed["runs"][1]["profiled"] == 4 * printed["runs"][0]["profiled"]
     assert printed["peak_ratio"] < 1.05
-
-
-@pytest.mark.slow
-def test_the_dense_model_is_the_published_one() -> None:
-    model = deit_tiny()
-    with torch.no_grad():
-        hits = [int((model(x).argmax(-1) == y).sum()) for x, y in imagenet(model, "test")]
-    assert sum(hits) / 500 == 0.792

@@ -62,7 +62,7 @@ def test_a_language_model_decodes_without_layers() -> None:
     model, tokenizer = packaged(smollm2)
     how = language.Run(length=128)
     loader = language.sequences(tokenizer, "calibration", 1024, how)
-    (chain,) = supports(model, loader[0]).chains
+    (chain,) = supports(model, {"input_ids": loader[0]["input_ids"][:1]}).chains
     assert len(chain) == 30
     (profiled,), _ = calibrate(model, [chain], enumerate(as_batch(b) for b in loader), window=1)
     spec = MapSpec(kind="shrunk", shrink=0.5, damping=1e-4)
