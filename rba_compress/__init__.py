@@ -7,8 +7,8 @@ its loss. See README.md.
 
 from rba_compress.api import Result, compress, heal, save
 from rba_compress.artifacts.architecture import Architecture
-from rba_compress.artifacts.artifact import load
 from rba_compress.artifacts.certificate import Certificate
+from rba_compress.artifacts.levels import Levels, load
 from rba_compress.artifacts.onnx_export import export_onnx, export_pt2
 from rba_compress.artifacts.verification import verify
 from rba_compress.core.config import Budget, Config, Healing
@@ -54,6 +54,7 @@ __all__ = [
     "ExportError",
     "FidelityError",
     "Healing",
+    "Levels",
     "LoaderError",
     "MemoryLimitError",
     "ModelError",

@@ -20,6 +20,7 @@ from rba_compress.artifacts.artifact import (
     read_report,
     write_artifact,
 )
+from rba_compress.artifacts.levels import write_levels
 from rba_compress.artifacts.pareto_front import Point
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.config import Budget, Config, Healing
@@ -79,9 +80,20 @@ class Result:
         delta: bool = False,
         fold: bool = False,
         hub: bool = False,
+        levels: Sequence[Point] = (),
+        original: nn.Module | None = None,
     ) -> None:
         """Save the result, as `rba_compress.save(result, directory)`."""
-        save(self, directory, architecture=architecture, delta=delta, fold=fold, hub=hub)
+        save(
+            self,
+            directory,
+            architecture=architecture,
+            delta=delta,
+            fold=fold,
+            hub=hub,
+            levels=levels,
+            original=original,
+        )
 
     def check(self, batch: Any) -> Shift:
         """Return the drift of a batch from the calibration data, and warn if the batch has shifted.
@@ -499,6 +511,8 @@ def save(
     delta: bool = False,
     fold: bool = False,
     hub: bool = False,
+    levels: Sequence[Point] = (),
+    original: nn.Module | None = None,
 ) -> None:
     """Write a result to a new directory; `load` reads the network back, bit-equal. Of several ranks the
     first one writes.
@@ -512,14 +526,26 @@ def save(
         fold: write a stock network with fewer blocks, for plans of identities and folded maps alone:
             timm or transformers load its weights without this package.
         hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
+        levels: points of the result's front. They are written with the original network in place of the
+            result's own, with one set of weights for all; `load` returns a module with `set_level`.
+        original: the network that was compressed, which levels need.
 
     Raises:
         ArtifactError: the directory is taken or cannot be written; `delta` was combined with `fold` or
-            `hub`.
-        PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
+            `hub`, or `levels` with one of them or without `original`.
+        PlanError: the plan cannot be folded; search with `Config(foldable=True)`. The levels were made
+            from another network.
         WeightsError: `architecture` does not build this network.
     """
     if not current().leads:
+        return
+    if levels:
+        if delta or fold or hub or original is None:
+            raise ArtifactError(
+                "levels need the original network, save(..., levels=result.front, original=model), "
+                "and are neither a delta nor folded nor for a hub"
+            )
+        write_levels(levels, unwrap(original), result.profile, directory, architecture=architecture)
         return
     write_artifact(
         result.model,

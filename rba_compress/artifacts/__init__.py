@@ -8,6 +8,7 @@ reference_io               inputs to draw, and the outputs on them
 fold                       a stock network with fewer blocks
 hub                        files of a model hub
 pareto_front               the networks of a search
+levels                     networks of a front that share weights, and the dial between them
 onnx_export, certificate   exported files with their proof
 verification               repetition of every check
 """

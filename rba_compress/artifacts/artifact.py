@@ -292,11 +292,20 @@ def load(directory: str | Path, *, original: nn.Module | None = None) -> nn.Modu
         PlanError: `original` does not have the blocks that the plan replaces.
     """
     root = Path(directory)
+    return rebuilt(root, intact(root), original=original)
+
+
+def intact(root: Path) -> Manifest:
+    """Return the manifest of an artefact whose files are as they were written.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
     manifest = read_manifest(root)
     for name, digest in manifest.sha256.items():
         require_intact(root, name, digest)
     require_report(root, manifest)
-    return rebuilt(root, manifest, original=original)
+    return manifest
 
 
 @torch.inference_mode(False)

@@ -15,6 +15,7 @@ from rba_compress.artifacts.artifact import (
     rebuilt,
     require_report,
 )
+from rba_compress.artifacts.artifact import load as load_network
 from rba_compress.artifacts.certificate import (
     CERTIFICATES,
     SIZES,
@@ -24,6 +25,7 @@ from rba_compress.artifacts.certificate import (
     read_certificate,
     require_valid,
 )
+from rba_compress.artifacts.levels import TABLE, read_table
 from rba_compress.core.errors import ArtifactError, ExportError, RBAError
 from rba_compress.core.io import require_intact
 
@@ -44,6 +46,9 @@ def verify(directory: str | Path, *, original: nn.Module | None = None) -> list[
 
 def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
     """Yield each check that held, as `verify`: every hash first, then slower checks."""
+    if (root / TABLE).exists():
+        yield from _of_levels(root, original)
+        return
     kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
     manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
     certificates = {kind: read_certificate(root, kind) for kind in kinds}
@@ -71,6 +76,16 @@ def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
         if manifest and certificate.weights not in (None, *manifest.sha256.values()):
             raise ArtifactError(f"{certificate.file} was exported from other weights than those here")
         yield f"{certificate.file}: {_parity(root, certificate, network)}"
+
+
+def _of_levels(root: Path, original: nn.Module | None) -> Iterator[str]:
+    """Yield the checks of each level, by its directory."""
+    table = read_table(root)
+    yield f"{TABLE}: intact, schema {table.schema_version}"
+    for level in table.levels:
+        for check in checks(root / level.directory, original=original):
+            yield f"{level.directory}: {check}"
+        original = original or load_network(root / level.directory)
 
 
 def _reloaded(root: Path, manifest: Manifest, original: nn.Module | None) -> nn.Module:
