@@ -9,7 +9,7 @@ from rba_compress.api import Result, compress, heal, save
 from rba_compress.artifacts.architecture import Architecture
 from rba_compress.artifacts.certificate import Certificate
 from rba_compress.artifacts.levels import Levels, load
-from rba_compress.artifacts.onnx_export import export_onnx, export_pt2
+from rba_compress.artifacts.onnx_export import export_onnx, export_onnx_levels, export_pt2
 from rba_compress.artifacts.verification import verify
 from rba_compress.core.config import Budget, Config, Healing
 from rba_compress.core.errors import (
@@ -73,6 +73,7 @@ __all__ = [
     "benchmark",
     "compress",
     "export_onnx",
+    "export_onnx_levels",
     "export_pt2",
     "heal",
     "load",

@@ -80,20 +80,35 @@ class Result:
         delta: bool = False,
         fold: bool = False,
         hub: bool = False,
-        levels: Sequence[Point] = (),
-        original: nn.Module | None = None,
     ) -> None:
         """Save the result, as `rba_compress.save(result, directory)`."""
-        save(
-            self,
-            directory,
-            architecture=architecture,
-            delta=delta,
-            fold=fold,
-            hub=hub,
-            levels=levels,
-            original=original,
-        )
+        save(self, directory, architecture=architecture, delta=delta, fold=fold, hub=hub)
+
+    def save_levels(
+        self,
+        directory: str | Path,
+        *,
+        original: nn.Module,
+        points: Sequence[Point] | None = None,
+        architecture: Architecture | None = None,
+    ) -> None:
+        """Write the original network and points of the front to a new directory, with one set of
+        weights; `load` returns a module with `set_level`. Of several ranks the first one writes.
+
+        Args:
+            directory: must not exist, or be empty; it is written whole or not at all.
+            original: the network that was compressed.
+            points: the levels, in any order; by default the whole front.
+            architecture: as in `save`.
+
+        Raises:
+            ArtifactError: there is no point, or the directory is taken or cannot be written.
+            PlanError: the points are of another network than `original`.
+            WeightsError: `architecture` does not build this network.
+        """
+        if current().leads:
+            levels = self.front if points is None else points
+            write_levels(levels, unwrap(original), self.profile, directory, architecture=architecture)
 
     def check(self, batch: Any) -> Shift:
         """Return the drift of a batch from the calibration data, and warn if the batch has shifted.
@@ -511,8 +526,6 @@ def save(
     delta: bool = False,
     fold: bool = False,
     hub: bool = False,
-    levels: Sequence[Point] = (),
-    original: nn.Module | None = None,
 ) -> None:
     """Write a result to a new directory; `load` reads the network back, bit-equal. Of several ranks the
     first one writes.
@@ -526,26 +539,14 @@ def save(
         fold: write a stock network with fewer blocks, for plans of identities and folded maps alone:
             timm or transformers load its weights without this package.
         hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
-        levels: points of the result's front. They are written with the original network in place of the
-            result's own, with one set of weights for all; `load` returns a module with `set_level`.
-        original: the network that was compressed, which levels need.
 
     Raises:
         ArtifactError: the directory is taken or cannot be written; `delta` was combined with `fold` or
-            `hub`, or `levels` with one of them or without `original`.
-        PlanError: the plan cannot be folded; search with `Config(foldable=True)`. The levels were made
-            from another network.
+            `hub`.
+        PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
         WeightsError: `architecture` does not build this network.
     """
     if not current().leads:
-        return
-    if levels:
-        if delta or fold or hub or original is None:
-            raise ArtifactError(
-                "levels need the original network, save(..., levels=result.front, original=model), "
-                "and are neither a delta nor folded nor for a hub"
-            )
-        write_levels(levels, unwrap(original), result.profile, directory, architecture=architecture)
         return
     write_artifact(
         result.model,

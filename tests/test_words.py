@@ -16,7 +16,6 @@ NO_OPENING = {"Of", "As", "What", "Whether", "How", "One", "Why", "Where", "Whic
 LINES, PARAMETERS = 60, 7
 LONG = {
     "artifacts/artifact.py:write_artifact",
-    "artifacts/onnx_export.py:_export",
     "latent/bootstrapping.py:bootstrap_anchors",
 }
 """Functions that take more parameters, or lines: each says why in a comment that starts with Long."""

@@ -23,6 +23,8 @@ from rba_compress.profiling.latency import Latency
 SCHEMA = 1
 Format = Literal["onnx", "pt2"]
 CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
+OF_LEVEL = ".certificate.json"
+"""End of the name of a level's certificate, behind that of its file without suffix."""
 SIZES = (1, 3, 8)
 """Batch sizes to compare on; the last one is larger where the example is."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -113,6 +115,17 @@ def read_certificate(directory: Path, kind: Format = "onnx") -> Certificate:
         ArtifactError: it is missing, of a newer schema, not a certificate, or not as it was written.
     """
     return read_sealed(directory / CERTIFICATES[kind], Certificate, newest=SCHEMA)
+
+
+def certificates(directory: Path) -> list[Certificate]:
+    """Return all certificates of a directory: of its one file in a format, and of each level.
+
+    Raises:
+        ArtifactError: one is of a newer schema, not a certificate, or not as it was written.
+    """
+    names = [*CERTIFICATES.values(), *sorted(p.name for p in directory.glob(f"*{OF_LEVEL}"))]
+    paths = [directory / name for name in names if (directory / name).exists()]
+    return [read_sealed(path, Certificate, newest=SCHEMA) for path in paths]
 
 
 def compared(

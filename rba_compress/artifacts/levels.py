@@ -118,7 +118,7 @@ def write_levels(
     """
     target = Path(directory).absolute()
     if not points:
-        raise ArtifactError("there are no levels to save: pass points of a front, levels=result.front")
+        raise ArtifactError("there are no levels to save: a front has points where a search took steps")
     if fingerprint(original) != seen.weights:
         raise PlanError(f"the levels were made from another {seen.model}: pass its own original")
     require_vacant(target)

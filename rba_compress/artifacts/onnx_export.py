@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rba_compress.artifacts.artifact import WEIGHTS, load, read_manifest
 from rba_compress.artifacts.certificate import (
     CERTIFICATES,
+    OF_LEVEL,
     SIZES,
     TOLERANCES,
     Certificate,
     Format,
     Weight,
+    certificates,
     compared,
     flat,
     leaves,
@@ -38,11 +41,14 @@ from rba_compress.artifacts.certificate import (
     read_certificate,
     require_valid,
 )
+from rba_compress.artifacts.levels import Levels
+from rba_compress.artifacts.levels import load as load_levels
 from rba_compress.artifacts.reference_io import Probe
+from rba_compress.artifacts.shared_weights import SharedWeights
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating, unwrap
-from rba_compress.core.io import flush, sealed, sha256, sibling
+from rba_compress.core.io import flush, require_vacant, sealed, sha256, sibling, written_whole
 from rba_compress.core.loader_form import batch_of
 from rba_compress.core.offload import in_memory
 from rba_compress.graph.rewrite import copy_model
@@ -100,16 +106,7 @@ def export_onnx(
             Runtime cannot run the file, or its outputs differ; nothing is left at `path`.
         ArtifactError, WeightsError: the directory holds no artefact that loads.
     """
-    return _export(
-        "onnx",
-        model,
-        path,
-        example,
-        original=original,
-        dynamic=dynamic,
-        tolerance=tolerance,
-        seconds=seconds,
-    )
+    return _export(_Job("onnx", example, dynamic, tolerance, seconds), model, path, original)
 
 
 def export_pt2(
@@ -125,70 +122,140 @@ def export_pt2(
     Raises:
         ExportError, ArtifactError, WeightsError: as `export_onnx`.
     """
-    return _export("pt2", model, path, example, dynamic=dynamic, tolerance=tolerance)
+    return _export(_Job("pt2", example, dynamic, tolerance, 0.0), model, path)
+
+
+@torch.inference_mode(False)
+def export_onnx_levels(
+    model: Levels | str | Path,
+    directory: str | Path,
+    example: Any,
+    *,
+    dynamic: bool = True,
+    tolerance: float | None = None,
+    seconds: float = 2.0,
+) -> tuple[Certificate, ...]:
+    """Write every level of a network as an ONNX file of its own; the files share their weights.
+
+        level-00.onnx, level-01.onnx, ...   the original network, and its compressed forms
+        level-00.certificate.json, ...      the certificate of each
+        weights.bin                         weights to which all of them refer
+
+    Args:
+        model: what `load` returned of a directory with levels, or that directory.
+        directory: must not exist, or be empty; it is written whole or not at all.
+        example, dynamic, tolerance, seconds: as in `export_onnx`.
+
+    Raises:
+        ExportError: as `export_onnx`; or the network has no levels.
+        ArtifactError: the directory is taken or cannot be written.
+    """
+    target = Path(directory).absolute()
+    require_vacant(target)
+    levels = model if isinstance(model, nn.Module) else load_levels(model)
+    if not isinstance(levels, Levels):
+        raise ExportError(f"{model} has no levels: export it with export_onnx")
+    job = _Job("onnx", example, dynamic, tolerance, seconds)
+    with written_whole(target) as folder:
+        shared = SharedWeights(folder / "weights.bin")
+        for k, network in enumerate(levels.networks):
+            file = folder / f"level-{k:02}.onnx"
+            original = folder / "level-00.onnx" if k else None
+            found = _certified(job, network, original, file, None, shared=shared)
+            digests = {p.name: sha256(p) for p in (file, shared.path)}
+            content = found.model_copy(update={"sha256": digests}).model_dump_json(indent=2)
+            file.with_suffix(OF_LEVEL).write_bytes(sealed(content + "\n"))
+    return tuple(certificates(target))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Settings of an export, as in `export_onnx`."""
+
+    kind: Format
+    example: Any
+    dynamic: bool
+    tolerance: float | None
+    seconds: float
 
 
 @torch.inference_mode(False)
 def _export(
-    kind: Format,
-    model: nn.Module | str | Path,
-    path: str | Path,
-    example: Any,
-    *,
-    dynamic: bool,
-    tolerance: float | None,
-    original: nn.Module | None = None,
-    seconds: float = 0.0,
+    job: _Job, model: nn.Module | str | Path, path: str | Path, original: nn.Module | None = None
 ) -> Certificate:
-    # Long by its parameters, which are those of both exports.
-    target = Path(path).absolute()
+    kind, target = job.kind, Path(path).absolute()
     _require_free(target, kind)
     network, original, weights = _opened(kind, model, original)
-    batch = batch_of(network, example).to(network)
+    with _beside(target) as folder:
+        found = _certified(job, network, original, folder / target.name, weights)
+        digests = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+        content = found.model_copy(update={"sha256": digests}).model_dump_json(indent=2)
+        (folder / CERTIFICATES[kind]).write_bytes(sealed(content + "\n"))
+        return read_certificate(folder, kind)
+
+
+def _certified(
+    job: _Job,
+    network: nn.Module,
+    original: nn.Module | Path | None,
+    target: Path,
+    weights: str | None,
+    *,
+    shared: SharedWeights | None = None,
+) -> Certificate:
+    """Write a network to a file, and compare the file with it.
+
+    Args:
+        original: the original network, or its ONNX file.
+
+    Returns:
+        The certificate, still without hashes.
+    """
+    kind = job.kind
+    batch = batch_of(network, job.example).to(network)
     dtype = _dtype(network)
-    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+    allowed = TOLERANCES[dtype] if job.tolerance is None else job.tolerance
     names = _input_names(network, batch), _output_names(_run(network, batch))
-    half = _half(network, batch) if dynamic else None
+    half = _half(network, batch) if job.dynamic else None
     batches = [batch]
-    if dynamic:
+    if job.dynamic:
         batches = _sized(batch, half)
         for each in batches:
             _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
-    trace = partial(_traced, batch=batches[-1], dynamic=dynamic, sequences=half is not None)
-    with _beside(target) as folder:
-        compressed, runner = _written(kind, network, names, folder / target.name, trace)
-        parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
-        other, latency = None, None
-        if original is not None:
-            with tempfile.TemporaryDirectory() as aside:
-                original = in_memory(copy_model(unwrap(original))).to(
-                    next(network.parameters()).device, dtype
-                )
-                file = Path(aside) / f"original{target.suffix}"
-                other, twin = _written(kind, original, names, file, trace)
-                latency = benchmark(twin, runner, flat(batch), seconds=seconds)
-        content = Certificate(
-            format=kind,
-            file=target.name,
-            sha256={p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
-            weights=weights,
-            model=type(network).__name__,
-            dtype=str(dtype).removeprefix("torch."),
-            dynamic=dynamic,
-            sequences=half is not None,
-            input_names=tuple(names[0]),
-            output_names=tuple(names[1]),
-            probe=Probe.of(batch),
-            preprocessing=_preprocessing(network),
-            tolerance=allowed,
-            parity=parity,
-            compressed=compressed,
-            original=other,
-            latency=latency,
-            versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
-        ).model_dump_json(indent=2)
-        (folder / CERTIFICATES[kind]).write_bytes(sealed(content + "\n"))
-        return read_certificate(folder, kind)
+    trace = partial(_traced, batch=batches[-1], dynamic=job.dynamic, sequences=half is not None)
+    compressed, runner = _written(kind, network, names, target, trace, shared=shared)
+    parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
+    other, latency = None, None
+    if isinstance(original, Path):
+        other, twin = _onnx_weight(original), open_file(kind, original)
+        latency = benchmark(twin, runner, flat(batch), seconds=job.seconds)
+    elif original is not None:
+        with tempfile.TemporaryDirectory() as aside:
+            device = next(network.parameters()).device
+            original = in_memory(copy_model(unwrap(original))).to(device, dtype)
+            file = Path(aside) / f"original{target.suffix}"
+            other, twin = _written(kind, original, names, file, trace)
+            latency = benchmark(twin, runner, flat(batch), seconds=job.seconds)
+    return Certificate(
+        format=kind,
+        file=target.name,
+        sha256={},
+        weights=weights,
+        model=type(network).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        dynamic=job.dynamic,
+        sequences=half is not None,
+        input_names=tuple(names[0]),
+        output_names=tuple(names[1]),
+        probe=Probe.of(batch),
+        preprocessing=_preprocessing(network),
+        tolerance=allowed,
+        parity=parity,
+        compressed=compressed,
+        original=other,
+        latency=latency,
+        versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
+    )
 
 
 def _written(
@@ -197,12 +264,14 @@ def _written(
     names: tuple[list[str], list[str]],
     file: Path,
     trace: Callable[[nn.Module], torch.export.ExportedProgram],
+    *,
+    shared: SharedWeights | None = None,
 ) -> tuple[Weight, nn.Module]:
     """Export a network to a file; return its weight, and the file opened as a module."""
     # ONNX has attention decomposed. Decomposed from another form than the plain (math) one, attention
     # with a bias has other strides than it was traced with, and views of it fail.
     with sdpa_kernel(SDPBackend.MATH) if kind == "onnx" else nullcontext():
-        weight = _write(kind, trace(network), names, file)
+        weight = _write(kind, trace(network), names, file, shared)
     return weight, open_file(kind, file)
 
 
@@ -335,7 +404,11 @@ def _traced(
 
 
 def _write(
-    kind: Format, program: torch.export.ExportedProgram, names: tuple[list[str], list[str]], file: Path
+    kind: Format,
+    program: torch.export.ExportedProgram,
+    names: tuple[list[str], list[str]],
+    file: Path,
+    shared: SharedWeights | None,
 ) -> Weight:
     """Write the file, with named inputs and outputs, and return its size."""
     with warnings.catch_warnings():
@@ -343,14 +416,16 @@ def _write(
         if kind == "pt2":
             torch.export.save(program, file)
             return Weight(bytes=file.stat().st_size, nodes=len(program.graph.nodes), opset=None)
-        return _write_onnx(program, *names, file)
+        return _write_onnx(program, names, file, shared)
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], file: Path
+    program: torch.export.ExportedProgram,
+    names: tuple[list[str], list[str]],
+    file: Path,
+    shared: SharedWeights | None,
 ) -> Weight:
-    import onnx
-
+    inputs, outputs = names
     try:
         exported = torch.onnx.export(
             program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
@@ -360,7 +435,15 @@ def _write_onnx(
     assert exported is not None
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(file, external_data=size > EXTERNAL)
+    if shared is not None:
+        shared.take(file)
     require_valid(file)
+    return _onnx_weight(file)
+
+
+def _onnx_weight(file: Path) -> Weight:
+    import onnx
+
     model = onnx.load(str(file), load_external_data=False)
     size = sum(p.stat().st_size for p in file.parent.iterdir() if p.name.startswith(file.name))
     opset = next(each.version for each in model.opset_import if not each.domain)

@@ -17,12 +17,11 @@ from rba_compress.artifacts.artifact import (
 )
 from rba_compress.artifacts.artifact import load as load_network
 from rba_compress.artifacts.certificate import (
-    CERTIFICATES,
     SIZES,
     Certificate,
+    certificates,
     compared,
     open_file,
-    read_certificate,
     require_valid,
 )
 from rba_compress.artifacts.levels import TABLE, read_table
@@ -49,16 +48,15 @@ def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
     if (root / TABLE).exists():
         yield from _of_levels(root, original)
         return
-    kinds = [kind for kind, name in CERTIFICATES.items() if (root / name).exists()]
-    manifest = read_manifest(root) if (root / MANIFEST).exists() or not kinds else None
-    certificates = {kind: read_certificate(root, kind) for kind in kinds}
+    exported = certificates(root)
+    manifest = read_manifest(root) if (root / MANIFEST).exists() or not exported else None
     if manifest is not None:
         yield f"{MANIFEST}: intact, schema {manifest.schema_version}"
-    for digests in (each.sha256 for each in (manifest, *certificates.values()) if each):
-        for name, digest in digests.items():
-            require_intact(root, name, digest)
-            yield f"{name}: SHA-256 is as written"
-    certified = {name for each in certificates.values() for name in each.sha256}
+    digests = [pair for each in (manifest, *exported) if each for pair in each.sha256.items()]
+    for name, digest in dict.fromkeys(digests):
+        require_intact(root, name, digest)
+        yield f"{name}: SHA-256 is as written"
+    certified = {name for each in exported for name in each.sha256}
     for path in root.iterdir():
         if path.suffix in (".onnx", ".pt2") and path.name not in certified:
             raise ArtifactError(f"{path} has no certificate: export it again")
@@ -72,7 +70,7 @@ def checks(root: Path, *, original: nn.Module | None = None) -> Iterator[str]:
         else:
             network = _reloaded(root, manifest, original)
             yield "reload: the network is built anew, its outputs are as recorded"
-    for certificate in certificates.values():
+    for certificate in exported:
         if manifest and certificate.weights not in (None, *manifest.sha256.values()):
             raise ArtifactError(f"{certificate.file} was exported from other weights than those here")
         yield f"{certificate.file}: {_parity(root, certificate, network)}"

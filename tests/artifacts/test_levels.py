@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -19,11 +21,13 @@ from rba_compress import (
     ArtifactError,
     Budget,
     Config,
+    ExportError,
     Levels,
     PlanError,
     Result,
     WeightsError,
     compress,
+    export_onnx_levels,
     load,
     verify,
 )
@@ -46,7 +50,7 @@ def merged(original: nn.Module) -> Result:
 @pytest.fixture(scope="module")
 def directory(merged: Result, original: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("levels") / "saved"
-    merged.save(path, levels=merged.front, original=original)
+    merged.save_levels(path, original=original)
     return path
 
 
@@ -126,11 +130,10 @@ def test_what_cannot_be_saved_as_levels_is_refused(
 ) -> None:
     target = tmp_path / "levels"
     other = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES, num_classes=6)
-    for more in ({}, {"original": original, "delta": True}, {"original": original, "hub": True}):
-        with pytest.raises(ArtifactError, match="levels need the original network"):
-            merged.save(target, levels=merged.front, **more)
+    with pytest.raises(ArtifactError, match="there are no levels to save"):
+        merged.save_levels(target, points=[], original=original)
     with pytest.raises(PlanError, match="made from another VisionTransformer"):
-        merged.save(target, levels=merged.front, original=other)
+        merged.save_levels(target, original=other)
     assert not target.exists()
 
 
@@ -158,3 +161,38 @@ def test_a_level_of_other_weights_is_refused(
     (copied / "level-01" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="level-01"):
         load(copied)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch, at export
+def test_levels_are_onnx_files_that_share_their_weights(loaded: Any, tmp_path: Path) -> None:
+    x, out = images(4, seed=1), tmp_path / "onnx"
+    ends = Levels([loaded.networks[0], loaded.networks[-1]], [loaded.table[0], loaded.table[-1]])
+    found = export_onnx_levels(ends, out, x, seconds=0.1)
+    assert [each.file for each in found] == ["level-00.onnx", "level-01.onnx"]
+    weights = (out / "weights.bin").stat().st_size
+    count = sum(p.numel() * 4 for p in loaded.networks[0].parameters())
+    assert weights > 0.9 * count
+    for certificate, network in zip(found, ends.networks, strict=True):
+        file = out / certificate.file
+        inside = [len(t.raw_data) for t in onnx.load(file, load_external_data=False).graph.initializer]
+        assert sum(inside) < 0.1 * weights  # of what differs from the original
+        session = onnxruntime.InferenceSession(file)
+        with torch.no_grad():
+            expected = network(x)
+        (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(given), expected, rtol=1e-4, atol=1e-5)
+        assert [parity.batch for parity in certificate.parity] == [1, 3, 8]
+        assert "weights.bin" in certificate.sha256
+    held = verify(out)
+    assert sum("SHA-256 is as written" in line for line in held) == len(found) + 1
+    with pytest.raises(ArtifactError, match="not empty"):
+        export_onnx_levels(ends, out, x)
+    with (out / "weights.bin").open("r+b") as file:
+        file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(ArtifactError, match=r"weights\.bin"):
+        verify(out)
+    assert found[1].latency is not None
+    with pytest.raises(ExportError, match="has no levels"):
+        export_onnx_levels(loaded.networks[0], tmp_path / "none", x)
+    assert not (tmp_path / "none").exists()
