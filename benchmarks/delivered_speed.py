@@ -2,8 +2,9 @@
 
 The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode,
 compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of replacement, and
-a ViT-B/16 with random weights and all kinds at once. `excess` is the ratio of latencies over the share
-of MACs that is kept; 1 is ideal. The plans are written by hand: time does not depend on weights.
+a ViT-B/16 with random weights and all kinds at once; both with merged positions at three costs.
+`excess` is the ratio of latencies over the share of MACs that is kept; 1 is ideal. The plans are
+written by hand: time does not depend on weights.
 
 `python -m benchmarks.delivered_speed` writes `benchmarks/results/delivered_speed.json`.
 """
@@ -33,12 +34,19 @@ from rba_compress.profiling.cost import cost
 from rba_compress.profiling.latency import benchmark
 from rba_compress.units.registry import unit_of
 
-GOALS = {1: 1.08, 32: 1.03}
+MERGES = {
+    "25 % off by merges": {4: 25, 7: 33, 8: 25, 9: 33},
+    "40 % off by merges": {3: 33, 4: 33, 6: 33, 8: 25},
+    "50 % off by merges": {1: 16, 2: 25, 3: 33, 4: 33, 5: 25, 7: 16},
+}
+"""Positions that blocks merge; the last block computes the read positions alone."""
 
 
 @dataclass
 class Run:
     networks: tuple[str, ...] = ("deit_tiny", "vit_base")
+    plans: tuple[str, ...] = ()
+    """Plans to time; by default all of a network."""
     seconds: float = 20.0
     """For each comparison, and at least seven pairs."""
     out: Path = Path(__file__).parent / "results" / "delivered_speed.json"
@@ -52,6 +60,12 @@ def plans(chain: Chain) -> dict[str, Plan]:
 
     last = len(chain) - 1
     exact = unit_of("read_out").choice(chain, last, last + 1).model_copy(update={"exact": True})
+
+    def merged(counts: dict[int, int]) -> Plan:
+        unit = unit_of("token_merge")
+        merges = (unit.choice(chain, b, b + 1, float(count)) for b, count in counts.items())
+        return Plan(replacements=(*merges, exact))
+
     return {
         "blocks skipped": Plan(
             replacements=tuple(unit_of("span").choice(chain, b, b + 1) for b in (4, 6, 8))
@@ -75,16 +89,23 @@ def plans(chain: Chain) -> dict[str, Plan]:
                 exact,
             )
         ),
-    }
+    } | {name: merged(counts) for name, counts in MERGES.items()}
+
+
+def goals(plan: str, form: str) -> dict[int, float]:
+    """Return the highest `excess` that is wanted, by batch size."""
+    if plan not in MERGES:
+        return {1: 1.08, 32: 1.03}
+    return {1: 1.15 if form == "eager" else 1.08, 32: 1.06}
 
 
 def networks(name: str) -> tuple[nn.Module, list[str]]:
     """A network, and the plans to time."""
     if name == "deit_tiny":
-        return deit_tiny().eval(), ["blocks skipped", "spans mapped", "blocks thinned"]
+        return deit_tiny().eval(), ["blocks skipped", "spans mapped", "blocks thinned", *MERGES]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.create_model("vit_base_patch16_224").eval(), ["all kinds"]
+        return timm.create_model("vit_base_patch16_224").eval(), ["all kinds", *MERGES]
 
 
 def spliced(model: nn.Module, plan: Plan) -> nn.Module:
@@ -126,12 +147,12 @@ def main(how: Run) -> None:
             for form, build in forms(Path(folder), x[:2]).items():
                 torch.compiler.reset()
                 original = build(model, f"{network} original")
-                for name in wanted:
+                for name in (name for name in wanted if not how.plans or name in how.plans):
                     plan = plans(chain)[name]
                     thin = spliced(model, plan)
                     kept = cost(thin, as_batch(x[:1])).macs / cost(model, as_batch(x[:1])).macs
                     compressed = build(thin, f"{network} {name}")
-                    for batch, goal in GOALS.items():
+                    for batch, goal in goals(name, form).items():
                         found = timed(original, compressed, thin, x[:batch], seconds=how.seconds)
                         row = {
                             "network": network,
@@ -145,8 +166,15 @@ def main(how: Run) -> None:
                         }
                         rows.append(row)
                         print(json.dumps(row), flush=True)
+    new = {(row["network"], row["plan"]) for row in rows}
+    before = [row for row in written(how.out) if (row["network"], row["plan"]) not in new]
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    how.out.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
+    how.out.write_text(json.dumps({"hardware": machine, "rows": [*before, *rows]}, indent=1) + "\n")
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run."""
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
 def timed(

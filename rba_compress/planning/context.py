@@ -58,7 +58,9 @@ class SearchContext:
         self.ran: Callable[[], None] = lambda: None
         """Called after each run, for the progress."""
         self.skipped = set(self.record.skipped)
-        """Sites that were measured in the last stage and are not measured again in the next one."""
+        """Sites that the next stage does not measure: those with the highest prices."""
+        self.prices = dict(self.record.prices)
+        """Rise of the divergence over what is saved, of each site when it was last measured."""
         plan = Plan(
             refusals=profile.refusals,
             budget=budget,

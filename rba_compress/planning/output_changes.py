@@ -5,14 +5,15 @@ the cached stream of its boundary on the screened validation samples. Of its out
 products with the other options' changes are kept, so that the table does not grow with the samples.
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
-that is not folded. Other levels follow for the best sites, and for those that are replaced already. A
-span that is longer by a block follows where both of its shorter ones belong to the better half.
+that is not folded. Other levels follow for the sites of interest, those whose rise is the least for
+what they save, and for those that are replaced already. A span that is longer by a block follows where
+both of its shorter ones belong to the better half and are not far from being of interest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,11 @@ from rba_compress.profiling.quadratic_form import Change, changes
 from rba_compress.profiling.search_record import OptionRun
 
 FEWEST = 4
-"""Spans of one length of which no half is left out."""
+"""Spans of one length of which no half is left out, and sites whose further levels are run."""
+ENOUGH = 3
+"""Stages that the sites of interest, the cheapest ones, would suffice for together."""
+FAR = 4
+"""Ratio of a span's price to the highest of interest above which no longer span is run for it."""
 BY_DERIVATIVE = "options were combined by the second derivative of your divergence"
 BY_SUMS = (
     "the rises of options were added up without their interactions, for your divergence cannot be "
@@ -169,7 +174,8 @@ def _run(
         of_site.setdefault(candidate.site, []).append(candidate)
     done: list[tuple[Candidate, int]] = []
     prices: dict[Site, float] = {}
-    poor: set[Site] = set()
+    saved: dict[Site, float] = {}
+    poor = set(context.skipped)
     blocks = sum(map(len, context.chains))
 
     def run(candidate: Candidate) -> float:
@@ -178,8 +184,9 @@ def _run(
         )
         done.append((candidate, index))
         context.log.measured(state, candidate, state.mean + runs.rises[index])
-        saved = context.limits.saved(state.cost, candidate.saving)
-        price = runs.rises[index] / (saved if saved > 0 else 1.0)
+        size = context.limits.saved(state.cost, candidate.saving)
+        saved.setdefault(candidate.site, size)
+        price = runs.rises[index] / (size if size > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
 
     earlier = {site: taken_at(state, levels[0]) for site, levels in of_site.items()}
@@ -187,6 +194,7 @@ def _run(
         if old is None:
             continue
         levels = of_site.pop(site)
+        context.prices.pop(site, None)
         if old.level is None:  # maps are fitted anew
             _levels(levels, _first(levels), run(_first(levels)), run)
         else:
@@ -197,24 +205,41 @@ def _run(
     for site in of_site:
         rounds.setdefault(max(removed_length(site), 1), []).append(site)
 
-    finer = max(FEWEST, round(context.spent.finer * blocks))
+    most = max(FEWEST, round(context.spent.finer * blocks))
     for _, sites in sorted(rounds.items()):
         wanted = [site for site in sites if not poor.intersection(_shorter(site))]
         first = {site: _first(of_site[site]) for site in wanted}
         prices |= {site: run(first[site]) for site in wanted}
         best = sorted(wanted, key=lambda site: prices[site])
-        highest = sorted(prices.values())[:finer][-1] if prices else 0.0
-        for site in (site for site in best[:finer] if prices[site] <= highest):
+        highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
+        for site in (site for site in best if prices[site] <= highest):
             found = _levels(of_site[site], first[site], prices[site], run, highest)
             prices[site] = min(found)
         spans = [site for site in best if removed_length(site)]
-        poor.update(site for site in sites if site not in spans[: max(-(-len(spans) // 2), FEWEST)])
+        better = spans[: max(-(-len(spans) // 2), FEWEST)]
+        near = [site for site in better if prices[site] <= max(FAR * highest, highest)]
+        poor.update(site for site in sites if site not in near)
     new_rises = runs.rises[first_new:]
     if new_rises and not context.skipped and not any(map(math.isfinite, new_rises)):
         raise ActivationError("every candidate makes the model's output NaN or infinite")
-    order = sorted(prices, key=lambda site: (prices[site], site))
+    context.prices |= prices
+    order = sorted(context.prices, key=lambda site: (context.prices[site], site))
     context.skipped = set(order[round(context.spent.again * blocks) :])
     return done
+
+
+def _highest(
+    prices: Mapping[Site, float], saved: Mapping[Site, float], enough: float, most: int
+) -> float:
+    """Return the price up to which sites are of interest: the cheapest ones that together save enough,
+    at least `FEWEST` and at most `most` of them.
+    """
+    total = highest = 0.0
+    for count, site in enumerate(sorted(prices, key=lambda site: prices[site])):
+        if count >= FEWEST and (total >= enough or count >= most):
+            break
+        total, highest = total + max(saved[site], 0.0), prices[site]
+    return highest
 
 
 def _levels(

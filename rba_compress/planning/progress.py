@@ -172,7 +172,7 @@ class SearchProgress:
             )
         context = self._context
         context.record.restore(header.record, tensors)
-        context.skipped = set(context.record.skipped)
+        context.skipped, context.prices = set(context.record.skipped), dict(context.record.prices)
         self._resumed, self.before = header.samples, header.before
 
     def _continue(self) -> None:

@@ -19,8 +19,19 @@ def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
     often a chance result (on a DeiT-tiny, a fifth less divergence on the validation samples and no less
     on the test samples).
     """
+    return _falls(context, after, before, len(after))
+
+
+def promises(context: SearchContext, after: Tensor, before: Tensor) -> bool:
+    """Return whether `after`, on the screened samples alone, is so far below `before` that `wins` is
+    likely on all samples: by more than the standard error that so many will have.
+    """
+    return _falls(context, after, before[: len(after)], context.evaluator.held)
+
+
+def _falls(context: SearchContext, after: Tensor, before: Tensor, samples: int) -> bool:
     gap = before - after
-    error = float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else 0.0
+    error = float(gap.std()) / samples**0.5 if len(gap) > 1 else 0.0
     return float(gap.mean()) > max(context.config.tolerance * float(before.mean()), error)
 
 
@@ -47,14 +58,14 @@ def _resolved(
     evaluated on all.
     """
     at = walk.index, block
-    lowest = float(state.evaluation.divergence[: context.evaluator.screened].mean())
+    lowest = float("inf")
     best: tuple[Refit, Solution] | None = None
     for new, solution in context.fitter.refits(walk, state.solution, block, branch):
-        mean = float(context.divergences(state, solution, at, screen=True).mean())
-        if mean < lowest:
-            lowest, best = mean, (new, solution)
-        if best is None:
+        screened = context.divergences(state, solution, at, screen=True)
+        if best is None and not promises(context, screened, state.evaluation.divergence):
             break  # if the smallest step does not help, the others hardly ever do
+        if float(screened.mean()) < lowest:
+            lowest, best = float(screened.mean()), (new, solution)
     if best is None:
         return state
     divergences = context.divergences(state, best[1], at)

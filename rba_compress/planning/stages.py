@@ -267,6 +267,7 @@ class Descent:
             raise ActivationError("every candidate makes the model's output NaN or infinite")
         if not finite and skipped:
             context.skipped, record.skipped = set(), set()
+            context.prices, record.prices = {}, {}
             record.runs.clear()
             return self._stage()
         if not finite:
@@ -284,6 +285,7 @@ class Descent:
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
+        record.prices = dict(context.prices)
         record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
         return True

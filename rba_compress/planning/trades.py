@@ -15,7 +15,7 @@ import numpy as np
 from rba_compress.core.config import mixed_seed
 from rba_compress.core.plan import Chain, Replacement, Site
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.refinement import wins
+from rba_compress.planning.refinement import promises, wins
 from rba_compress.planning.state import Candidate, SearchState, Solution, undone, with_candidate
 from rba_compress.units.registry import unit_of
 
@@ -47,7 +47,7 @@ def traded(context: SearchContext, state: SearchState) -> SearchState:
             at = trades[k].chain, min(trades[k].down, trades[k].up)
             before = state.evaluation.divergence
             screened = context.divergences(state, solution, at, screen=True)
-            if float(screened.mean()) < float(before[: len(screened)].mean()):
+            if promises(context, screened, before):
                 evaluation = context.evaluation(state, solution, at)
                 new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
                 if wins(context, evaluation.divergence, before) and not context.limits.broken(new):

@@ -4,6 +4,7 @@ was interrupted, continues from there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,8 @@ from rba_compress.core.errors import ArtifactError
 from rba_compress.core.plan import AnyRefit, EvaluatedCandidate, Replacement, Site, Step
 from rba_compress.core.schema import Frozen
 
+_LARGEST = sys.float_info.max
+"""In place of infinity, which JSON lacks."""
 _PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "settled", "refined")
 """Fields of a network that hold no tensors."""
 
@@ -62,6 +65,8 @@ class SearchRecord:
     """Index of the network from which the next stage starts."""
     skipped: set[Site] = field(default_factory=set)
     """Sites that the next stage does not measure."""
+    prices: dict[Site, float] = field(default_factory=dict)
+    """Rise of the divergence over what is saved, of each site when it was last measured."""
     steps: list[Step] = field(default_factory=list)
     candidates: list[EvaluatedCandidate] = field(default_factory=list)
     runs: list[OptionRun] = field(default_factory=list)
@@ -90,6 +95,7 @@ class SearchRecord:
             networks=tuple(networks),
             current=self.current,
             skipped=tuple(sorted(self.skipped)),
+            prices=tuple((site, min(price, _LARGEST)) for site, price in sorted(self.prices.items())),
             steps=tuple(self.steps),
             candidates=tuple(self.candidates),
             runs=tuple((run.rise, held(run.row), held(run.dual)) for run in self.runs),
@@ -117,6 +123,7 @@ class SearchRecord:
             for n in saved.networks
         ]
         self.current, self.skipped = saved.current, {Site(*site) for site in saved.skipped}
+        self.prices = {Site(*site): price for site, price in saved.prices}
         self.steps, self.candidates = list(saved.steps), list(saved.candidates)
         self.runs = [OptionRun(rise, of(row), of(dual)) for rise, row, dual in saved.runs]
 
@@ -141,6 +148,7 @@ class SavedRecord(Frozen):
     networks: tuple[SavedNetwork, ...] = ()
     current: int = 0
     skipped: tuple[tuple[int, int, int, str], ...] = ()
+    prices: tuple[tuple[tuple[int, int, int, str], float], ...] = ()
     steps: tuple[Step, ...] = ()
     candidates: tuple[EvaluatedCandidate, ...] = ()
     runs: tuple[tuple[float, int, int], ...] = ()

@@ -60,6 +60,18 @@ class Encoder(nn.Module):
         return found
 
 
+class Padded(Encoder):
+    """The same encoder, whose last three positions are padding."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1]).expand(x.shape[:2]) >= x.shape[1] - 3
+        found: Tensor = self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+        return found
+
+
 def of_timm(name: str, **more: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **TIMM | more)
 
@@ -148,6 +160,11 @@ REFUSING: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], str]
         of_timm("eva02_tiny_patch14_224"),
         images,
         "reads other tensors beside its stream, such as rotary embeddings",
+    ),
+    "padded positions": (
+        Padded,
+        lambda n: images(n)[:, 0, :17],
+        "its attention has a mask of its own",
     ),
     "outputs per position": (
         of_timm("vit_tiny_patch16_224", global_pool=""),

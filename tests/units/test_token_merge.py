@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from rba_compress import (
     Budget,
     Config,
+    Healing,
     ModelError,
     Plan,
     compress,
     export_onnx,
+    heal,
     load,
     profile,
     save,
@@ -30,6 +32,7 @@ from rba_compress.planning.context import SearchContext
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.state import Solution, without_unread
 from rba_compress.profiling.cost import cost
+from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.token_merge import TOKEN_MERGE
 from tests.networks import images, seeded
 
@@ -132,6 +135,26 @@ def test_a_search_merges_and_what_it_found_reloads(tmp_path: Path) -> None:
     save(result, tmp_path / "merged")
     again = load(tmp_path / "merged", original=model)
     assert torch.equal(again(data[0]), result.model(data[0]))
+    assert again.forward_features(data[0]).shape == result.model.forward_features(data[0]).shape
+
+
+@pytest.mark.slow
+def test_a_merged_network_is_healed() -> None:
+    model: Any = vit()
+    with torch.no_grad():
+        model.head.weight.mul_(30)
+    merged = splice(model, planned(chain_of(model), (0, 6), (1, 4)), {})
+    healing = Healing(train="all", rate=1e-4, epochs=4, batch=16, augment=())
+    healed = heal(merged, [images(50, 32, seed=k) for k in range(4)], original=model, healing=healing)
+    x = images(100, 32, seed=9)
+    before, after = (fidelity(model, net, [as_batch(x)], "kl").divergence for net in (merged, healed))
+    assert after < 0.7 * before
+
+
+def test_kept_features_leave_merging_alone() -> None:
+    model, config = vit(), Config(units=("token_merge",), keep_features=True)
+    (seen,) = profile(model, [images(20, 32)], config=config).chains
+    assert not TOKEN_MERGE.sites(seen.chain, None)
 
 
 def test_a_graph_merges_as_its_module_does() -> None:
