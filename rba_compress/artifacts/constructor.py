@@ -62,7 +62,9 @@ class _Search:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.wanted = settings(model)
-        self.gone = {block.path for replacement in plan.replacements for block in replacement.blocks}
+        # Behind a merge of positions, blocks that stay are run by a graph, too.
+        rewritten = (block for new in plan.replacements for block in (*new.blocks, *new.behind))
+        self.gone = {block.path for block in rewritten}
         self.built: dict[str, Settings | None] = {}
 
     def cost(self, architecture: Architecture) -> float:

@@ -22,7 +22,16 @@ from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import PLACES, BlockModule
 from rba_compress.graph.slice_propagation import narrow
-from rba_compress.graph.token_merging import merge, places_by_keys, restored, weights, with_sizes
+from rba_compress.graph.token_merging import (
+    attention_of_reads,
+    importance_of_attention,
+    merge,
+    places,
+    restored,
+    rows_of_reads,
+    weights,
+    with_sizes,
+)
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -56,6 +65,8 @@ class Form:
     """True where the output has such a channel, too."""
     restored: int = 0
     """Number of positions that were merged and are repeated in the output."""
+    by_attention: bool = False
+    """True where positions merge by the attention of the read ones, and not by their sizes alone."""
 
 
 class Cut(Protocol):
@@ -111,7 +122,7 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         names = {self._layers[node] for node in n.all_input_nodes if node in self._layers}
-        if n.target is places_by_keys:
+        if n.target is places:
             names.add(PLACES)
         given = [self.env[node] for node in n.all_input_nodes if node not in self._layers]
         for name in names.intersection(self._watching) if given else ():
@@ -337,29 +348,48 @@ class BlockGraph:
         *rest, width = stream.meta["shape"]
         return self.call(with_sizes, stream, self.sizes, like=(*rest, width + 1))
 
-    def merge_middle(self, count: int, protected: int) -> None:
-        """Merge positions of the stream between the two sublayers by the keys of the first one.
+    def merge_middle(self, count: int, protected: int, *, by_attention: bool) -> None:
+        """Merge positions of the stream between the two sublayers.
+
+        Args:
+            count, protected: as in `places`.
+            by_attention: weigh positions by the attention of the protected ones, and not by sizes.
 
         Raises:
-            ModelError: the block does not consist of two sublayers, or has no attention.
+            ModelError: the block does not consist of two sublayers, or has no attention of one form.
         """
         middle, found = self.middle, attentions(self.graph)
         if len(found) != 1:
             raise ModelError(f"it has {len(found)} attentions, where one was expected")
         readers, shape = list(middle.users), middle.meta["shape"]
+        rows, after = tuple(shape[:2]), (shape[0], shape[1] - count, shape[2] + 1)
         # Behind all that merging reads, and before the second sublayer.
-        with self.graph.inserting_after(middle):
-            keys = keys_of(found[0])
-            new = self.call(places_by_keys, keys, count, protected, like=tuple(shape[:2]))
-        with self.graph.inserting_after(new):
-            after = (shape[0], shape[1] - count, shape[2] + 1)
+        following = middle.next
+        with self.graph.inserting_before(following):
+            importance = None
+            if by_attention:
+                attention = self._attention_of_reads(found[0], protected, like=rows)
+                importance = self.call(importance_of_attention, attention, like=rows)
+            elif self.sizes is not None:
+                importance = self.call(_aten.squeeze.dim, self.sizes, -1, like=rows)
+            new = self.call(places, middle, importance, count, protected, like=rows)
             merged = self.call(merge, middle, self.sizes, new, count, like=after)
-        with self.graph.inserting_after(merged):
             stream = self.channels(merged, 0, shape[2])
             sizes = self.channels(merged, shape[2], shape[2] + 1)
         for reader in readers:
             reader.replace_input_with(middle, stream)
         self.sizes = sizes
+
+    def _attention_of_reads(self, node: fx.Node, reads: int, *, like: tuple[int, ...]) -> fx.Node:
+        """Add the attention (N, T) that the first positions give, from the node of all attention."""
+        if packet_of(node) is _aten.scaled_dot_product_attention:
+            queries, keys = (argument_node(each) for each in node.args[:2])
+            scale = node.kwargs.get("scale")
+            width = queries.meta["shape"][-1]
+            factor = scale if isinstance(scale, float) else width**-0.5
+            return self.call(attention_of_reads, queries, keys, self.sizes, reads, factor, like=like)
+        heads = node.meta["shape"][0] // like[0]
+        return self.call(rows_of_reads, node, heads, reads, like=like)
 
     def mapped(self, node: fx.Node) -> fx.Node:
         """Apply the fitted map to a stream."""
@@ -395,25 +425,6 @@ def attentions(graph: fx.Graph) -> list[fx.Node]:
     """Return the nodes of a graph that mix positions by content: attention, or a softmax of scores."""
     known = (_aten.scaled_dot_product_attention, _aten.softmax, _aten._softmax)
     return [node for node in graph.nodes if packet_of(node) in known]
-
-
-def keys_of(node: fx.Node) -> fx.Node:
-    """Return the keys (N, heads, T, d) of attention.
-
-    Raises:
-        ModelError: the scores are not a product of queries and keys.
-    """
-    if packet_of(node) is _aten.scaled_dot_product_attention:
-        return argument_node(node.args[1])
-    scores = argument_node(node.args[0])
-    while packet_of(scores) in (_aten.mul, _aten.div, _aten.add):
-        scores = argument_node(scores.args[0])
-    if packet_of(scores) not in (_aten.matmul, _aten.bmm):
-        raise ModelError("its attention is no product of queries and keys")
-    turned = argument_node(scores.args[1])
-    if packet_of(turned) is not _aten.transpose:
-        raise ModelError("its attention is no product of queries and keys")
-    return argument_node(turned.args[0])
 
 
 def argument_node(value: Any) -> fx.Node:

@@ -111,7 +111,14 @@ def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
         for r in own:
             carried = first is not None and first.start < r.start <= end
             hands = first is not None and first.start <= r.start < min(last, end)
-            forms[r.key] = Form(r.reads, r.exact, r.level, sized=carried, hands_sizes=hands)
+            forms[r.key] = Form(
+                r.reads,
+                r.exact,
+                r.level,
+                sized=carried,
+                hands_sizes=hands,
+                by_attention=bool(r.behind) and not r.restores,
+            )
         if first is None:
             continue
         for b, block in enumerate(first.behind, first.start + 1):

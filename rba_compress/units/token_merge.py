@@ -84,7 +84,7 @@ class TokenMerge(Unit):
     def cut(self, block: BlockGraph, form: Form) -> fx.Node:
         """Merge the stream between the sublayers."""
         assert form.level is not None
-        block.merge_middle(int(form.level), form.reads)
+        block.merge_middle(int(form.level), form.reads, by_attention=form.by_attention)
         return block.output
 
     def require(self, new: Replacement) -> None:

@@ -8,21 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rba_compress.graph.token_merging import merge, most, places, weights
+from rba_compress.graph.token_merging import attention_of_reads, merge, most, places, weights
 
 
 def merged(
-    x: np.ndarray, size: np.ndarray, keys: np.ndarray, count: int, protected: int
+    x: np.ndarray, size: np.ndarray, w: np.ndarray, count: int, protected: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge `count` positions of one sample: rows x (T, d), sizes (T,), keys (T, c)."""
-    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    """Merge `count` positions of one sample: rows x (T, d), sizes (T,), importance w (T,)."""
     first = [i for i in range(len(x)) if i % 2 == 0 and i >= protected]
     second = [j for j in range(len(x)) if j % 2 == 1 and j >= protected]
     pairs = []
     for i in first:
-        scores = [float(unit[i] @ unit[j]) for j in second]
-        best = int(np.argmax(scores))
-        pairs.append((-scores[best], i, second[best]))
+        costs = [w[i] * w[j] / (w[i] + w[j]) * float(((x[i] - x[j]) ** 2).sum()) for j in second]
+        best = int(np.argmin(costs))
+        pairs.append((costs[best], i, second[best]))
     groups = {i: [i] for i in range(len(x))}
     for _, i, j in sorted(pairs)[:count]:
         groups[j] += groups.pop(i)
@@ -36,16 +35,18 @@ def test_a_merge_equals_its_definition(
     positions: int, protected: int, seed: int, sized: bool, share: float
 ) -> None:
     drawn = torch.Generator().manual_seed(seed)
-    x, keys = (torch.randn(3, positions, c, generator=drawn, dtype=torch.float64) for c in (5, 7))
+    x = torch.randn(3, positions, 5, generator=drawn, dtype=torch.float64)
+    importance = torch.rand(3, positions, generator=drawn, dtype=torch.float64) + 0.1
     sizes = torch.randint(1, 5, (3, positions, 1), generator=drawn).double() if sized else None
     if sizes is not None:
         sizes[:, :protected] = 1  # what is never merged is one position
     count = round(share * most(positions, protected))
-    found = merge(x, sizes, places(keys, count, protected), count)
+    found = merge(x, sizes, places(x, importance if sized else None, count, protected), count)
     assert found.shape == (3, positions - count, 6)
     for n in range(3):
         size = np.ones(positions) if sizes is None else sizes[n, :, 0].numpy()
-        rows, new = merged(x[n].numpy(), size, keys[n].numpy(), count, protected)
+        w = importance[n].numpy() if sized else np.ones(positions)
+        rows, new = merged(x[n].numpy(), size, w, count, protected)
         np.testing.assert_allclose(found[n, :, :-1], rows, rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(found[n, :, -1], new)
     np.testing.assert_array_equal(found[:, :protected, :-1], x[:, :protected])
@@ -64,10 +65,10 @@ def test_the_most_that_can_be_taken_leaves_no_partner_without_a_pair() -> None:
 
 
 def test_ties_go_to_the_first_position() -> None:
-    keys = torch.ones(1, 6, 2)
-    assert places(keys, 1, 0).tolist() == [[0, 0, 1, 2, 3, 4]]
-    assert places(keys, 2, 1).tolist() == [[0, 1, 1, 2, 1, 3]]
-    assert places(keys, 0, 0).tolist() == [[0, 1, 2, 3, 4, 5]]
+    equal = torch.ones(1, 6, 2)
+    assert places(equal, None, 1, 0).tolist() == [[0, 0, 1, 2, 3, 4]]
+    assert places(equal, None, 2, 1).tolist() == [[0, 1, 1, 2, 1, 3]]
+    assert places(equal, None, 0, 0).tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("times", [(1, 1, 2, 3, 1), (4, 1, 1, 1, 1)])
@@ -80,3 +81,23 @@ def test_attention_over_merged_equals_attention_over_repeated_positions(times: t
     attention = torch.nn.functional.scaled_dot_product_attention
     found = attention(q, k, v, attn_mask=weights(sizes))
     torch.testing.assert_close(found, attention(q, k[:, :, repeated], v[:, :, repeated]))
+
+
+@pytest.mark.parametrize("heads", [6, 2])
+def test_the_attention_of_read_positions(heads: int) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 5, 4, generator=drawn, dtype=torch.float64)
+    k = torch.randn(2, heads, 5, 4, generator=drawn, dtype=torch.float64)
+    sizes = torch.randint(1, 4, (2, 5, 1), generator=drawn).double()
+    found = attention_of_reads(q, k, sizes, 2, 0.3)
+    for n in range(2):
+        rows = []
+        for head in range(6):
+            scores = 0.3 * q[n, head].numpy() @ k[n, head * heads // 6].numpy().T
+            mass = np.exp(scores) * sizes[n, :, 0].numpy()
+            rows.append((mass / mass.sum(1, keepdims=True))[:2])
+        np.testing.assert_allclose(found[n], np.mean(rows, axis=(0, 1)), rtol=1e-12)
+    assert torch.equal(
+        attention_of_reads(q, k, torch.ones(2, 5, 1).double(), 2, 0.3),
+        attention_of_reads(q, k, None, 2, 0.3),
+    )

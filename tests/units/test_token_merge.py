@@ -67,7 +67,7 @@ def test_equal_positions_merge_without_any_change(merges: list[tuple[int, int]])
 
 
 def stream_by_hand(
-    model: Any, x: Tensor, merges: dict[int, int], protected: int
+    model: Any, x: Tensor, merges: dict[int, int], protected: int, *, reads: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Run the blocks of a vision transformer of timm with merged positions, without its attention."""
     h = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
@@ -78,11 +78,13 @@ def stream_by_hand(
         qkv = attn.qkv(block.norm1(h)).reshape(n, positions, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log().reshape(n, 1, 1, positions)
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width)
+        attention = scores.softmax(-1)
+        mixed = (attention @ v).transpose(1, 2).reshape(n, positions, width)
         h = h + block.ls1(attn.proj(mixed))
         if b in merges:
-            keys = k.transpose(1, 2).flatten(2)
-            both = merge(h, sizes, places(keys, merges[b], protected), merges[b])
+            read = attention[:, :, :protected].mean((1, 2)).sqrt()
+            new = places(h, read if reads else sizes.squeeze(-1), merges[b], protected)
+            both = merge(h, sizes, new, merges[b])
             h, sizes = both[..., :-1], both[..., -1:]
         h = h + block.ls2(block.mlp(block.norm2(h)))
     return h, sizes
@@ -188,7 +190,7 @@ def test_a_head_that_takes_a_mean_counts_positions_by_their_sizes(more: dict[str
     x = images(3, 32)
 
     with torch.no_grad():
-        h, sizes = stream_by_hand(model, x, merges, chain.ordered)
+        h, sizes = stream_by_hand(model, x, merges, chain.ordered, reads=False)
         h = model.norm(h)[:, model.num_prefix_tokens :]
         weights = sizes[:, model.num_prefix_tokens :]
         pooled = (h * weights).sum(1) / weights.sum(1)
@@ -253,13 +255,14 @@ def gap_by_hand(
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log()[:, None, None]
             mixed = attn.norm((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width))
-            streams.append((stream + block.ls1(attn.proj(mixed)), mixed, k))
-        (h, _, _), (g, features, keys) = streams
+            read = scores.softmax(-1)[:, :, 0].mean(1).sqrt()
+            streams.append((stream + block.ls1(attn.proj(mixed)), mixed, read))
+        (h, _, _), (g, features, read) = streams
         alike = groups / groups.sum(-1, keepdim=True)
         if at == (b, 0):
             return features, (alike @ h - g) / block.ls1.gamma
         if b in merges:
-            new = places(keys.transpose(1, 2).flatten(2), merges[b], 1)
+            new = places(g, read, merges[b], 1)
             joined = torch.nn.functional.one_hot(new, g.shape[1] - merges[b]).mT.float()
             after = joined @ groups
             g = joined @ (g * groups.sum(-1, keepdim=True)) / after.sum(-1, keepdim=True)
