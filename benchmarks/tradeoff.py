@@ -27,7 +27,8 @@ import tyro
 
 from benchmarks.quality import quality
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress import Budget, Config, Plan, profile, search, supports
+from benchmarks.tome import ToMe
+from rba_compress import Budget, Config, profile, search, supports
 from rba_compress.core.loader import read
 from rba_compress.graph.token_merging import most
 from rba_compress.units.registry import unit_of
@@ -111,16 +112,16 @@ def merged(method: str) -> Iterator[dict[str, Any]]:
     model = deit_tiny()
     test = list(read(imagenet(model, "test", 50)))
     (chain,) = supports(model, imagenet(model, "calibration", 16)[0]).chains
-    unit, sites = unit_of("token_merge"), range(len(chain) - 1)
+    sites = range(len(chain) - 1)
     for mean in (2, 4, 6, 8, 10, 12, 14, 16):
         falling = [round(2 * mean * (1 - b / sites[-1])) for b in sites]
         counts = falling if method == FALLING else [mean] * len(sites)
-        left, chosen = chain.positions, []
+        left, chosen = chain.positions, {}
         for b, wanted in zip(sites, counts, strict=True):
             count = min(wanted, most(left, chain.reads))
             left -= count
-            chosen += [unit.choice(chain, b, b + 1, float(count))] if count else []
-        compressed = splice_shared(model, Plan(replacements=tuple(chosen)), {})
+            chosen[b] = count
+        compressed = ToMe(model, chosen).eval()
         yield {"budget": mean} | quality(model, compressed, test) | {"plan": f"{method}: {counts}"}
 
 
