@@ -196,7 +196,9 @@ def _run(
         levels = of_site.pop(site)
         context.prices.pop(site, None)
         if old.level is None:  # maps are fitted anew
-            _levels(levels, _first(levels), run(_first(levels)), run)
+            price = run(_first(levels))
+            if context.spent.refits:
+                _levels(levels, _first(levels), price, run)
         else:
             for level in _near(levels, old.level):
                 run(level)
