@@ -35,9 +35,9 @@ SPENT: dict[Effort, Spent] = {
     ),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
     "default": Spent(
-        stage=0.1, screen=4, fewest=32, finer=1, again=1, judged=3, trades=24, refits=True
+        stage=0.1, screen=4, fewest=32, finer=1, again=1, judged=3, trades=48, refits=True
     ),
     "thorough": Spent(
-        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, trades=48, refits=True
+        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, trades=96, refits=True
     ),
 }
