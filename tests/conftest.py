@@ -14,9 +14,12 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from rba_compress import Budget, Result, api, benchmark, compress
+from rba_compress.artifacts import onnx_export
 from rba_compress.cli.digits import Split, batches, digits_data, digits_model
 from rba_compress.profiling.latency import Latency
 from tests.networks import BRIEF_SEARCH
+
+LONGEST = {"test_clinical", "test_real_text", "test_real_data", "test_docs"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; so do the processes that they start.
@@ -27,12 +30,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time reports in a few pairs: half a second in each of some hundred tests adds up to minutes."""
+    """Time reports and files in a few pairs: half a second in each of some hundred tests adds up."""
 
     def timed(original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float) -> Latency:
         return benchmark(original, compressed, example, seconds=0)
 
     monkeypatch.setattr(api, "benchmark", timed)
+    monkeypatch.setattr(onnx_export, "benchmark", timed)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with the longest tests first, so that no worker waits for the other at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
