@@ -19,7 +19,7 @@ from rba_compress.cli.digits import Split, batches, digits_data, digits_model
 from rba_compress.profiling.latency import Latency
 from tests.networks import BRIEF_SEARCH
 
-LONGEST = {"test_clinical", "test_real_text", "test_real_data", "test_docs"}
+FIRST = {"test_clinical", "test_real_text", "test_real_data", "test_docs"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; so do the processes that they start.
@@ -41,7 +41,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first, so that no worker waits for the other at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 @pytest.fixture(scope="session")
