@@ -191,17 +191,9 @@ def _run(
 
     earlier = {site: taken_at(state, levels[0]) for site, levels in of_site.items()}
     for site, old in earlier.items():
-        if old is None:
-            continue
-        levels = of_site.pop(site)
-        context.prices.pop(site, None)
-        if old.level is None:  # maps are fitted anew
-            price = run(_first(levels))
-            if context.spent.refits:
-                _levels(levels, _first(levels), price, run)
-        else:
-            for level in _near(levels, old.level):
-                run(level)
+        if old is not None:
+            context.prices.pop(site, None)
+            _run_again(of_site.pop(site), old, run, further=context.spent.refits)
     first_new = len(done)
     rounds: dict[int, list[Site]] = {}
     for site in of_site:
@@ -228,6 +220,21 @@ def _run(
     order = sorted(context.prices, key=lambda site: (context.prices[site], site))
     context.skipped = set(order[round(context.spent.again * blocks) :])
     return done
+
+
+def _run_again(
+    levels: Sequence[Candidate], old: Replacement, run: Callable[[Candidate], float], *, further: bool
+) -> None:
+    """Run levels of a site that is replaced already: of a number, those next to it; of a map, which is
+    fitted anew, the first one and with `further` others.
+    """
+    if old.level is not None:
+        for level in _near(levels, old.level):
+            run(level)
+        return
+    price = run(_first(levels))
+    if further:
+        _levels(levels, _first(levels), price, run)
 
 
 def _highest(
