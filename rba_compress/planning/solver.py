@@ -15,6 +15,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from rba_compress.core.cost import UNREACHABLE
+
 Floats = NDArray[np.float64]
 
 WIDTH = 16
@@ -83,6 +85,8 @@ def combinations(
             at = positions[b] if positions[b] >= 0 else group.positions
             for move in by_start[b]:
                 cost, left = move.cost(at)
+                if cost[0] >= UNREACHABLE.macs:
+                    continue
                 rise, pull, chosen = group.rise, group.pull, group.chosen
                 if move.row is not None:
                     rise = rise + single[move.row] + pull[:, move.row]

@@ -397,9 +397,11 @@ def _solved(
     fitter, limits = context.fitter, context.limits
     moves, positions = _moves(context, table)
     times = fitter.times or [[] for _ in context.chains]
-    whole = [chain_cost(chain, (), times=t) for chain, t in zip(context.chains, times, strict=True)]
-    # What the start costs less than its blocks: an exact read-out, which every plan has.
-    offset = limits.vector(context.start.cost) - sum(map(limits.vector, whole))
+    own = state.solution.plan.replacements
+    walked = [chain_cost(chain, own, times=t) for chain, t in zip(context.chains, times, strict=True)]
+    # What the state costs less than its blocks: an exact read-out, which saves less where few positions
+    # reach it.
+    offset = limits.vector(state.cost) - sum(map(limits.vector, walked))
 
     def size(costs: Floats) -> Floats:
         return limits.sizes(costs + offset)
