@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rba_compress.core.cost import UNREACHABLE
 from rba_compress.planning.solver import Floats, Move, Walked, combinations
 
 
@@ -128,3 +129,19 @@ def test_nothing_below_the_lowest_size() -> None:
 def test_the_same_input_gives_the_same_combinations(seed: int) -> None:
     moves, linear, gram, positions = network(seed, 6)
     assert solved(moves, linear, gram, positions) == solved(moves, linear, gram, positions)
+
+
+def test_what_cannot_be_built_is_not_combined() -> None:
+    moves, linear, gram, positions = network(0, 4)
+    never = Move(1, 2, 0, lambda left: (np.array([float(UNREACHABLE.macs)]), left))
+    kept = [m for m in moves if m.start != 1 or m.row is None]
+    found = combinations(
+        [*kept, never],
+        linear,
+        gram,
+        size=lambda costs: costs[:, 0] / 400,
+        positions=positions,
+        lowest=0.0,
+    )
+    assert found
+    assert all(c.size < 2 for c in found)

@@ -12,6 +12,9 @@ import torch
 
 from rba_compress import Budget, Config, Plan, profile, search
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.output_changes import output_changes
+from rba_compress.planning.sites import sites
+from rba_compress.planning.stages import _solved
 from rba_compress.planning.state import SearchState, Solution
 from rba_compress.planning.trades import traded
 from rba_compress.units.token_merge import TOKEN_MERGE
@@ -117,3 +120,16 @@ def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
     found = searched()
     assert found.plan.model_dump_json() == expected.plan.model_dump_json()
     assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+
+
+def test_the_solver_knows_what_one_change_of_a_merged_network_costs() -> None:
+    """The exact read-out saves less where few positions reach it."""
+    run, state = started(0.6, b0=5, b1=3, b3=2)
+    fitted = run.fitter.candidates(state, sites(run, state.solution.plan))
+    merges = [c for c in fitted if c.site.unit == TOKEN_MERGE.name]
+    table = output_changes(run, state, merges)
+    found = _solved(run, state, table, lowest=0.3)
+    single = [(c.size, run.limits.size(cost)) for c, _, cost in found if len(c.rows) == 1]
+    assert len(single) > 3
+    now = run.limits.size(state.cost)
+    assert all(abs(solved - true) < 0.7 * abs(true - now) for solved, true in single)
