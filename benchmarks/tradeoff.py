@@ -127,7 +127,7 @@ def merged(method: str) -> Iterator[dict[str, Any]]:
 
 def mean(method: str, asked: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the means of one method at one budget over its seeds, and the lowest and highest top-1."""
-    of = {name: round(statistics.mean(row[name] for row in rows), 4) for name in MEASURES}
+    of = {name: float(f"{statistics.mean(row[name] for row in rows):.4g}") for name in MEASURES}
     top1, original = [row["top1"] for row in rows], statistics.mean(row["top1_dense"] for row in rows)
     return {
         "method": method,
