@@ -386,7 +386,7 @@ class BlockGraph:
             queries, keys = (argument_node(each) for each in node.args[:2])
             scale = node.kwargs.get("scale")
             width = queries.meta["shape"][-1]
-            factor = scale if isinstance(scale, float) else width**-0.5
+            factor = scale if isinstance(scale, int | float) else width**-0.5
             return self.call(attention_of_reads, queries, keys, self.sizes, reads, factor, like=like)
         heads = node.meta["shape"][0] // like[0]
         return self.call(rows_of_reads, node, heads, reads, like=like)
