@@ -275,21 +275,11 @@ def _checked(
 
 
 def load(directory: str | Path, *, original: nn.Module | None = None) -> nn.Module:
-    """Return the compressed network of an artefact, in eval mode on the CPU, bit-equal to that saved.
-
-    Args:
-        directory: the directory that `write_artifact` wrote.
-        original: the network that was compressed; not changed. It is needed if the artefact does not
-            know how to build the network (see `write_artifact`); any network of its architecture will
-            do. It is also needed for a delta, which holds the fitted tensors alone and requires the
-            original weights.
+    """Return the network of a directory that `write_artifact` wrote, as `rba_compress.load` does of one
+    network.
 
     Raises:
-        ArtifactError: there is no artefact, it is of a newer schema, or a file is missing or not as it
-            was written.
-        WeightsError: the weights do not fit `original` or are not safetensors, or a delta was made from
-            other weights.
-        PlanError: `original` does not have the blocks that the plan replaces.
+        ArtifactError, WeightsError, PlanError: as `rba_compress.load`.
     """
     root = Path(directory)
     return rebuilt(root, intact(root), original=original)

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -162,9 +162,7 @@ def export_onnx_levels(
             file = folder / f"level-{k:02}.onnx"
             original = folder / "level-00.onnx" if k else None
             found = _certified(job, network, original, file, None, shared=shared)
-            digests = {p.name: sha256(p) for p in (file, shared.path)}
-            content = found.model_copy(update={"sha256": digests}).model_dump_json(indent=2)
-            file.with_suffix(OF_LEVEL).write_bytes(sealed(content + "\n"))
+            _write_certificate(found, (file, shared.path), file.with_suffix(OF_LEVEL))
     return tuple(certificates(target))
 
 
@@ -188,10 +186,16 @@ def _export(
     network, original, weights = _opened(kind, model, original)
     with _beside(target) as folder:
         found = _certified(job, network, original, folder / target.name, weights)
-        digests = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
-        content = found.model_copy(update={"sha256": digests}).model_dump_json(indent=2)
-        (folder / CERTIFICATES[kind]).write_bytes(sealed(content + "\n"))
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        _write_certificate(found, files, folder / CERTIFICATES[kind])
         return read_certificate(folder, kind)
+
+
+def _write_certificate(found: Certificate, files: Sequence[Path], target: Path) -> None:
+    """Write a certificate with the hashes of the files that it is of."""
+    digests = {path.name: sha256(path) for path in files}
+    content = found.model_copy(update={"sha256": digests}).model_dump_json(indent=2)
+    target.write_bytes(sealed(content + "\n"))
 
 
 def _certified(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import BinaryIO
 
 SMALLEST = 1024
 """Bytes of a tensor from which on it is worth a place outside of the file."""
@@ -28,22 +27,18 @@ class SharedWeights:
         import onnx
         from onnx.external_data_helper import set_external_data
 
-        model = onnx.load(file)
-        if not self.path.exists():
-            with self.path.open("wb") as written:
-                for tensor in model.graph.initializer:
-                    self._write(tensor.raw_data, written)
-        for tensor in model.graph.initializer:
-            place = self._places.get(hashlib.sha256(tensor.raw_data).digest())
-            if place is not None:
-                set_external_data(tensor, self.path.name, offset=place[0], length=place[1])
-                tensor.ClearField("raw_data")
+        model, first = onnx.load(file), not self.path.exists()
+        with self.path.open("ab") as written:
+            for tensor in model.graph.initializer:
+                raw: bytes = tensor.raw_data
+                key = hashlib.sha256(raw).digest()
+                if first and len(raw) >= SMALLEST and key not in self._places:
+                    written.write(bytes(-written.tell() % ALIGNED))
+                    self._places[key] = written.tell(), len(raw)
+                    written.write(raw)
+                if key in self._places:
+                    offset, length = self._places[key]
+                    set_external_data(tensor, self.path.name, offset=offset, length=length)
+                    tensor.ClearField("raw_data")
         file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # of a file above 2 GiB
         onnx.save(model, file)
-
-    def _write(self, raw: bytes, written: BinaryIO) -> None:
-        key = hashlib.sha256(raw).digest()
-        if len(raw) >= SMALLEST and key not in self._places:
-            written.write(bytes(-written.tell() % ALIGNED))
-            self._places[key] = written.tell(), len(raw)
-            written.write(raw)

@@ -15,7 +15,6 @@ from rba_compress.artifacts.artifact import (
     rebuilt,
     require_report,
 )
-from rba_compress.artifacts.artifact import load as load_network
 from rba_compress.artifacts.certificate import (
     SIZES,
     Certificate,
@@ -83,7 +82,10 @@ def _of_levels(root: Path, original: nn.Module | None) -> Iterator[str]:
     for level in table.levels:
         for check in checks(root / level.directory, original=original):
             yield f"{level.directory}: {check}"
-        original = original or load_network(root / level.directory)
+        first = root / level.directory
+        manifest = read_manifest(first)
+        if original is None and not manifest.delta and manifest.builder is not None:
+            original = rebuilt(first, manifest)
 
 
 def _reloaded(root: Path, manifest: Manifest, original: nn.Module | None) -> nn.Module:

@@ -60,7 +60,7 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
     # Protected positions are cut off, not masked: what is left is compared alone.
     skip, into = (protected + 1) // 2, protected // 2
     x = stream.to(torch.promote_types(stream.dtype, torch.float32))
-    x = x - x.mean(1, keepdim=True)  # distances are those of before, and their rounding errors less
+    x = x - x.mean(1, keepdim=True)  # the same distances, with smaller rounding errors
     first, second = x[:, 0::2][:, skip:], x[:, 1::2][:, into:]
     squares = first.square().sum(-1)[..., None] + second.square().sum(-1)[:, None]
     cost = (squares - 2 * torch.matmul(first, second.transpose(1, 2))).clamp_min(0)
@@ -105,7 +105,12 @@ def attention_of_reads(
 
 
 def rows_of_reads(attention: Tensor, heads: int, reads: int) -> Tensor:
-    """Return the same from the attention itself, (N, heads, T, T) or (N heads, T, T)."""
+    """Return the attention that the first positions give to each, (N, T), a mean over heads and reads.
+
+    Args:
+        attention: all of it, (N, heads, T, T) or (N heads, T, T).
+        heads, reads: the number of heads, and of the positions that give it.
+    """
     by_head = attention if attention.ndim == 4 else attention.unflatten(0, (-1, heads))
     return by_head[:, :, :reads].mean((1, 2))
 

@@ -24,7 +24,7 @@ def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
 
 def promises(context: SearchContext, after: Tensor, before: Tensor) -> bool:
     """Return whether `after`, on the screened samples alone, is so far below `before` that `wins` is
-    likely on all samples: by more than the standard error that so many will have.
+    likely on all samples: by more than the standard error of a mean over all of them.
     """
     return _falls(context, after, before[: len(after)], context.evaluator.held)
 

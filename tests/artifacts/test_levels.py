@@ -196,3 +196,26 @@ def test_levels_are_onnx_files_that_share_their_weights(loaded: Any, tmp_path: P
     with pytest.raises(ExportError, match="has no levels"):
         export_onnx_levels(loaded.networks[0], tmp_path / "none", x)
     assert not (tmp_path / "none").exists()
+
+
+class Own(nn.Module):
+    """Network that no architecture builds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.network(x)
+        return found
+
+
+def test_what_needs_the_original_is_left_out_without_it(tmp_path: Path) -> None:
+    model, data = seeded(Own), list(images(40).split(10))
+    how = Config(units=("token_merge",), effort="quick")
+    result = compress(model, data, budget=Budget(macs=0.65), config=how)
+    result.save_levels(tmp_path / "levels", original=model)
+    unchecked = "reload: not checked, it needs the "
+    held = verify(tmp_path / "levels")
+    assert sum(unchecked in line for line in held) == len(result.front) + 1
+    assert not any(unchecked in line for line in verify(tmp_path / "levels", original=model))
