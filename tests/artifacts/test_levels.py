@@ -97,7 +97,7 @@ def test_the_dial_turns_under_concurrent_calls(loaded: Any) -> None:
 
         def turn() -> int:
             turns = 0
-            while not stop.is_set():
+            while not stop.wait(0.0005):
                 loaded.set_level(turns % count)
                 turns += 1
             return turns
