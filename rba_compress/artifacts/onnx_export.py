@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,9 +275,33 @@ def _written(
     """Export a network to a file; return its weight, and the file opened as a module."""
     # ONNX has attention decomposed. Decomposed from another form than the plain (math) one, attention
     # with a bias has other strides than it was traced with, and views of it fail.
-    with sdpa_kernel(SDPBackend.MATH) if kind == "onnx" else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if kind == "onnx" else nullcontext(), _without_full_masks():
         weight = _write(kind, trace(network), names, file, shared)
     return weight, open_file(kind, file)
+
+
+@contextmanager
+def _without_full_masks() -> Iterator[None]:
+    """Let the models of transformers leave out masks that hide nothing, as they do when they are run.
+
+    While torch.export traces them, they make one where none is given. A block that was cut on calls
+    without a mask cannot take it.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    name = "_ignore_bidirectional_mask_sdpa"
+    own = getattr(masking, name, None)
+    if own is None:
+        yield
+        return
+
+    def ignored(padding: Tensor | None, length: int, window: int | None = None) -> bool:
+        return own(padding, length, window) or (padding is None and (window is None or length < window))
+
+    setattr(masking, name, ignored)
+    try:
+        yield
+    finally:
+        setattr(masking, name, own)
 
 
 def _opened(

@@ -62,12 +62,12 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
     x = stream.to(torch.promote_types(stream.dtype, torch.float32))
     x = x - x.mean(1, keepdim=True)  # the same distances, with smaller rounding errors
     first, second = x[:, 0::2][:, skip:], x[:, 1::2][:, into:]
-    squares = first.square().sum(-1)[..., None] + second.square().sum(-1)[:, None]
-    cost = (squares - 2 * torch.matmul(first, second.transpose(1, 2))).clamp_min(0)
+    squares = torch.linalg.vector_norm(x, dim=-1).square()
+    both = squares[:, 0::2][:, skip:, None] + squares[:, 1::2][:, None, into:]
+    cost = torch.baddbmm(both, first, second.transpose(1, 2), alpha=-2).clamp_min(0)
     if importance is not None:
-        w = importance.to(x.dtype)
-        left, right = w[:, 0::2][:, skip:, None], w[:, 1::2][:, None, into:]
-        cost = cost * (left * right / (left + right))
+        inverse = 1 / importance.to(x.dtype)
+        cost = cost / (inverse[:, 0::2][:, skip:, None] + inverse[:, 1::2][:, None, into:])
     partner = cost.argmin(-1)
     best = cost.gather(-1, partner[..., None]).squeeze(-1)
     index = torch.arange(best.shape[1], device=stream.device)
@@ -79,8 +79,8 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
     rest = pad(target, (skip, 0))  # the first ones are overwritten below
     own = torch.arange(positions, device=stream.device).expand(n, positions)
     odd = pad(own[:, 1::2], (0, positions % 2))
-    both = torch.stack([rest, odd], 2).flatten(1)[:, :positions]
-    target = torch.where(own < protected, own, both)
+    target = torch.stack([rest, odd], 2).flatten(1)[:, :positions]
+    target = torch.where(own < protected, own, target)
     new = (target == own).long().cumsum(1) - 1
     return new.gather(1, target)
 
@@ -120,26 +120,42 @@ def importance_of_attention(attention: Tensor) -> Tensor:
     return attention.to(torch.promote_types(attention.dtype, torch.float32)).clamp_min(1e-12).sqrt()
 
 
-def merge(stream: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tensor:
+def merged_sizes(sizes: Tensor, new: Tensor, count: int) -> Tensor:
+    """Return the sizes of the positions that are left, (N, T - count, 1).
+
+    Args:
+        sizes: (N, T, 1), the number of original positions in each; floating point.
+        new: the new place of each position, as `places` returns it.
+        count: the number of positions that are taken away.
+    """
+    return _summed(sizes, new, new.shape[1] - count)
+
+
+def merge(stream: Tensor, sizes: Tensor, new: Tensor, left: Tensor) -> Tensor:
     """Join positions into means weighted by size.
 
     Args:
         stream: (N, T, d).
-        sizes: (N, T, 1), the number of original positions in each; None counts each as one.
+        sizes: (N, T, 1), the number of original positions in each.
         new: the new place of each position, as `places` returns it.
-        count: the number of positions that are taken away.
+        left: the sizes afterwards, as `merged_sizes` returns them.
 
     Returns:
-        (N, T - count, d + 1), with the sizes as the last channel.
+        (N, T - count, d).
     """
-    weighted = pad(stream, (0, 1), value=1.0) if sizes is None else with_sizes(stream * sizes, sizes)
-    n, positions, width = weighted.shape
-    left = positions - count
-    total = weighted.new_zeros(n, left, width).scatter_add(
-        1, new[..., None].expand(n, positions, width), weighted
-    )
-    new_sizes = total[..., -1:]
-    return with_sizes(total[..., :-1] / new_sizes, new_sizes)
+    share = sizes / left.gather(1, new[..., None])
+    return _summed(stream * share, new, left.shape[1])
+
+
+def _summed(x: Tensor, new: Tensor, left: int) -> Tensor:
+    """Return the sums (N, left, d) of the rows of `x` (N, T, d) that go to each place."""
+    # Rows of all samples at once: whole rows are added, several times as fast as single numbers.
+    # Half precision is summed in float32, as ONNX Runtime has no sums of it.
+    n, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    rows = new + left * torch.arange(n, device=new.device)[:, None]
+    total = x.new_zeros(n * left, x.shape[-1], dtype=wide)
+    summed = total.index_add(0, rows.flatten(), x.to(wide).flatten(0, 1))
+    return summed.view(n, left, -1).to(x.dtype)
 
 
 def with_sizes(stream: Tensor, sizes: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from rba_compress.graph.token_merging import (
     attention_of_reads,
     importance_of_attention,
     merge,
+    merged_sizes,
     places,
     restored,
     rows_of_reads,
@@ -362,7 +363,7 @@ class BlockGraph:
         if len(found) != 1:
             raise ModelError(f"it has {len(found)} attentions, where one was expected")
         readers, shape = list(middle.users), middle.meta["shape"]
-        rows, after = tuple(shape[:2]), (shape[0], shape[1] - count, shape[2] + 1)
+        rows, left = tuple(shape[:2]), (shape[0], shape[1] - count)
         # Behind all that merging reads, and before the second sublayer.
         following = middle.next
         with self.graph.inserting_before(following):
@@ -373,9 +374,11 @@ class BlockGraph:
             elif self.sizes is not None:
                 importance = self.call(_aten.squeeze.dim, self.sizes, -1, like=rows)
             new = self.call(places, middle, importance, count, protected, like=rows)
-            merged = self.call(merge, middle, self.sizes, new, count, like=after)
-            stream = self.channels(merged, 0, shape[2])
-            sizes = self.channels(merged, shape[2], shape[2] + 1)
+            before = self.sizes or self.call(
+                torch.ones_like, self.channels(middle, 0, 1), like=(*rows, 1)
+            )
+            sizes = self.call(merged_sizes, before, new, count, like=(*left, 1))
+            stream = self.call(merge, middle, before, new, sizes, like=(*left, shape[2]))
         for reader in readers:
             reader.replace_input_with(middle, stream)
         self.sizes = sizes

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rba_compress.graph.token_merging import attention_of_reads, merge, most, places, weights
+from rba_compress.graph.token_merging import (
+    attention_of_reads,
+    merge,
+    merged_sizes,
+    most,
+    places,
+    weights,
+)
 
 
 def merged(
@@ -41,15 +48,18 @@ def test_a_merge_equals_its_definition(
     if sizes is not None:
         sizes[:, :protected] = 1  # what is never merged is one position
     count = round(share * most(positions, protected))
-    found = merge(x, sizes, places(x, importance if sized else None, count, protected), count)
-    assert found.shape == (3, positions - count, 6)
+    before = torch.ones(3, positions, 1, dtype=torch.float64) if sizes is None else sizes
+    new = places(x, importance if sized else None, count, protected)
+    left = merged_sizes(before, new, count)
+    found = merge(x, before, new, left)
+    assert found.shape == (3, positions - count, 5)
     for n in range(3):
         size = np.ones(positions) if sizes is None else sizes[n, :, 0].numpy()
         w = importance[n].numpy() if sized else np.ones(positions)
-        rows, new = merged(x[n].numpy(), size, w, count, protected)
-        np.testing.assert_allclose(found[n, :, :-1], rows, rtol=1e-12, atol=1e-12)
-        np.testing.assert_array_equal(found[n, :, -1], new)
-    np.testing.assert_array_equal(found[:, :protected, :-1], x[:, :protected])
+        rows, wanted = merged(x[n].numpy(), size, w, count, protected)
+        np.testing.assert_allclose(found[n], rows, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(left[n, :, 0], wanted)
+    np.testing.assert_array_equal(found[:, :protected], x[:, :protected])
 
 
 def test_the_most_that_can_be_taken_leaves_no_partner_without_a_pair() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rba_compress import (
 )
 from rba_compress.core.batch import as_batch
 from rba_compress.core.plan import Chain
-from rba_compress.graph.token_merging import merge, places
+from rba_compress.graph.token_merging import merge, merged_sizes, places
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.state import Solution, without_unread
@@ -84,8 +85,8 @@ def stream_by_hand(
         if b in merges:
             read = attention[:, :, :protected].mean((1, 2)).sqrt()
             new = places(h, read if reads else sizes.squeeze(-1), merges[b], protected)
-            both = merge(h, sizes, new, merges[b])
-            h, sizes = both[..., :-1], both[..., -1:]
+            left = merged_sizes(sizes, new, merges[b])
+            h, sizes = merge(h, sizes, new, left), left
         h = h + block.ls2(block.mlp(block.norm2(h)))
     return h, sizes
 
@@ -205,6 +206,8 @@ def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
     model, x = vit(), images(5, 32)
     merged = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
     export_onnx(merged, tmp_path / "merged.onnx", x[:2], original=model)
+    half = copy.deepcopy(merged).half()
+    export_onnx(half, tmp_path / "half" / "merged.onnx", x[:2].half())
     batch = torch.export.Dim("batch")
     exported = torch.export.export(merged, (x[:2],), dynamic_shapes=({0: batch},)).module()
     torch.testing.assert_close(exported(x), merged(x))
