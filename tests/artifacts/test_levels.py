@@ -203,7 +203,7 @@ class Own(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=5)
+        self.network = timm.create_model("vit_tiny_patch16_224", **SIZES | {"depth": 3}, num_classes=5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.network(x)
@@ -214,8 +214,8 @@ def test_what_needs_the_original_is_left_out_without_it(tmp_path: Path) -> None:
     model, data = seeded(Own), list(images(40).split(10))
     how = Config(units=("token_merge",), effort="quick")
     result = compress(model, data, budget=Budget(macs=0.65), config=how)
-    result.save_levels(tmp_path / "levels", original=model)
+    result.save_levels(tmp_path / "levels", original=model, points=result.front[:1])
     unchecked = "reload: not checked, it needs the "
     held = verify(tmp_path / "levels")
-    assert sum(unchecked in line for line in held) == len(result.front) + 1
+    assert sum(unchecked in line for line in held) == 2
     assert not any(unchecked in line for line in verify(tmp_path / "levels", original=model))

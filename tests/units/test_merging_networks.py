@@ -19,7 +19,7 @@ from tests.networks import images, seeded
 TIMM: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,
-    "depth": 4,
+    "depth": 3,
     "embed_dim": 32,
     "num_heads": 2,
     "num_classes": 5,
@@ -76,6 +76,13 @@ def of_timm(name: str, **more: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **TIMM | more)
 
 
+def registered() -> nn.Module:
+    """DINOv2 with registers that differ, as trained ones do: of equal costs, rounding picks a pair."""
+    model: Any = of_timm("vit_small_patch14_reg4_dinov2", init_values=0.1)()
+    nn.init.normal_(model.reg_token)
+    return model
+
+
 def clip() -> nn.Module:
     config = transformers.CLIPVisionConfig(**HF, projection_dim=16)
     return transformers.CLIPVisionModelWithProjection(config)
@@ -100,7 +107,7 @@ MERGING: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "deit": (of_timm("deit_tiny_patch16_224"), images),
     "deit, distilled": (of_timm("deit_tiny_distilled_patch16_224"), images),
     "deit3": (of_timm("deit3_small_patch16_224"), images),
-    "dinov2, registers": (of_timm("vit_small_patch14_reg4_dinov2", init_values=0.1), images),
+    "dinov2, registers": (registered, images),
     "vit, mean of positions": (
         of_timm("vit_tiny_patch16_224", global_pool="avg", class_token=False),
         images,
