@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rba_compress.core.errors import ModelError
 
@@ -50,7 +49,7 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
     Returns:
         (N, T) int64, values 0 to T - count - 1, in the order of the positions that are kept.
     """
-    n, positions = stream.shape[:2]
+    positions = stream.shape[1]
     if count > most(positions, protected):
         least = max(2 * (count + (protected + 1) // 2) - 1, 2 * (protected // 2) + 2)
         raise ModelError(
@@ -58,31 +57,21 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
             f"with which {least} or more reach it"
         )
     # Protected positions are cut off, not masked: what is left is compared alone.
-    skip, into = (protected + 1) // 2, protected // 2
+    start, second = 2 * ((protected + 1) // 2), 2 * (protected // 2) + 1
     x = stream.to(torch.promote_types(stream.dtype, torch.float32))
     x = x - x.mean(1, keepdim=True)  # the same distances, with smaller rounding errors
-    first, second = x[:, 0::2][:, skip:], x[:, 1::2][:, into:]
     squares = torch.linalg.vector_norm(x, dim=-1).square()
-    both = squares[:, 0::2][:, skip:, None] + squares[:, 1::2][:, None, into:]
-    cost = torch.baddbmm(both, first, second.transpose(1, 2), alpha=-2).clamp_min(0)
+    sums = squares[:, start::2, None] + squares[:, None, second::2]
+    cost = torch.baddbmm(sums, x[:, start::2], x[:, second::2].transpose(1, 2), alpha=-2).clamp_min(0)
     if importance is not None:
         inverse = 1 / importance.to(x.dtype)
-        cost = cost / (inverse[:, 0::2][:, skip:, None] + inverse[:, 1::2][:, None, into:])
-    partner = cost.argmin(-1)
-    best = cost.gather(-1, partner[..., None]).squeeze(-1)
-    index = torch.arange(best.shape[1], device=stream.device)
-    ahead = (best[:, None, :] < best[:, :, None]) | (
-        (best[:, None, :] == best[:, :, None]) & (index[None, :] < index[:, None])
-    )
-    merged = ahead.sum(-1) < count
-    target = torch.where(merged, 2 * (partner + into) + 1, 2 * (index + skip))
-    rest = pad(target, (skip, 0))  # the first ones are overwritten below
-    own = torch.arange(positions, device=stream.device).expand(n, positions)
-    odd = pad(own[:, 1::2], (0, positions % 2))
-    target = torch.stack([rest, odd], 2).flatten(1)[:, :positions]
-    target = torch.where(own < protected, own, target)
-    new = (target == own).long().cumsum(1) - 1
-    return new.gather(1, target)
+        cost = cost / (inverse[:, start::2, None] + inverse[:, None, second::2])
+    best, partner = cost.min(-1)
+    # ONNX has no sort that says it is stable; this one is, but for up to 32 numbers on CUDA.
+    cheapest = best.sort(-1)[1][:, :count]
+    source, target = 2 * cheapest + start, 2 * partner.gather(1, cheapest) + second
+    new = torch.ones_like(squares, dtype=torch.long).scatter(1, source, 0).cumsum(1) - 1
+    return new.scatter(1, source, new.gather(1, target))
 
 
 def attention_of_reads(
