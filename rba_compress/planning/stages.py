@@ -57,6 +57,8 @@ class Verified:
     settled: bool = False
     """True where its BatchNorms were re-estimated, or where that did not help."""
     refined: Refined = "not"
+    traded: bool = False
+    """True where trades of its levels were tried, or where it came out of them."""
 
 
 def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Solution:
@@ -212,8 +214,7 @@ class Descent:
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
                 self.progress.refine()
-                best = self._settled(met)
-                return self._traded(best) if self.staged else best
+                return self._traded(self._settled(met))
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
@@ -235,11 +236,20 @@ class Descent:
                 return cheapest
 
     def _traded(self, state: SearchState) -> SearchState:
-        """Trade levels of the network that met the budget, and add it to the verified ones."""
-        k, new = self._index(state), traded(self.context, state)
+        """Trade levels of the network that met the budget, and add it to the verified ones.
+
+        A search that took no stage tries half as many trades.
+        """
+        k = self._index(state)
+        before = self.verified[k]
+        if before.traded:
+            return state
+        most = self.context.spent.trades
+        new = traded(self.context, state, most if self.staged else most // 2)
+        self.verified[k] = replace(before, traded=True)
         if new is not state:
-            size, predicted = self.limits.size(new.cost), self.verified[k].predicted
-            self.verified.append(Verified(new, size, predicted))
+            size = self.limits.size(new.cost)
+            self.verified.append(Verified(new, size, before.predicted, traded=True))
             gain = state.mean - new.mean
             self.context.log.decided("trade", new.solution.plan, new, gain)
         return new
@@ -319,6 +329,7 @@ def _recorded(verified: Verified) -> EvaluatedNetwork:
         predicted=verified.predicted,
         settled=verified.settled,
         refined=verified.refined,
+        traded=verified.traded,
     )
 
 
@@ -329,7 +340,9 @@ def _restored(context: SearchContext, network: EvaluatedNetwork) -> Verified:
     cost = context.fitter.cost(plan)
     state = SearchState(Solution(plan, network.tensors), cost, evaluation_of(network))
     size = context.limits.size(cost)
-    return Verified(state, size, network.predicted, network.settled, network.refined)
+    return Verified(
+        state, size, network.predicted, network.settled, network.refined, traded=network.traded
+    )
 
 
 def _order(state: SearchState) -> tuple[float, int]:

@@ -31,9 +31,9 @@ class Trade(NamedTuple):
     """Number of levels that the block `down` goes down."""
 
 
-def traded(context: SearchContext, state: SearchState) -> SearchState:
-    """Trade levels for as long as the divergence falls, and at most as often as the effort allows."""
-    left, again = context.spent.trades, True
+def traded(context: SearchContext, state: SearchState, most: int) -> SearchState:
+    """Trade levels for as long as the divergence falls, with at most `most` evaluations."""
+    left, again = most, True
     known: set[str] = set()
     generator = np.random.default_rng(mixed_seed(context.config.seed))
     while again and left:

@@ -17,7 +17,16 @@ from rba_compress.core.schema import Frozen
 
 _LARGEST = sys.float_info.max
 """In place of infinity, which JSON lacks."""
-_PLAIN = ("replacements", "refits", "agreement", "accuracy_drop", "predicted", "settled", "refined")
+_PLAIN = (
+    "replacements",
+    "refits",
+    "agreement",
+    "accuracy_drop",
+    "predicted",
+    "settled",
+    "refined",
+    "traded",
+)
 """Fields of a network that hold no tensors."""
 
 
@@ -42,6 +51,8 @@ class EvaluatedNetwork:
     settled: bool = False
     """True where BatchNorms were re-estimated, or where that did not help."""
     refined: Refined = "not"
+    traded: bool = False
+    """True where trades of its levels were tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +151,7 @@ class SavedNetwork(Frozen):
     predicted: float
     settled: bool
     refined: Refined
+    traded: bool = False
 
 
 class SavedRecord(Frozen):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def levels(plan: Plan) -> dict[int, float]:
 def test_a_trade_meets_the_budget_and_lowers_the_divergence() -> None:
     run, state = started(0.72, b0=7, b1=3)
     assert not run.limits.lacking(state.cost)
-    found = traded(run, state)
+    found = traded(run, state, run.spent.trades)
     assert levels(found.solution.plan) != levels(state.solution.plan)
     assert not run.limits.lacking(found.cost)
     assert run.fitter.cost(found.solution.plan) == found.cost
@@ -53,13 +52,13 @@ def test_a_trade_meets_the_budget_and_lowers_the_divergence() -> None:
     evaluated = run.state(found.solution, found.cost)  # as a whole, not from a boundary
     assert evaluated.mean == pytest.approx(found.mean, rel=1e-4)
     again, same = started(0.72, b0=7, b1=3)
-    assert levels(traded(again, same).solution.plan) == levels(found.solution.plan)
+    assert levels(traded(again, same, run.spent.trades).solution.plan) == levels(found.solution.plan)
 
 
 def test_a_trade_that_breaks_a_limit_of_quality_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     run, state = started(0.72, b0=7, b1=3)
     monkeypatch.setattr(run.limits, "broken", lambda _: ["agreement"])
-    assert traded(run, state) is state
+    assert traded(run, state, run.spent.trades) is state
 
 
 def test_no_more_networks_are_evaluated_than_the_effort_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,17 +71,32 @@ def test_no_more_networks_are_evaluated_than_the_effort_allows(monkeypatch: pyte
         return own(*args, screen=screen)
 
     monkeypatch.setattr(run, "divergences", counted)
-    run.spent = replace(run.spent, trades=5)
-    traded(run, state)
+    traded(run, state, 5)
     assert len(screened) == 5
-    run.spent = replace(run.spent, trades=0)
-    assert traded(run, state) is state
+    assert traded(run, state, 0) is state
     assert len(screened) == 5
+
+
+def test_a_budget_that_needs_no_stage_trades_half_as_often_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"depth": 4}, num_classes=5)
+    data, asked = list(images(20, 32).split(10)), []
+
+    def counted(run: SearchContext, state: SearchState, most: int) -> SearchState:
+        asked.append(most)
+        return traded(run, state, most)
+
+    monkeypatch.setattr("rba_compress.planning.stages.traded", counted)
+    seen = profile(model, data, config=Config(units=("token_merge",), effort="quick"))
+    plans = [search(model, seen, data, budget=Budget(macs=macs)).plan for macs in (0.6, 0.7, 0.7)]
+    assert asked == [8, 4]
+    assert plans[1].replacements == plans[2].replacements
 
 
 def test_without_merges_there_is_nothing_to_trade() -> None:
     run, state = started(0.9)
-    assert traded(run, state) is state
+    assert traded(run, state, run.spent.trades) is state
 
 
 def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
