@@ -145,8 +145,9 @@ def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         found[row["method"], row["budget"]].append(row)
-    asked = {True: "{:.0%} of MACs", False: "{} positions a block"}
-    return [mean(m, asked[m in SEARCHED].format(b), seeds) for (m, b), seeds in found.items()]
+    asked = {False: "{:.0%} of MACs", True: "{} positions a block"}
+    counted = (UNIFORM, FALLING)
+    return [mean(m, asked[m in counted].format(b), seeds) for (m, b), seeds in found.items()]
 
 
 def rivals() -> list[dict[str, Any]]:
