@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rba_compress.graph.token_merging import merge, merged_sizes, places, weights
+from rba_compress.graph.token_merging import merge, merged_sizes, places, unit_sizes, weights
 
 
 class ToMe(nn.Module):
@@ -43,7 +42,7 @@ class ToMe(nn.Module):
                 # The squared distance of unit vectors falls as their cosine rises.
                 keys = functional.normalize(k.transpose(1, 2).flatten(2), dim=-1)
                 new = places(keys, None, count, model.num_prefix_tokens)
-                before = torch.ones_like(x[..., :1]) if sizes is None else sizes
+                before = unit_sizes(x) if sizes is None else sizes
                 sizes = merged_sizes(before, new, count)
                 x = merge(x, before, new, sizes)
             x = x + block.ls2(block.mlp(block.norm2(x)))

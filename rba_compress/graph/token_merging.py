@@ -35,7 +35,7 @@ def most(positions: int, protected: int) -> int:
 def places(stream: Tensor, importance: Tensor | None, count: int, protected: int) -> Tensor:
     """Return the new place of each position after `count` of them were merged into others.
 
-    Ties are broken by the position: the first one wins.
+    Ties are broken by the position: the first one wins, except on CUDA, where any may.
 
     Args:
         stream: (N, T, d).
@@ -67,7 +67,7 @@ def places(stream: Tensor, importance: Tensor | None, count: int, protected: int
         inverse = 1 / importance.to(x.dtype)
         cost = cost / (inverse[:, start::2, None] + inverse[:, None, second::2])
     best, partner = cost.min(-1)
-    # ONNX has no sort that says it is stable; this one is, but for up to 32 numbers on CUDA.
+    # torch.onnx cannot export a sort with stable=True. The default one is stable on CPUs, too.
     cheapest = best.sort(-1)[1][:, :count]
     source, target = 2 * cheapest + start, 2 * partner.gather(1, cheapest) + second
     new = torch.ones_like(squares, dtype=torch.long).scatter(1, source, 0).cumsum(1) - 1
@@ -107,6 +107,11 @@ def rows_of_reads(attention: Tensor, heads: int, reads: int) -> Tensor:
 def importance_of_attention(attention: Tensor) -> Tensor:
     """Return the square root of attention (N, T), which is kept above 0."""
     return attention.to(torch.promote_types(attention.dtype, torch.float32)).clamp_min(1e-12).sqrt()
+
+
+def unit_sizes(stream: Tensor) -> Tensor:
+    """Return the sizes (N, T, 1) of positions of which none were merged, for a stream (N, T, d)."""
+    return torch.ones_like(stream[..., :1])
 
 
 def merged_sizes(sizes: Tensor, new: Tensor, count: int) -> Tensor:

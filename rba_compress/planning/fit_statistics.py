@@ -21,7 +21,7 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Block, Branch, Chain
 from rba_compress.graph.activations import Observed, attention_mask, observe
 from rba_compress.graph.rewrite import PLACES, copy_model, replace_blocks
-from rba_compress.graph.token_merging import merge, merged_sizes
+from rba_compress.graph.token_merging import merge, merged_sizes, unit_sizes
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.planning.state import Solution
@@ -281,7 +281,7 @@ def _merged(x: Tensor, sizes: Tensor | None, places: Tensor | None, left: int) -
     """Return a stream, or a part of it, merged to `left` positions; unchanged without places."""
     if places is None:
         return x
-    before = torch.ones_like(x[..., :1]) if sizes is None else sizes
+    before = unit_sizes(x) if sizes is None else sizes
     return merge(x, before, places, merged_sizes(before, places, x.shape[1] - left))
 
 

@@ -30,6 +30,7 @@ from rba_compress.graph.token_merging import (
     places,
     restored,
     rows_of_reads,
+    unit_sizes,
     weights,
     with_sizes,
 )
@@ -374,9 +375,7 @@ class BlockGraph:
             elif self.sizes is not None:
                 importance = self.call(_aten.squeeze.dim, self.sizes, -1, like=rows)
             new = self.call(places, middle, importance, count, protected, like=rows)
-            before = self.sizes or self.call(
-                torch.ones_like, self.channels(middle, 0, 1), like=(*rows, 1)
-            )
+            before = self.sizes or self.call(unit_sizes, middle, like=(*rows, 1))
             sizes = self.call(merged_sizes, before, new, count, like=(*left, 1))
             stream = self.call(merge, middle, before, new, sizes, like=(*left, shape[2]))
         for reader in readers:

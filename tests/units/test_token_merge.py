@@ -161,7 +161,7 @@ def test_kept_features_leave_merging_alone() -> None:
 
 
 def test_a_graph_merges_as_its_module_does() -> None:
-    model, x = vit(), images(3, 32)
+    model, x = vit(depth=3), images(3, 32)
     plain = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
     traced = fx.symbolic_trace(model)
     graph = splice(traced, planned(chain_of(traced), (0, 4), (1, 3)), {})
@@ -202,7 +202,7 @@ def test_a_head_that_takes_a_mean_counts_positions_by_their_sizes(more: dict[str
 
 
 @pytest.mark.slow
-def test_a_merged_network_is_exported(tmp_path: Path) -> None:
+def test_a_merged_network_is_exported_and_compiled(tmp_path: Path) -> None:
     model, x = vit(depth=2), images(5, 32)
     merged = splice(model, planned(chain_of(model), (0, 4), (1, 3)), {})
     export_onnx(merged, tmp_path / "merged.onnx", x[:2], original=model)
@@ -211,6 +211,8 @@ def test_a_merged_network_is_exported(tmp_path: Path) -> None:
     batch = torch.export.Dim("batch")
     exported = torch.export.export(merged, (x[:2],), dynamic_shapes=({0: batch},)).module()
     torch.testing.assert_close(exported(x), merged(x))
+    compiled = torch.compile(merged, fullgraph=True)
+    torch.testing.assert_close(compiled(x), merged(x), rtol=1e-4, atol=1e-5)
 
 
 def test_refits_behind_a_merge_are_towards_the_original_merged_alike() -> None:
