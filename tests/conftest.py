@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import pickle
 import resource
-import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -102,39 +101,40 @@ def warm() -> None:
 
 
 LONGEST = 5.0
-"""CPU seconds of a test that is not marked slow, on a machine of `NOMINAL` speed."""
-NOMINAL = 0.06
-"""CPU seconds of `_yardstick` on a quiet core of such a machine."""
-
-
-def _yardstick() -> float:
-    """CPU seconds of a fixed piece of work: cores that are shared run at a fraction of their speed."""
-    started, x, n = time.process_time(), torch.ones(256, 256), 0
-    for k in range(60_000):
-        n += hash((k, n)) % 7
-    for _ in range(60):
-        x = (x @ x) / 256
-    for _ in range(3_000):
-        torch.add(x[:4, :4], 1)
-    return time.process_time() - started
+"""CPU seconds of a test that is not marked slow, on a quiet machine."""
+QUIET = 280.0
+"""CPU seconds of all such tests on a quiet machine. Where they take longer, for cores are shared, each
+may.
+"""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     started = _cpu_seconds()
     try:
-        result = yield
+        return (yield)
     finally:
-        seconds = _cpu_seconds() - started
-        item.user_properties.append(("cpu", f"{seconds:.2f}"))
-    marked = {"slow", "catalogue"} & {mark.name for mark in item.iter_markers()}
-    # Outside of a worker, torch has several threads, and those that wait count, too.
-    if seconds > LONGEST and not marked and "PYTEST_XDIST_WORKER" in os.environ:
-        slower = max(1.0, min(_yardstick() for _ in range(3)) / NOMINAL)
-        if seconds > LONGEST * slower:
-            pytest.fail(
-                f"took {seconds:.1f} CPU seconds, on a core {slower:.1f} times slower than a quiet one: "
-                f"make it shorter than {LONGEST:g}, or mark it slow",
-                pytrace=False,
+        item.user_properties.append(("cpu", _cpu_seconds() - started))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run on several workers with a long test that is not marked slow. On one worker, torch has
+    several threads, and those that wait count, too.
+    """
+    config = session.config
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        return
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    seconds = {
+        report.nodeid: dict(report.user_properties)["cpu"]
+        for report in (*reporter.stats.get("passed", ()), *reporter.stats.get("failed", ()))
+        if report.when == "call" and not {"slow", "catalogue"} & set(report.keywords)
+    }
+    limit = LONGEST * max(1.0, sum(seconds.values()) / QUIET)
+    reporter.ensure_newline()
+    for name, taken in seconds.items():
+        if taken > limit:
+            reporter.line(
+                f"{name} took {taken:.1f} CPU seconds: shorten it to {limit:.1f}, or mark it slow"
             )
-    return result
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
