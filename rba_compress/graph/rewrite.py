@@ -43,7 +43,12 @@ class Spliced(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = self.signature.stream_in(args, kwargs)
-        return self.signature.rebuild(self.map(stream), args, kwargs)
+        return self.signature.rebuild(self.mapped(stream), args, kwargs)
+
+    def mapped(self, stream: Tensor) -> Tensor:
+        """Return the stream behind the block."""
+        found: Tensor = self.map(stream)
+        return found
 
 
 class RefusedWriter:
@@ -101,7 +106,7 @@ def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
 
 
 def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module) -> None:
-    """Put `module` (stream to stream, or a `BlockModule`) in place of consecutive `blocks`."""
+    """Put `module` (stream to stream, or one that is called as a block) in place of some `blocks`."""
     if isinstance(model, fx.GraphModule):
         _replace_in_graph(model, blocks, module)
         return
@@ -110,9 +115,13 @@ def replace_blocks(model: nn.Module, blocks: Sequence[Block], module: nn.Module)
         model.set_submodule(blocks[0].path, module)
         return
     for index, block in enumerate(blocks):
-        held = module if index == 0 else nn.Identity()
-        spliced = Spliced(held, block.signature).train(model.get_submodule(block.path).training)
-        model.set_submodule(block.path, spliced)
+        spliced = _spliced(module if index == 0 else nn.Identity())
+        spliced.signature = block.signature
+        model.set_submodule(block.path, spliced.train(model.get_submodule(block.path).training))
+
+
+def _spliced(module: nn.Module) -> Spliced:
+    return module if isinstance(module, Spliced) else Spliced(module)
 
 
 def _keep_padded(model: nn.Module, blocks: Sequence[Block]) -> None:
@@ -145,7 +154,7 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
         or (n.op == "get_attr" and any(str(n.target).startswith(f"{path}.") for path in paths))
     }
     thinned = isinstance(module, BlockModule)
-    model.set_submodule(first.path, module if thinned else Spliced(module))
+    model.set_submodule(first.path, module if thinned else _spliced(module))
     read = [before, *(nodes[side] for side in first.sides if thinned)]
     order = {node: k for k, node in enumerate(graph.nodes)}
     with graph.inserting_after(max(read, key=lambda node: order[node])):

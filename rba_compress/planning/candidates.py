@@ -41,7 +41,7 @@ from rba_compress.planning.state import (
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.base import IDENTITY, Level
 from rba_compress.units.registry import unit_of
-from rba_compress.units.splice import splice_shared
+from rba_compress.units.splice import forms_of, splice_shared
 
 
 class CandidateFitter:
@@ -97,7 +97,7 @@ class CandidateFitter:
 
     def candidates(self, state: SearchState, sites: Sequence[Site]) -> list[Candidate]:
         """Fit every level of every site, in one pass for each chain."""
-        model, found = self.compressed(state.solution), []
+        found: list[Candidate] = []
         for c, chain in enumerate(self.chains):
             wanted = [site for site in sites if site.chain == c]
             if not wanted:
@@ -115,8 +115,8 @@ class CandidateFitter:
             wanted = [site for site in wanted if unit_of(site.unit).fitted]
             # Streams between sublayers are observed in a traced copy, whose layers are not modules.
             inner = [s for s in wanted if any(place % 1 for place in _ends(s))]
-            found += self._of_chain(model, c, inner, {})
-            found += self._of_chain(model, c, [s for s in wanted if s not in inner], folds)
+            found += self._of_chain(state.solution, c, inner, {})
+            found += self._of_chain(state.solution, c, [s for s in wanted if s not in inner], folds)
         before = self.cost(state.solution.plan)
         costs = [self.cost(with_candidate(state.solution, each).plan) for each in found]
         return [
@@ -126,28 +126,31 @@ class CandidateFitter:
         ]
 
     def _of_chain(
-        self, model: nn.Module, c: int, sites: Sequence[Site], folds: dict[float, Branch]
+        self, solution: Solution, c: int, sites: Sequence[Site], folds: dict[float, Branch]
     ) -> list[Candidate]:
         """Fit every level of sites in one chain, in one pass."""
         if not sites:
             return []
         chain, ends = self.chains[c], [_ends(site) for site in sites]
+        model = self.compressed(solution)
+        forms = {block.path: form for block, form in forms_of(solution.plan)[1]}
         failed: Exception | None = None
         try:
             rows = span_rows(
                 probed(self.model, _between(chain, (p for pair in ends for p in pair)), self.traces),
-                probed(model, _between(chain, (source for source, _ in ends)), self.traces),
+                probed(model, _between(chain, (source for source, _ in ends)), self.traces, forms),
                 chain,
                 self.batches,
                 spans=ends,
                 folds=folds,
+                merges=_merges(chain, solution.plan),
             )
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             failed = error
         if self.ranks.sum(failed is not None):  # on any rank: all ranks take the same branch
-            return self._in_halves(model, c, sites, folds, failed)
+            return self._in_halves(solution, c, sites, folds, failed)
         rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
         last = max(s.stop for s in sites) + max(s.start for s in sites)
         self.samples += self.held * last / len(chain)
@@ -183,7 +186,7 @@ class CandidateFitter:
 
     def _in_halves(
         self,
-        model: nn.Module,
+        solution: Solution,
         c: int,
         sites: Sequence[Site],
         folds: dict[float, Branch],
@@ -195,14 +198,13 @@ class CandidateFitter:
             raise failed or MemoryError("on another rank")
         early = [s for s in sites if _ends(s)[0] in sources[: len(sources) // 2]]
         late = [s for s in sites if s not in early]
-        found = [each for part in (early, late) for each in self._of_chain(model, c, part, folds)]
+        found = [each for part in (early, late) for each in self._of_chain(solution, c, part, folds)]
         order = {site: k for k, site in enumerate(sites)}
         return sorted(found, key=lambda candidate: order[candidate.site])
 
     def walk(self, chain: int, plan: Plan) -> Walk:
         """Return a walk down a chain under a plan, for `refits`."""
-        name = self.chains[chain].name
-        merges = [r.start for r in plan.in_order if r.chain == name and not unit_of(r.unit).fitted]
+        merges = _merges(self.chains[chain], plan)
         return Walk(self.model, self.chains, chain, self.batches, merges)
 
     def refits(
@@ -252,6 +254,11 @@ class CandidateFitter:
                     tensors[f"{refit.key}{key}"] = old + step * (new - old)
                 refits.append(refit)
             yield changed(solution, drop=before, add=refits, tensors=tensors)
+
+
+def _merges(chain: Chain, plan: Plan) -> list[int]:
+    """Return the blocks of a chain that merge positions."""
+    return [r.start for r in plan.in_order if r.chain == chain.name and not unit_of(r.unit).fitted]
 
 
 def _ends(site: Site) -> tuple[float, float]:

@@ -20,7 +20,7 @@ class Spent:
     finer: float
     """Sites whose further levels are run, for each block of the network."""
     again: float
-    """Sites that are measured again in the next stage, for each block of the network."""
+    """Sites that are measured again in the next stage at most, for each block of the network."""
     judged: int
     """Plans that are evaluated at the end of a stage."""
     trades: int
@@ -31,11 +31,11 @@ class Spent:
 
 SPENT: dict[Effort, Spent] = {
     "quick": Spent(
-        stage=0.2, screen=8, fewest=16, finer=0.25, again=0.25, judged=2, trades=8, refits=False
+        stage=0.25, screen=8, fewest=16, finer=0.25, again=0.25, judged=1, trades=8, refits=False
     ),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
     "default": Spent(
-        stage=0.1, screen=4, fewest=32, finer=1, again=1, judged=3, trades=48, refits=True
+        stage=0.1, screen=4, fewest=32, finer=1, again=2, judged=3, trades=48, refits=True
     ),
     "thorough": Spent(
         stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, trades=96, refits=True

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from rba_compress.graph.token_merging import merge, merged_sizes, unit_sizes
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.planning.state import Solution
-from rba_compress.units.block_variants import Traces, thin
+from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.whole import WHOLE
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
@@ -135,13 +137,23 @@ def observed(branches: Iterable[Branch]) -> list[str]:
     return [path for branch in branches for path in (branch.path, branch.norm) if path is not None]
 
 
-def probed(model: nn.Module, blocks: Sequence[Block], traces: Traces) -> nn.Module:
-    """Return the same network, in which `<block>.map` sees the stream between a block's sublayers."""
+def probed(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    traces: Traces,
+    forms: Mapping[str, Form] = MappingProxyType({}),
+) -> nn.Module:
+    """Return the same network, in which `<block>.map` sees the stream between a block's sublayers.
+
+    Args:
+        forms: the forms of blocks whose stream carries sizes, by path.
+    """
     if not blocks:
         return model
     copy = copy_model(model, share=True)
     for block in blocks:
-        thinned = thin(copy, block, nn.Identity(), traces, unit=WHOLE)
+        form = forms.get(block.path, Form())
+        thinned = thin(copy, block, nn.Identity(), traces, unit=WHOLE, form=form)
         replace_blocks(copy, [block], thinned)
     return copy
 
@@ -154,13 +166,17 @@ def span_rows(
     *,
     spans: Sequence[tuple[float, float]],
     folds: dict[float, Branch],
+    merges: Sequence[int],
 ) -> dict[float, SpanRows]:
     """Return the moments of every pair of source and target, by source, in one pass of both networks.
+
+    Where the compressed network merges positions before a source, the targets are merged as well.
 
     Args:
         original, compressed: the networks, `probed` where a source or target lies between sublayers.
         spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
         folds: the last branch before a source, where that can be refitted.
+        merges: the blocks in which the compressed network merges positions.
     """
     targets = {i: tuple(sorted({j for start, j in spans if start == i})) for i, _ in spans}
     found: dict[float, SpanRows] = {}
@@ -168,6 +184,8 @@ def span_rows(
     paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
     of_compressed = observed(folds[i] for i in targets if i in folds)
     of_compressed += [paths[i] for i in targets if i in paths]
+    before = {i: [_merge_at(chain, b) for b in sorted(merges) if b < i] for i in targets}
+    of_compressed += before[max(before)]
     last_h = math.ceil(max(j for _, j in spans))
     last_g = math.ceil(max(targets))
 
@@ -182,11 +200,15 @@ def span_rows(
             seen = observe(compressed, [chain], moved, layers=of_compressed, stop=(0, last_g))
             g, mask = streams(seen), attention_mask(moved, chain)
             for i, ends in targets.items():
-                wanted = torch.cat([h[j] for j in ends], chain.axis)
-                maps = Rows.of(chain, g[i], wanted, mask)
+                own, aims = g[i], [h[j] for j in ends]
+                if before[i]:
+                    own, left = own[..., : chain.width], own.shape[1]
+                    places = reduce(_behind, (seen.layers[path][1] for path in before[i]), None)
+                    aims = [_merged(aim, None, places, left) for aim in aims]
+                maps = Rows.of(chain, own, torch.cat(aims, chain.axis), mask)
                 gaps = None
                 if i in folds:
-                    lacking = [_lacking(compressed, folds[i], seen.layers, h[j] - g[i]) for j in ends]
+                    lacking = [_lacking(compressed, folds[i], seen.layers, aim - own) for aim in aims]
                     gap = torch.cat(lacking, chain.axis)
                     gaps = Rows.of(chain, seen.layers[folds[i].path][0], gap, mask)
                 new = SpanRows(ends, chain.width, maps, gaps)
@@ -272,6 +294,10 @@ def _at(streams: Streams, boundaries: Sequence[int]) -> Streams:
     return [{b: s[b]} if b in s else {} for s, b in zip(streams, boundaries, strict=True)]
 
 
+def _merge_at(chain: Chain, block: int) -> str:
+    return f"{chain.blocks[block].path}.{PLACES}"
+
+
 def _behind(places: Tensor | None, new: Tensor) -> Tensor:
     """Return where original positions are behind one more merge."""
     return new if places is None else new.gather(1, places)
@@ -327,7 +353,7 @@ class Walk:
         if self._now.original and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
-        merges = [self._merge_at(b) for b in self._merges if self.boundary <= b < boundary]
+        merges = [_merge_at(self.chain, b) for b in self._merges if self.boundary <= b < boundary]
         original = self._pass(self.original, self._now.original, boundary)
         light = self._pass(compressed, self._now.compressed, boundary, merges)
         reached = _Reached([], [], list(self._now.places))
@@ -339,9 +365,6 @@ class Walk:
                 for path in merges:
                     reached.places[k] = _behind(reached.places[k], seen.layers[path][1])
         self._now, self.boundary = reached, boundary
-
-    def _merge_at(self, block: int) -> str:
-        return f"{self.chain.blocks[block].path}.{PLACES}"
 
     def _pass(
         self, model: nn.Module, held: list[Streams], stop: int, layers: Sequence[str] = ()
@@ -363,7 +386,7 @@ class Walk:
         found: list[list[Rows]] = [[] for _ in branches]
         stop, b = self.boundary + 1, self.boundary
         last = [*(len(chain) for chain in self.chains[: self.index]), stop]
-        merge_at = [self._merge_at(b)] if b in self._merges else []
+        merge_at = [_merge_at(self.chain, b)] if b in self._merges else []
         paths = observed(branches)
         original = self._pass(self.original, self._now.original, stop, paths)
         light = self._pass(compressed, self._now.compressed, stop, [*paths, *merge_at])

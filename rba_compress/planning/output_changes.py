@@ -38,11 +38,13 @@ from rba_compress.profiling.quadratic_form import Change, changes
 from rba_compress.profiling.search_record import OptionRun
 
 FEWEST = 4
-"""Spans of one length of which no half is left out, and sites whose further levels are run."""
+"""Spans of one length of which no half is left out, and sites that are of interest at any price."""
 ENOUGH = 3
 """Stages that the sites of interest, the cheapest ones, would suffice for together."""
 FAR = 4
-"""Ratio of a span's price to the highest of interest above which no longer span is run for it."""
+"""Ratio of a site's price to the highest of interest above which no longer span is run for it, nor the
+site itself in the next stage.
+"""
 BY_DERIVATIVE = "options were combined by the second derivative of your divergence"
 BY_SUMS = (
     "the rises of options were added up without their interactions, for your divergence cannot be "
@@ -218,7 +220,10 @@ def _run(
         raise ActivationError("every candidate makes the model's output NaN or infinite")
     context.prices |= prices
     order = sorted(context.prices, key=lambda site: (context.prices[site], site))
-    context.skipped = set(order[round(context.spent.again * blocks) :])
+    highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
+    again = order[: round(context.spent.again * blocks)]
+    near = {site for site in again if context.prices[site] <= max(FAR * highest, highest)}
+    context.skipped = set(order) - near.union(again[:FEWEST])
     return done
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rba_compress.core.cost import UNREACHABLE, Cost
+from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Plan, Replacement, macs_at
 from rba_compress.planning.state import Solution, without_unread
 from rba_compress.profiling.profiler import Profile
@@ -52,10 +52,7 @@ def step_cost(
     macs = macs_at(chain.blocks[b].by_positions, positions) if merged else chain.macs[b]
     costs = [Cost(macs=macs, params=chain.params[b])]
     if new is not None:
-        # Targets of fits are the original's streams, which have all positions.
-        fitted = unit_of(new.unit).fitted and not (new.exact and new.map.kind == "identity")
         costs, positions = unit_of(new.unit).cost(chain, new, positions)
-        costs = [UNREACHABLE] * len(costs) if merged and fitted else costs
     stop = b + len(costs)
     latency = 0.0
     if times:

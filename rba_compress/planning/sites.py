@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from rba_compress.core.plan import Chain, Plan, Site
+from rba_compress.core.plan import Plan, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.state import overlapping, replaced_blocks
 from rba_compress.units.registry import unit_of
 
 LONGEST = 4
 """Blocks that a span may newly remove in one stage."""
-
-
-def _order_holds(plan: Plan, chain: Chain, site: Site, fitted: bool) -> bool:
-    """Return whether all that is fitted lies before every merge of positions: targets of fits are the
-    original's streams, which have all positions.
-    """
-    others = [r for r in plan.replacements if r.chain == chain.name and not r.exact]
-    if fitted:
-        return all(unit_of(r.unit).fitted or site.stop <= r.start for r in others)
-    return all(r.stop <= site.start for r in others if unit_of(r.unit).fitted)
 
 
 def sites(context: SearchContext, plan: Plan) -> list[Site]:
@@ -31,8 +21,6 @@ def sites(context: SearchContext, plan: Plan) -> list[Site]:
             for start, stop in unit.sites(chain, context.config.window):
                 site = Site(c, start, stop, name)
                 over = overlapping(plan, unit.choice(chain, start, stop))
-                if not _order_holds(plan, chain, site, unit.fitted):
-                    continue
                 new = sum(b not in gone for b in range(start, stop))
                 if unit.removes:  # what is removed may become longer, and is not cut through
                     free = all(start <= other.start and other.stop <= stop for other in over)

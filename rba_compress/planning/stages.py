@@ -9,7 +9,7 @@ the network below.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ActivationError, BudgetError
 from rba_compress.core.plan import Chain, Replacement
 from rba_compress.planning.context import SearchContext, evaluation_of
+from rba_compress.planning.limits import Limits
 from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
@@ -96,7 +97,6 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
                 raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
         if not state.solution.plan.replacements:
             return context.finished(replace(state, cost=timed.cost))
-        context.rebase(state)
         progress.refine()
         before, state = state.mean, descent.refined(state, result=descent.staged)
         descent.write_record()
@@ -154,7 +154,6 @@ class Descent:
         if not replacements or done == "result" or (done == "start" and not result):
             return state
         whole = result or all(unit_of(r.unit).fitted for r in replacements)
-        self.context.rebase(state)
         state = _refined(self.context, self.verified[k], result=result)
         new = replace(
             self.verified[k], state=state, settled=True, refined="result" if whole else "start"
@@ -165,11 +164,13 @@ class Descent:
             self.verified.append(new)
         return state
 
-    def _settled(self, states: Sequence[SearchState]) -> SearchState:
+    def _settled(
+        self, states: Sequence[SearchState], order: Callable[[SearchState], tuple[float, int]]
+    ) -> SearchState:
         """Return the best of some verified networks, after BatchNorms of the first few of them were
         re-estimated: that may change which is the best.
         """
-        first, best = sorted(states, key=_order)[: self.context.spent.judged], []
+        first, best = sorted(states, key=order)[: self.context.spent.judged], []
         for state in first:
             k, log = self._index(state), self.context.log
             if len(first) > 1 and not self.verified[k].settled:
@@ -178,7 +179,7 @@ class Descent:
                 log.steps = steps
                 self.verified[k] = replace(self.verified[k], state=settled, settled=True)
             best.append(self.verified[k].state)
-        return min(best, key=_order)
+        return min(best, key=order)
 
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)
@@ -214,7 +215,7 @@ class Descent:
             deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
                 self.progress.refine()
-                return self._traded(self._settled(met))
+                return self._traded(self._settled(met, _order))
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
@@ -225,7 +226,7 @@ class Descent:
             if limits.costs and not further:
                 if met:
                     self.progress.refine()
-                    return self._settled(met)
+                    return self._settled(met, _order)
                 raise BudgetError(limits.unreached(cheapest, None, context.config.maps))
             new = self.verified[done:]
             if not limits.costs and (not further or all(limits.broken(v.state) for v in new)):
@@ -284,7 +285,8 @@ class Descent:
             return False
         self.verified += finite
         alike = trusted(before, finite, size - context.spent.stage / 4, context.evaluator.screened)
-        self._current = self._index(self._settled([v.state for v in alike]))
+        order = partial(_price, before, self.limits)
+        self._current = self._index(self._settled([v.state for v in alike], order))
         new, chosen = self.verified[-len(finite) :], self.verified[self._current]
         others = [v.state.mean for v in new if v is not chosen and v.size <= chosen.size + GRID]
         margin = min(others, default=math.inf) - chosen.state.mean
@@ -350,11 +352,17 @@ def _order(state: SearchState) -> tuple[float, int]:
     return rounded(state.mean), state.cost.macs
 
 
+def _price(before: SearchState, limits: Limits, state: SearchState) -> tuple[float, int]:
+    """Return the key by which networks of several sizes are compared: the rise for what they save."""
+    saved = limits.size(before.cost) - limits.size(state.cost)
+    return rounded((state.mean - before.mean) / saved), state.cost.macs
+
+
 def trusted(
     before: SearchState, verified: Sequence[Verified], size: float, screened: int
 ) -> list[Verified]:
-    """Return the networks to go on from, the best first: those as cheap as the cheapest whose predicted
-    rise held, or else the nearest one.
+    """Return the networks to go on from: those as cheap as the cheapest whose predicted rise held, or
+    else the nearest one.
 
     Args:
         size: the least step; without it, predictions that never hold make stages ever smaller.
@@ -371,7 +379,7 @@ def trusted(
         far = [v for v in verified if v.size <= size + 1e-9]
         return [max(far, key=lambda v: v.size) if far else min(verified, key=lambda v: v.size)]
     lowest = min(v.size for v in held)
-    return sorted((v for v in held if v.size <= lowest + GRID), key=lambda v: _order(v.state))
+    return [v for v in held if v.size <= lowest + GRID]
 
 
 def _expected(context: SearchContext, state: SearchState) -> float:

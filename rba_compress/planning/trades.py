@@ -66,8 +66,7 @@ def _trades(context: SearchContext, state: SearchState) -> Iterator[Trade]:
             if unit.fitted:  # another level asks for another fit
                 continue
             others = {b for r in own if r.unit != unit.name for b in range(r.start, r.stop)}
-            last = max(others, default=-1)
-            free = [start for start, _ in unit.sites(chain, None) if start > last]
+            free = [start for start, _ in unit.sites(chain, None) if start not in others]
             for down in _taken(state.solution, chain, unit.name):
                 for up in free:
                     if up != down:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.config import Config
-from rba_compress.core.cost import Cost
+from rba_compress.core.cost import UNREACHABLE, Cost
 from rba_compress.core.errors import ModelError
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import ByPositions, Chain, Offer, Replacement, Site, macs_at
@@ -64,7 +64,8 @@ class Trial:
             tensors[stream] = tensors[stream][:, :reads]
         macs = self._macs(thinned, tensors)
         params = sum(p.numel() for p in thinned.parameters())
-        counts = self.counted(unit, form) if exact and self.block.by_positions else ()
+        merged = self.block.by_positions and (exact or not narrow)
+        counts = self.counted(unit, form) if merged else ()
         yield Offer(unit=unit.name, narrow=narrow, macs=macs, params=params, by_positions=counts)
 
     def _macs(self, block: nn.Module, tensors: list[Tensor]) -> int:
@@ -183,10 +184,12 @@ class Unit(ABC):
         """
         read = chain.reads * max(chain.rows, 1)
         merged = chain.merged(positions)
-        narrow = new.exact or positions < chain.positions
+        narrow = new.exact or (positions < chain.positions and not merged)
         left = chain.blocks[new.start].offer(self.name, narrow=narrow) or Offer(
             unit=self.name, narrow=narrow
         )
+        if merged and not left.by_positions:
+            return [UNREACHABLE], positions
         macs = macs_at(left.by_positions, positions) if merged else left.macs
         positions = read if new.exact else positions
         return [Cost(macs=macs, params=left.params) + self.map_cost(new, positions)], positions

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Offer, Replacement, listed
+from rba_compress.graph.rewrite import Spliced
+from rba_compress.graph.token_merging import restored, with_sizes
 from rba_compress.units.base import Level, Trial, Unit
 from rba_compress.units.block_variants import Form, Traces
+
+
+class SizedMap(Spliced):
+    """Map of a stream that comes with the sizes of its positions."""
+
+    def __init__(self, map: nn.Module, form: Form) -> None:  # noqa: A002
+        super().__init__(map)
+        self.form = form
+
+    def mapped(self, stream: Tensor) -> Tensor:
+        """Return the mapped stream, with sizes or with positions repeated where the form says so."""
+        width = stream.shape[-1] - 1
+        sizes, found = stream[..., width:], self.map(stream[..., :width])
+        if self.form.restored:
+            return restored(found, sizes, self.form.restored)
+        return with_sizes(found, sizes) if self.form.hands_sizes else found
 
 
 class Span(Unit):
@@ -55,7 +73,7 @@ class Span(Unit):
         self, model: nn.Module, new: Replacement, module: nn.Module, traces: Traces, form: Form
     ) -> nn.Module:
         """Return the map."""
-        return module
+        return SizedMap(module, form) if form.sized else module
 
     def describe(self, new: Replacement) -> str:
         """Return the blocks and the map."""

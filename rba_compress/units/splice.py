@@ -71,7 +71,7 @@ def splice_shared(
 def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces: Traces) -> nn.Module:
     _check(model, plan, tensors)
     # Every module is made before the first block is replaced: a unit may refuse.
-    forms, sized = _forms(plan)
+    forms, sized = forms_of(plan)
     made = [(new, _module(model, new, tensors, traces, forms[new.key])) for new in plan.replacements]
     carrying = [
         (block, thin(model, block, nn.Identity(), traces, unit=SIZED, form=form))
@@ -96,8 +96,8 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     return model
 
 
-def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
-    """Return the form of each replacement, and the other blocks whose stream carries sizes."""
+def forms_of(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
+    """Return the form of each replacement by key, and the other blocks whose stream carries sizes."""
     forms, others = {}, []
     for chain in dict.fromkeys(r.chain for r in plan.replacements):
         own = [r for r in plan.in_order if r.chain == chain]
@@ -110,13 +110,14 @@ def _forms(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
         gone = taken if first is not None and first.restores else 0
         for r in own:
             carried = first is not None and first.start < r.start <= end
-            hands = first is not None and first.start <= r.start < min(last, end)
+            hands = first is not None and first.start <= r.start and r.stop - 1 < min(last, end)
             forms[r.key] = Form(
                 r.reads,
                 r.exact,
                 r.level,
                 sized=carried,
                 hands_sizes=hands,
+                restored=gone * (carried and r.stop - 1 == last),
                 by_attention=bool(r.behind) and not r.restores,
             )
         if first is None:

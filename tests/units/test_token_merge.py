@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -26,14 +26,26 @@ from rba_compress import (
     splice,
     supports,
 )
+from rba_compress.artifacts.artifact import write_artifact
 from rba_compress.core.batch import as_batch
-from rba_compress.core.plan import Chain
+from rba_compress.core.plan import Chain, Site
 from rba_compress.graph.token_merging import merge, merged_sizes, places
+from rba_compress.linalg.moments import PairMoments
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.fit_statistics import probed, span_rows
 from rba_compress.planning.plan_cost import network_cost
-from rba_compress.planning.state import Solution, without_unread
+from rba_compress.planning.sites import sites
+from rba_compress.planning.state import (
+    Candidate,
+    SearchState,
+    Solution,
+    with_candidate,
+    without_unread,
+)
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
+from rba_compress.units.block_variants import Traces
+from rba_compress.units.splice import forms_of, splice_shared
 from rba_compress.units.token_merge import TOKEN_MERGE
 from tests.networks import images, seeded
 
@@ -229,9 +241,10 @@ def test_refits_behind_a_merge_are_towards_the_original_merged_alike() -> None:
         features, lacking = [], []
         for batch in run.fitter.batches:
             with torch.no_grad():
-                given, gap = gap_by_hand(model, batch.args[0], merges, (b, branch))
-            features.append(given)
-            lacking.append(gap)
+                seen_at = streams_by_hand(model, batch.args[0], merges)[b + (branch + 1) / 2]
+            scale = (model.blocks[b].ls1, model.blocks[b].ls2)[branch].gamma.detach()
+            features.append(seen_at.features)
+            lacking.append((seen_at.alike @ seen_at.original - seen_at.compressed) / scale)
         x, y = (torch.cat(parts).double() for parts in (features, lacking))
         torch.testing.assert_close(found.others.mean_x, x[:, 1:].mean((0, 1)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.others.mean_y, y[:, 1:].mean((0, 1)), rtol=1e-3, atol=1e-5)
@@ -240,15 +253,22 @@ def test_refits_behind_a_merge_are_towards_the_original_merged_alike() -> None:
         assert float(y.abs().max()) > (1e-3 if (b, branch) > (1, 0) else -1)
 
 
-def gap_by_hand(
-    model: Any, x: Tensor, merges: dict[int, int], at: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Return the features of the last layer of a branch, and what its output lacks.
+class Seen(NamedTuple):
+    """Streams of both networks at one place, by hand."""
 
-    The original's stream is merged as the compressed one is: each group is averaged by its members.
-    """
+    original: Tensor
+    compressed: Tensor
+    alike: Tensor
+    """(N, merged positions, original positions): each group's mean over its members."""
+    features: Tensor
+    """Input of the last layer before the place."""
+
+
+def streams_by_hand(model: Any, x: Tensor, merges: dict[int, int]) -> dict[float, Seen]:
+    """Return the streams between the sublayers of each block (b + 1/2) and behind it (b + 1)."""
     h = g = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     groups = torch.eye(h.shape[1]).expand(len(h), -1, -1)  # (N, merged positions, original positions)
+    found = {}
     for b, block in enumerate(model.blocks):
         streams = []
         for stream, sizes in ((h, torch.ones(h.shape[:2])), (g, groups.sum(-1))):
@@ -262,8 +282,7 @@ def gap_by_hand(
             streams.append((stream + block.ls1(attn.proj(mixed)), mixed, read))
         (h, _, _), (g, features, read) = streams
         alike = groups / groups.sum(-1, keepdim=True)
-        if at == (b, 0):
-            return features, (alike @ h - g) / block.ls1.gamma
+        found[b + 0.5] = Seen(h, g, alike, features)
         if b in merges:
             new = places(g, read, merges[b], 1)
             joined = torch.nn.functional.one_hot(new, g.shape[1] - merges[b]).mT.float()
@@ -274,6 +293,113 @@ def gap_by_hand(
         mlp = block.mlp
         features = mlp.norm(mlp.act(mlp.fc1(block.norm2(g))))
         h, g = (s + block.ls2(mlp(block.norm2(s))) for s in (h, g))
-        if at == (b, 1):
-            return features, (alike @ h - g) / block.ls2.gamma
-    raise AssertionError(at)
+        found[b + 1.0] = Seen(h, g, alike, features)
+    return found
+
+
+def test_maps_behind_a_merge_are_fitted_to_the_original_merged_alike() -> None:
+    """Moments of sources and targets equal those of streams by hand, and folds read what precedes."""
+    model: Any = vit(init_values=0.5)
+    merges, data = {0: 4, 1: 3}, list(images(20, 32).split(5))
+    chain, batches = chain_of(model), [as_batch(x) for x in data]
+    plan, traces = planned(chain, *merges.items()), Traces()
+    network = splice(model, plan, {}, traces=traces)
+    middle = [chain.blocks[2]]
+    forms = {block.path: form for block, form in forms_of(plan)[1]}
+    spans = [(1.0, 2.0), (1.0, 3.0), (2.0, 2.5), (2.0, 4.0), (2.5, 3.0)]
+    found = span_rows(
+        probed(model, middle, traces),
+        probed(network, middle, traces, forms),
+        chain,
+        batches,
+        spans=spans,
+        folds={2.0: chain.blocks[1].branches[-1]},
+        merges=[*merges],
+    )
+    with torch.no_grad():
+        hand = [streams_by_hand(model, x, merges) for x in data]
+
+    def moments_equal(moments: PairMoments, x: Tensor, y: Tensor) -> None:
+        x, y = x[:, 1:].flatten(0, 1).double(), y[:, 1:].flatten(0, 1).double()
+        torch.testing.assert_close(moments.mean_x, x.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.mean_y, y.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.xy, (x - x.mean(0)).T @ y, rtol=1e-3, atol=1e-3)
+
+    for source, target in spans:
+        rows = found[source]
+        x = torch.cat([seen[source].compressed for seen in hand])
+        y = torch.cat([seen[source].alike @ seen[target].original for seen in hand])
+        moments_equal(rows.maps.others.targets(rows.columns(target)), x, y)
+        if source == 2.0:
+            features = torch.cat([seen[source].features for seen in hand])
+            lacking = (y - x) / model.blocks[1].ls2.gamma
+            assert rows.folds is not None
+            moments_equal(rows.folds.others.targets(rows.columns(target)), features, lacking)
+
+
+def behind_merges(
+    model: nn.Module, data: list[Tensor], *merges: tuple[int, int]
+) -> tuple[SearchContext, SearchState, list[Candidate]]:
+    """Return a search at a network that merges positions, and every candidate there."""
+    seen = profile(model, data, config=Config(seed=0, maps=("shrunk",), shrinks=(0.7,)))
+    run = SearchContext.read(model, seen, data, Budget(macs=0.5))
+    solution = Solution(planned(run.chains[0], *merges), {})
+    evaluation = run.evaluation(run.start, solution, (0, 0))
+    state = SearchState(solution, run.fitter.cost(solution.plan), evaluation)
+    run.rebase(state)
+    return run, state, run.fitter.candidates(state, sites(run, solution.plan))
+
+
+@pytest.mark.parametrize("read_out", [True, False])
+def test_every_unit_behind_a_merge_costs_what_is_counted(read_out: bool) -> None:
+    """One level of each unit at each site of a network that merges positions in two blocks."""
+    model = vit(depth=3) if read_out else vit(depth=3, class_token=False, global_pool="avg")
+    data = list(images(20, 32).split(10))
+    run, state, found = behind_merges(model, data, (0, 4), (1, 3))
+    tried, seen = {c.site: c for c in found}, run.fitter.profile
+    units = {"span", "attention_free", "mlp_free", "token_merge"}
+    assert {site.unit for site in tried} == units | (
+        {"read_out", "read_out_mlp"} if read_out else set()
+    )
+    for candidate in tried.values():
+        new = with_candidate(state.solution, candidate)
+        handed = without_unread(new, seen)
+        network = splice_shared(model, handed.plan, handed.tensors, seen.traces)
+        measured, said = cost(network, as_batch(images(2, 32))), network_cost(seen, new.plan)
+        assert (measured.macs, measured.params) == (said.macs, said.params)
+        assert said == state.cost - candidate.saving
+        whole = splice_shared(model, new.plan, new.tensors, seen.traces)
+        torch.testing.assert_close(network(data[0]), whole(data[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["mlp_free", "span"])
+def test_maps_and_merges_in_one_network(last: str, tmp_path: Path) -> None:
+    """A map, a merge, and maps behind it: a graph, a delta and an ONNX file compute the same."""
+    more = {} if last == "mlp_free" else {"class_token": False, "global_pool": "avg"}
+    model, data = vit(**more), list(images(20, 32).split(10))
+    run, state, found = behind_merges(model, data, (1, 4))
+    solution = state.solution
+    for site in (Site(0, 0, 1, "mlp_free"), Site(0, 2, 3, "attention_free"), Site(0, 3, 4, last)):
+        solution = with_candidate(solution, [c for c in found if c.site == site][-1])
+    network = splice(model, solution.plan, solution.tensors)
+    assert len(solution.plan.replacements) == 4
+    traced = fx.symbolic_trace(model)
+    blocks, parts = chain_of(traced).blocks, []
+    for r in solution.plan.replacements:
+        of_graph = {"blocks": blocks[r.start : r.stop], "behind": blocks[r.stop :] if r.behind else ()}
+        parts.append(r.model_copy(update=of_graph))
+    graph = splice(traced, Plan(replacements=tuple(parts)), solution.tensors)
+    torch.testing.assert_close(graph(data[0]), network(data[0]), rtol=1e-5, atol=1e-5)
+    seen = run.fitter.profile
+    write_artifact(
+        network,
+        solution.plan,
+        tmp_path / "delta",
+        example=seen.example,
+        original_weights=seen.weights,
+        delta=True,
+    )
+    again = load(tmp_path / "delta", original=model)
+    assert torch.equal(again(data[0]), network(data[0]))
+    export_onnx(network, tmp_path / "network.onnx", data[0][:2], original=model)
