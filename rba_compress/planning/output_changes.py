@@ -222,8 +222,8 @@ def _run(
     order = sorted(context.prices, key=lambda site: (context.prices[site], site))
     highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
     again = order[: round(context.spent.again * blocks)]
-    near = {site for site in again if context.prices[site] <= max(FAR * highest, highest)}
-    context.skipped = set(order) - near.union(again[:FEWEST])
+    kept = {site for site in again if context.prices[site] <= max(FAR * highest, highest)}
+    context.skipped = set(order) - kept.union(again[:FEWEST])
     return done
 
 
