@@ -31,7 +31,7 @@ class Spent:
 
 SPENT: dict[Effort, Spent] = {
     "quick": Spent(
-        stage=0.25, screen=8, fewest=16, finer=0.25, again=0.25, judged=1, trades=8, refits=False
+        stage=0.2, screen=8, fewest=16, finer=0.25, again=0.25, judged=2, trades=8, refits=False
     ),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
     "default": Spent(

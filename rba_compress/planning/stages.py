@@ -40,7 +40,7 @@ from rba_compress.profiling.search_record import EvaluatedNetwork, Refined
 from rba_compress.units.registry import unit_of
 
 GRID = 0.02
-"""Distance of the sizes at which a stage evaluates plans."""
+"""Distance of sizes that count as alike."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
 less its interactions are known, and a solver finds those that are predicted too well."""
@@ -388,7 +388,7 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     single = [s for s in sites(context, state.solution.plan) if removed_length(s) <= 1]
     options = [price(s.chain, s.start, screen=True) for s in single]
     further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
-    judged = (context.spent.stage / GRID / 2 + context.spent.judged) * price(0, 0) / 2
+    judged = (2.5 + context.spent.judged) * price(0, 0) / 2
     return 2 + (sum(options) + further + judged) / context.held
 
 
@@ -479,7 +479,8 @@ def _picked(
     if not sized:
         return
     target = max(target, min(size for size, _ in sized))
-    grid = np.arange(math.floor(start / GRID), 0, -1) * GRID
+    apart = context.spent.stage / 5
+    grid = np.arange(math.floor(start / apart), 0, -1) * apart
     ends = [end for end in (context.limits.goal_size, target) if end >= target]
     seen: set[tuple[int, ...]] = set()
     for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):
