@@ -192,7 +192,7 @@ def test_the_sum_of_profiles_has_no_record() -> None:
 
 
 def test_a_quick_search_takes_fewer_passes() -> None:
-    model, data = seeded(Chain, 10), [*rows(160).split(20)]
+    model, data = seeded(Chain, 12), [*rows(160).split(20)]
     passes = []
     for effort in ("quick", "default"):
         config = Config(units=("span",), effort=effort)  # type: ignore[arg-type]
