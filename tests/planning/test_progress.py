@@ -192,11 +192,11 @@ def test_the_sum_of_profiles_has_no_record() -> None:
 
 
 def test_a_quick_search_takes_fewer_passes() -> None:
-    model, data = seeded(Chain, 12), [*rows(160).split(20)]
+    model, data = seeded(Chain, 9), [*rows(80).split(20)]
     passes = []
     for effort in ("quick", "default"):
-        config = Config(units=("span",), effort=effort)  # type: ignore[arg-type]
-        found = search(model, profile(model, data, config=config), data, budget=Budget(macs=0.5))
+        config = Config(units=("span",), effort=effort, window=2)  # type: ignore[arg-type]
+        found = search(model, profile(model, data, config=config), data, budget=Budget(macs=0.67))
         passes.append(found.plan.forward_passes)
     assert passes[0] < 0.5 * passes[1]
 
