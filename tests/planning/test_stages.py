@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,11 +18,17 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.output_changes import output_changes
+from rba_compress.planning.output_changes import FAR, FEWEST, output_changes
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.sites import sites
-from rba_compress.planning.stages import Verified, descend, trusted
-from rba_compress.planning.state import Candidate, Solution, with_candidate
+from rba_compress.planning.stages import Verified, _price, descend, trusted
+from rba_compress.planning.state import (
+    Candidate,
+    SearchState,
+    Solution,
+    removed_length,
+    with_candidate,
+)
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.registry import unit_of
@@ -150,6 +157,34 @@ def test_the_next_stage_starts_where_predictions_held() -> None:
     assert trusted(run.start, [wild, worse], 0.65, 1) == [worse]
     unlucky = verified(0.8, 0.02, 0.02, unseen=0.9)  # its prediction was of the first sample
     assert trusted(run.start, [good, unlucky], 1.0, 1) == [unlucky]
+
+
+def test_of_networks_of_several_sizes_the_one_that_pays_is_taken() -> None:
+    """A little more divergence for a little more that is saved, at a lower rise for it."""
+    run = started(Budget(macs=0.5))
+    whole = run.start.cost.macs
+
+    def at(size: float, mean: float) -> SearchState:
+        evaluation = replace(run.start.evaluation, divergence=torch.tensor([mean]))
+        return replace(run.start, cost=Cost(macs=round(size * whole)), evaluation=evaluation)
+
+    near, far, worse = at(0.9, 0.012), at(0.88, 0.0132), at(0.88, 0.0156)
+    order = partial(_price, run.start, run.limits)
+    assert sorted([near, worse, far], key=order) == [far, near, worse]
+
+
+def test_sites_that_are_far_from_paying_are_not_run_again() -> None:
+    run = started(Budget(macs=0.5), depth=6)
+    found = run.fitter.candidates(run.start, sites(run, run.start.solution.plan))
+    run.prices = {Site(0, 0, 4, "span"): 1e9}  # of an earlier stage
+    output_changes(run, run.start, [c for c in found if removed_length(c.site) == 1])
+    singles = {Site(0, b, b + 1, "span") for b in range(6)}
+    assert set(run.prices) == {*singles, Site(0, 0, 4, "span")}
+    assert Site(0, 0, 4, "span") in run.skipped
+    cheapest = sorted(singles, key=lambda site: run.prices[site])[:FEWEST]
+    assert run.skipped.isdisjoint(cheapest)
+    limit = FAR * max(run.prices[site] for site in cheapest)
+    assert all(run.prices[site] > limit for site in run.skipped)
 
 
 @pytest.mark.parametrize(
