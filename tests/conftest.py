@@ -103,8 +103,8 @@ def warm() -> None:
 LONGEST = 5.0
 """CPU seconds of a test that is not marked slow, on a quiet machine."""
 QUIET = 280.0
-"""CPU seconds of all such tests on a quiet machine. Where they take longer, for cores are shared, each
-may.
+"""CPU seconds of all such tests on a quiet machine. Where they take longer together, because cores are
+shared, each may take longer by the same ratio.
 """
 
 

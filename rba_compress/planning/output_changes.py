@@ -213,7 +213,7 @@ def _run(
             prices[site] = min(found)
         spans = [site for site in best if removed_length(site)]
         better = spans[: max(-(-len(spans) // 2), FEWEST)]
-        near = [site for site in better if prices[site] <= max(FAR * highest, highest)]
+        near = [site for site in better if prices[site] <= _far(highest)]
         poor.update(site for site in sites if site not in near)
     new_rises = runs.rises[first_new:]
     if new_rises and not context.skipped and not any(map(math.isfinite, new_rises)):
@@ -222,7 +222,7 @@ def _run(
     order = sorted(context.prices, key=lambda site: (context.prices[site], site))
     highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
     again = order[: round(context.spent.again * blocks)]
-    kept = {site for site in again if context.prices[site] <= max(FAR * highest, highest)}
+    kept = {site for site in again if context.prices[site] <= _far(highest)}
     context.skipped = set(order) - kept.union(again[:FEWEST])
     return done
 
@@ -254,6 +254,11 @@ def _highest(
             break
         total, highest = total + max(saved[site], 0.0), prices[site]
     return highest
+
+
+def _far(highest: float) -> float:
+    """Return the price that is far from the highest of interest, which may be negative."""
+    return max(FAR * highest, highest)
 
 
 def _levels(

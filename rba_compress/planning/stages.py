@@ -41,6 +41,8 @@ from rba_compress.units.registry import unit_of
 
 GRID = 0.02
 """Distance of sizes that count as alike."""
+STEPS = 5
+"""Sizes of a stage at which plans are evaluated, apart from its end."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
 less its interactions are known, and a solver finds those that are predicted too well."""
@@ -388,7 +390,7 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     single = [s for s in sites(context, state.solution.plan) if removed_length(s) <= 1]
     options = [price(s.chain, s.start, screen=True) for s in single]
     further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
-    judged = (2.5 + context.spent.judged) * price(0, 0) / 2
+    judged = (STEPS / 2 + context.spent.judged) * price(0, 0) / 2
     return 2 + (sum(options) + further + judged) / context.held
 
 
@@ -479,7 +481,7 @@ def _picked(
     if not sized:
         return
     target = max(target, min(size for size, _ in sized))
-    apart = context.spent.stage / 5
+    apart = context.spent.stage / STEPS
     grid = np.arange(math.floor(start / apart), 0, -1) * apart
     ends = [end for end in (context.limits.goal_size, target) if end >= target]
     seen: set[tuple[int, ...]] = set()
