@@ -347,7 +347,18 @@ class EvaluatedCandidate(Frozen):
     """Reason for which the option was not combined with others; empty where it was."""
 
 
-Action = Literal["take", "stage", "trade", "settle", "swap", "refit", "statistics", "choose", "stop"]
+Action = Literal[
+    "take",
+    "stage",
+    "schedule",
+    "trade",
+    "settle",
+    "swap",
+    "refit",
+    "statistics",
+    "choose",
+    "stop",
+]
 """Kinds of decisions; "stop" comes before a step that breaks a limit of quality; "take", "settle" and
 "swap" are of a greedy search."""
 

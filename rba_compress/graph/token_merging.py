@@ -7,9 +7,10 @@ original positions in it. Attention counts a position by its size: log(size) is 
 its key. With both, joining equal positions changes no output (Bolya et al., ICLR 2023).
 
 The cost of a pair is Ward's (1963): w v / (w + v) times the squared distance of the two in the stream,
-the weighted squared error of their mean. The weights are the square roots of the attention that the
-read positions (class tokens) give to each. On a DeiT-tiny with 28, 40 and 50 % of its cost off, the
-divergence is 0.33, 0.43 and 0.46 of that with pairs chosen by the cosine of keys, as Bolya et al. do.
+the weighted squared error of their mean. The weights are the square roots of size times the attention
+that the read positions (class tokens) give to each. With attention alone, a DeiT-tiny with 28, 40 and
+50 % of its cost off has 0.33, 0.43 and 0.46 of the divergence that it has with pairs chosen by the
+cosine of keys, as Bolya et al. do; with sizes, 0.85, 0.92 and 0.97 of that.
 Where no positions are read alone, the weights are the sizes (0.73, 0.82 and 0.79 on that network).
 """
 
@@ -104,9 +105,10 @@ def rows_of_reads(attention: Tensor, heads: int, reads: int) -> Tensor:
     return by_head[:, :, :reads].mean((1, 2))
 
 
-def importance_of_attention(attention: Tensor) -> Tensor:
-    """Return the square root of attention (N, T), which is kept above 0."""
-    return attention.to(torch.promote_types(attention.dtype, torch.float32)).clamp_min(1e-12).sqrt()
+def importance_of_attention(attention: Tensor, sizes: Tensor | None) -> Tensor:
+    """Return the square root of attention (N, T) times sizes (N, T, 1), which is kept above 0."""
+    wide = attention.to(torch.promote_types(attention.dtype, torch.float32)).clamp_min(1e-12)
+    return (wide if sizes is None else wide * sizes.squeeze(-1)).sqrt()
 
 
 def unit_sizes(stream: Tensor) -> Tensor:

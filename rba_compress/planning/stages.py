@@ -25,6 +25,7 @@ from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
 from rba_compress.planning.refinement import refit, statistics
+from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
@@ -48,6 +49,9 @@ CAUTION = 0.1
 less its interactions are known, and a solver finds those that are predicted too well."""
 TRUST = 4.0
 """Ratio of true to predicted rise up to which a plan's prediction counts as held."""
+
+SURE = 1.5
+"""Ratio of true to predicted rise above which schedules are tried, for the table's products fail."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +190,12 @@ class Descent:
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)
 
+    def _go_on(self, network: Verified) -> None:
+        """Start the next stage from a network, which may be a new one."""
+        if network is not self.verified[self._current]:
+            self._current = len(self.verified)
+            self.verified.append(network)
+
     @property
     def staged(self) -> bool:
         """True where this search has evaluated networks, and not an earlier one of the same profile."""
@@ -239,7 +249,8 @@ class Descent:
                 return cheapest
 
     def _traded(self, state: SearchState) -> SearchState:
-        """Trade levels of the network that met the budget, and add it to the verified ones.
+        """Try schedules and trades of levels of the network that met the budget, and add the best to
+        the verified ones.
 
         A search that took no stage tries half as many trades.
         """
@@ -248,14 +259,24 @@ class Descent:
         if before.traded:
             return state
         most = self.context.spent.trades
-        new = traded(self.context, state, most if self.staged else most // 2)
+        start = self._scheduled(before, lambda cost: not self.limits.lacking(cost)).state
+        new = traded(self.context, start, most if self.staged else most // 2)
         self.verified[k] = replace(before, traded=True)
         if new is not state:
             size = self.limits.size(new.cost)
             self.verified.append(Verified(new, size, before.predicted, traded=True))
-            gain = state.mean - new.mean
-            self.context.log.decided("trade", new.solution.plan, new, gain)
+        if new is not start:
+            self.context.log.decided("trade", new.solution.plan, new, start.mean - new.mean)
         return new
+
+    def _scheduled(self, before: Verified, meets: Callable[[Cost], bool]) -> Verified:
+        """Try schedules in place of the levels of a network, which cost little enough."""
+        state = scheduled(self.context, before.state, meets)
+        if state is before.state:
+            return before
+        gain = before.state.mean - state.mean
+        self.context.log.decided("schedule", state.solution.plan, state, gain)
+        return Verified(state, self.limits.size(state.cost), before.predicted)
 
     def _stage(self) -> bool:
         """Take one stage; return False where no option leads further.
@@ -297,6 +318,8 @@ class Descent:
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
+        if chosen.state.mean - before.mean > SURE * max(chosen.predicted - before.mean, 0.0):
+            self._go_on(self._scheduled(chosen, lambda cost: self.limits.size(cost) <= chosen.size))
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)

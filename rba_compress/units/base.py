@@ -9,7 +9,7 @@ unit by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,6 +32,8 @@ from rba_compress.units.block_variants import BlockGraph, Cut, Form, Traces, exa
 IDENTITY = MapSpec(kind="identity")
 Level = MapSpec | float
 """A setting of a unit: a map, or a number where it has none."""
+Schedule = Callable[[float], dict[int, float]]
+"""Levels by block, for a strength from 0 to 1: the stronger, the less the network costs."""
 
 
 class Trial:
@@ -128,6 +130,14 @@ class Unit(ABC):
     def levels(self, config: Config, chain: Chain) -> Sequence[Level]:
         """Return the unit's settings, the one that saves most first: for maps the identity."""
         return [spec for spec in config.specs(chain.width) if spec.kind != "folded"]
+
+    def schedules(self, chain: Chain, blocks: Sequence[int]) -> dict[tuple[int, int], Schedule]:
+        """Return schedules by their shape, two whole numbers; shapes next to each other are alike.
+
+        Args:
+            blocks: those of the chain that may get a level.
+        """
+        return {}
 
     def choice(self, chain: Chain, start: int, stop: int, level: Level = IDENTITY) -> Replacement:
         """Return the decision for a site and a level, not fitted yet."""

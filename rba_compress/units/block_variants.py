@@ -371,7 +371,7 @@ class BlockGraph:
             importance = None
             if by_attention:
                 attention = self._attention_of_reads(found[0], protected, like=rows)
-                importance = self.call(importance_of_attention, attention, like=rows)
+                importance = self.call(importance_of_attention, attention, self.sizes, like=rows)
             elif self.sizes is not None:
                 importance = self.call(_aten.squeeze.dim, self.sizes, -1, like=rows)
             new = self.call(places, middle, importance, count, protected, like=rows)

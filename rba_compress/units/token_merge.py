@@ -8,6 +8,7 @@ append again. Nothing is fitted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Chain, Offer, Replacement, macs_at
 from rba_compress.graph.rewrite import copy_model
 from rba_compress.graph.token_merging import most, turned
-from rba_compress.units.base import Level, Trial, Unit
+from rba_compress.units.base import Level, Schedule, Trial, Unit
 from rba_compress.units.block_variants import BlockGraph, Form, Thinned, example_inputs, thin
 
 SHARES = (1 / 48, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 5 / 24, 1 / 4, 1 / 3)
@@ -53,6 +54,19 @@ class TokenMerge(Unit):
     def levels(self, config: Config, chain: Chain) -> Sequence[Level]:
         """Return numbers of positions to take away, the fewest first."""
         return sorted({float(max(round(share * chain.positions), 1)) for share in SHARES})
+
+    def schedules(self, chain: Chain, blocks: Sequence[int]) -> dict[tuple[int, int], Schedule]:
+        """Return schedules that merge the same share of what is left in every block.
+
+        A shape says where merging begins, and over how many blocks the share grows to its full size,
+        both in twelfths of the chain.
+        """
+        part = len(chain) / 12
+        return {
+            (first, ramp): partial(_share, chain, blocks, round(first * part), max(ramp * part, 1.0))
+            for first in range(8)
+            for ramp in range(7)
+        }
 
     def choice(self, chain: Chain, start: int, stop: int, level: Level = 1.0) -> Replacement:
         """Return the decision for a block and a number of positions."""
@@ -100,6 +114,26 @@ class TokenMerge(Unit):
     def describe(self, new: Replacement) -> str:
         """Return the block and the number of positions."""
         return f"{new.blocks[0].path} merges {new.level:.0f} positions"
+
+
+def _share(
+    chain: Chain, blocks: Sequence[int], first: int, ramp: float, share: float
+) -> dict[int, float]:
+    """Return the numbers of positions that blocks merge, each the same share of what is left.
+
+    Args:
+        blocks: those that may merge.
+        first: the first block that does.
+        ramp: the number of blocks over which the share grows to its full size.
+        share: from 0, for nothing, to 1, for all that can be merged.
+    """
+    left, found = chain.positions, {}
+    for b in (b for b in blocks if b >= first):
+        count = round(share * min((b - first + 1) / ramp, 1.0) * most(left, chain.ordered or 0))
+        if count:
+            found[b] = float(count)
+        left -= count
+    return found
 
 
 class _Sized:

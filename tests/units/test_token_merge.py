@@ -95,7 +95,7 @@ def stream_by_hand(
         mixed = (attention @ v).transpose(1, 2).reshape(n, positions, width)
         h = h + block.ls1(attn.proj(mixed))
         if b in merges:
-            read = attention[:, :, :protected].mean((1, 2)).sqrt()
+            read = (attention[:, :, :protected].mean((1, 2)) * sizes.squeeze(-1)).sqrt()
             new = places(h, read if reads else sizes.squeeze(-1), merges[b], protected)
             left = merged_sizes(sizes, new, merges[b])
             h, sizes = merge(h, sizes, new, left), left
@@ -278,7 +278,7 @@ def streams_by_hand(model: Any, x: Tensor, merges: dict[int, int]) -> dict[float
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log()[:, None, None]
             mixed = attn.norm((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width))
-            read = scores.softmax(-1)[:, :, 0].mean(1).sqrt()
+            read = (scores.softmax(-1)[:, :, 0].mean(1) * sizes).sqrt()
             streams.append((stream + block.ls1(attn.proj(mixed)), mixed, read))
         (h, _, _), (g, features, read) = streams
         alike = groups / groups.sum(-1, keepdim=True)
