@@ -36,6 +36,7 @@ from rba_compress.planning.state import (
 )
 from rba_compress.profiling.quadratic_form import Change, changes
 from rba_compress.profiling.search_record import OptionRun
+from rba_compress.units.registry import unit_of
 
 FEWEST = 4
 """Spans of one length of which no half is left out, and sites that are of interest at any price."""
@@ -209,8 +210,9 @@ def _run(
         best = sorted(wanted, key=lambda site: prices[site])
         highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
         for site in (site for site in best if prices[site] <= highest):
-            found = _levels(of_site[site], first[site], prices[site], run, highest)
-            prices[site] = min(found)
+            if not unit_of(site.unit).scheduled:
+                found = _levels(of_site[site], first[site], prices[site], run, highest)
+                prices[site] = min(found)
         spans = [site for site in best if removed_length(site)]
         better = spans[: max(-(-len(spans) // 2), FEWEST)]
         near = [site for site in better if prices[site] <= _far(highest)]
@@ -230,11 +232,12 @@ def _run(
 def _run_again(
     levels: Sequence[Candidate], old: Replacement, run: Callable[[Candidate], float], *, further: bool
 ) -> None:
-    """Run levels of a site that is replaced already: of a number, those next to it; of a map, which is
-    fitted anew, the first one and with `further` others.
+    """Run levels of a site that is replaced already: of a number, one above it or those next to it; of
+    a map, which is fitted anew, the first one and with `further` others.
     """
     if old.level is not None:
-        for level in _near(levels, old.level):
+        near, scheduled = _near(levels, old.level), unit_of(old.unit).scheduled
+        for level in near[-1:] if scheduled else near:
             run(level)
         return
     price = run(_first(levels))

@@ -18,7 +18,7 @@ from rba_compress.planning.state import Candidate, SearchState, Solution, change
 from rba_compress.units.base import Unit
 from rba_compress.units.registry import unit_of
 
-MOST = 16
+MOST = 14
 """Shapes that are run at most."""
 Shape = tuple[int, int]
 
@@ -65,7 +65,7 @@ def _scheduled(
             found[shape] = float(screened.mean()), solution
 
     for shape in shapes:
-        if shape[0] % 2 == 0 and shape[1] % 3 == 0:
+        if shape[0] % 2 == 0 and shape[1] in (0, 3):
             run(shape)
     around: set[Shape] = set()
     while found and (best := min(found, key=lambda shape: found[shape][0])) not in around:

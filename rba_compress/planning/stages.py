@@ -35,6 +35,7 @@ from rba_compress.planning.state import (
     taken_at,
     undone,
     with_candidate,
+    without_unread,
 )
 from rba_compress.planning.trades import traded
 from rba_compress.profiling.search_record import EvaluatedNetwork, Refined
@@ -49,9 +50,6 @@ CAUTION = 0.1
 less its interactions are known, and a solver finds those that are predicted too well."""
 TRUST = 4.0
 """Ratio of true to predicted rise up to which a plan's prediction counts as held."""
-
-SURE = 1.5
-"""Ratio of true to predicted rise above which schedules are tried, for the table's products fail."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +222,7 @@ class Descent:
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
-            deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
+            deep = limits.size(self.state.cost) <= limits.goal_size + (GRID if met else 1e-9)
             if deep and met:
                 self.progress.refine()
                 return self._traded(self._settled(met, _order))
@@ -318,8 +316,7 @@ class Descent:
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
-        if chosen.state.mean - before.mean > SURE * max(chosen.predicted - before.mean, 0.0):
-            self._go_on(self._scheduled(chosen, lambda cost: self.limits.size(cost) <= chosen.size))
+        self._go_on(self._scheduled(chosen, lambda cost: self.limits.size(cost) <= chosen.size))
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)
@@ -441,12 +438,11 @@ def _solved(
 ) -> list[tuple[Combination, Solution, Cost]]:
     """Return the combinations of a table with their solutions and costs, the best of each size."""
     fitter, limits = context.fitter, context.limits
-    moves, positions = _moves(context, table)
+    own = without_unread(state.solution, context.profile).plan.replacements
+    moves, positions = _moves(context, table, own)
     times = fitter.times or [[] for _ in context.chains]
-    own = state.solution.plan.replacements
     walked = [chain_cost(chain, own, times=t) for chain, t in zip(context.chains, times, strict=True)]
-    # What the state costs less than its blocks: an exact read-out, which saves less where few positions
-    # reach it.
+    # What is not in the blocks.
     offset = limits.vector(state.cost) - sum(map(limits.vector, walked))
 
     def size(costs: Floats) -> Floats:
@@ -517,8 +513,15 @@ def _picked(
                 yield each
 
 
-def _moves(context: SearchContext, table: OutputChanges) -> tuple[list[Move], list[int]]:
-    """Return the steps over the blocks of all chains, and the positions before them."""
+def _moves(
+    context: SearchContext, table: OutputChanges, own: Sequence[Replacement]
+) -> tuple[list[Move], list[int]]:
+    """Return the steps over the blocks of all chains, and the positions before them.
+
+    Args:
+        own: the replacements of the state as it is handed out, with exact read-outs, which save less
+            where fewer positions reach them.
+    """
     moves: list[Move] = []
     positions: list[int] = []
     first, n = 0, len(table.options)
@@ -526,12 +529,14 @@ def _moves(context: SearchContext, table: OutputChanges) -> tuple[list[Move], li
         walk = partial(_walked, chain, context.fitter.times[c] if context.fitter.times else ())
         positions += [chain.positions, *[-1] * (len(chain) - 1)]
         old = {r.start: (k, r) for k, r in enumerate(table.undone, n) if r.chain == chain.name}
+        handed = {r.start: r for r in own if r.chain == chain.name}
         for b in range(len(chain)):
             row, replaced = old.get(b, (None, None))
+            keep = partial(walk, b, handed.get(b))
             if replaced is not None:
-                keep = partial(walk, b, replaced)
                 moves.append(Move(first + b, first + replaced.stop, None, keep, taken=False))
-            moves.append(Move(first + b, first + b + 1, row, partial(walk, b, None), taken=False))
+                keep = partial(walk, b, None)
+            moves.append(Move(first + b, first + b + 1, row, keep, taken=False))
         for k, option in enumerate(table.options):
             if option.chain == c:
                 new, begin = option.replacement, option.boundary

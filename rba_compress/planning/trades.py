@@ -15,7 +15,7 @@ import numpy as np
 from rba_compress.core.config import mixed_seed
 from rba_compress.core.plan import Chain, Replacement, Site
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.refinement import promises, wins
+from rba_compress.planning.refinement import promises
 from rba_compress.planning.state import Candidate, SearchState, Solution, undone, with_candidate
 from rba_compress.units.registry import unit_of
 
@@ -50,7 +50,8 @@ def traded(context: SearchContext, state: SearchState, most: int) -> SearchState
             if promises(context, screened, before):
                 evaluation = context.evaluation(state, solution, at)
                 new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-                if wins(context, evaluation.divergence, before) and not context.limits.broken(new):
+                # One trade is as likely as another to be better, so that no margin is asked for.
+                if new.mean < state.mean and not context.limits.broken(new):
                     state, again = new, True
             left -= 1
             if not left:

@@ -106,6 +106,10 @@ class Unit(ABC):
     """True where the rest of the block lets a position read others."""
     fitted: ClassVar[bool] = True
     """True where the unit holds a map, which is fitted to the original streams."""
+    scheduled: ClassVar[bool] = False
+    """True where `schedules` set the levels of all blocks at once, so that the search's table needs one
+    level of each site alone.
+    """
     unread: ClassVar[bool] = False
     """True where the map acts on the positions that the output does not read, and on no others."""
 

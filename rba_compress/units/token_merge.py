@@ -33,6 +33,7 @@ class TokenMerge(Unit):
 
     name = "token_merge"
     fitted = False
+    scheduled = True
 
     def offers(self, trial: Trial) -> Iterable[Offer]:
         """Return nothing: a block that can merge positions has `by_positions`."""
