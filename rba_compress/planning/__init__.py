@@ -15,6 +15,7 @@ refinement      kept layers re-solved, BatchNorms re-estimated
 sites           sites of the options of one stage
 output_changes  output changes of options, each run alone, and their inner products
 solver          combinations of options for every cost
+schedules       levels of all blocks of a chain at once, at a given cost
 trades          trades of levels between sites, at the cost of the budget
 stages          the stages, from the original down to the budget
 progress        bar, log lines, checkpoint

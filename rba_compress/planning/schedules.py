@@ -10,12 +10,14 @@ evaluated on all samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
 
 from rba_compress.core.cost import Cost
-from rba_compress.core.plan import Chain
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.state import Candidate, SearchState, Solution, changed, with_candidate
-from rba_compress.units.base import Unit
+from rba_compress.units.base import Schedule, Unit
 from rba_compress.units.registry import unit_of
 
 MOST = 14
@@ -23,82 +25,120 @@ MOST = 14
 Shape = tuple[int, int]
 
 
-def scheduled(context: SearchContext, state: SearchState, meets: Callable[[Cost], bool]) -> SearchState:
-    """Return the network with a schedule in place of a unit's levels, where that has less divergence.
+def scheduled(
+    context: SearchContext, state: SearchState, before: SearchState, meets: Callable[[Cost], bool]
+) -> SearchState:
+    """Return the network with a schedule in place of a unit's levels, where the divergence rises less
+    for what is saved.
 
     Args:
+        state: the network.
+        before: the network from which rises and savings count.
         meets: says whether a cost is low enough.
     """
     for c in range(len(context.chains)):
-        for unit in (u for u in map(unit_of, context.config.units) if not u.fitted):
-            state = _scheduled(context, state, c, unit, meets)
+        for unit in (u for u in map(unit_of, context.config.units) if u.scheduled):
+            state = _Schedules(context, state, c, unit).best(before, meets)
     return state
 
 
-def _scheduled(
-    context: SearchContext, state: SearchState, c: int, unit: Unit, meets: Callable[[Cost], bool]
-) -> SearchState:
-    """Try schedules of one unit in one chain."""
-    chain = context.chains[c]
-    own = [r for r in state.solution.plan.replacements if r.chain == chain.name]
-    old = [r for r in own if r.unit == unit.name]
-    if not old:
-        return state
-    others = {b for r in own if r not in old for b in range(r.start, r.stop)}
-    free = [b for b, _ in unit.sites(chain, None) if b not in others]
-    bare, found = changed(state.solution, drop=old), dict[Shape, tuple[float, Solution]]()
-    shapes, plans = unit.schedules(chain, free), [state.solution.plan.replacements]
+class _Schedules:
+    """Schedules of one unit in one chain of a network, in place of the unit's levels there."""
 
-    def at(solution: Solution) -> tuple[int, int]:
-        new = [r for r in solution.plan.replacements if (r.chain, r.unit) == (chain.name, unit.name)]
-        return c, min(r.start for r in (*old, *new))
+    def __init__(self, context: SearchContext, state: SearchState, c: int, unit: Unit) -> None:
+        self.context, self.state, self.c, self.unit = context, state, c, unit
+        self.chain = context.chains[c]
+        own = [r for r in state.solution.plan.replacements if r.chain == self.chain.name]
+        self.old = [r for r in own if r.unit == unit.name]
+        others = {b for r in own if r not in self.old for b in range(r.start, r.stop)}
+        free = [b for b, _ in unit.sites(self.chain, None) if b not in others]
+        self.shapes = unit.schedules(self.chain, free) if self.old else {}
+        self.bare = changed(state.solution, drop=self.old)
 
-    def run(shape: Shape) -> None:
-        solution = _weakest(
-            lambda strength: _with(bare, c, chain, unit, shapes[shape](strength)),
-            lambda solution: meets(context.fitter.cost(solution.plan)),
-        )
-        new = solution is not None and solution.plan.replacements not in plans
-        if solution is not None and new and len(found) < MOST:
+    def best(self, before: SearchState, meets: Callable[[Cost], bool]) -> SearchState:
+        """Return the network with the best schedule, or the state where none is better; arguments as
+        in `scheduled`.
+        """
+        context, state, limits = self.context, self.state, self.context.limits
+
+        def saved(cost: Cost) -> float:
+            return limits.size(before.cost) - limits.size(cost)
+
+        def price(divergences: Tensor, cost: Cost) -> float:
+            rise = divergences.mean() - before.evaluation.divergence[: len(divergences)].mean()
+            return float(rise) / saved(cost)
+
+        def low(solution: Solution) -> bool:
+            cost = context.fitter.cost(solution.plan)
+            return saved(cost) > 1e-9 and meets(cost)
+
+        def run(solution: Solution) -> float:
+            screened = context.divergences(state, solution, self._at(solution), screen=True)
+            return price(screened, context.fitter.cost(solution.plan))
+
+        lowest, solution = self._lowest(low, run)
+        divergences = state.evaluation.divergence
+        if solution is state.solution or lowest >= price(
+            divergences[: context.evaluator.screened], state.cost
+        ):
+            return state
+        evaluation = context.evaluation(state, solution, self._at(solution))
+        new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
+        lower = price(evaluation.divergence, new.cost) < price(divergences, state.cost)
+        return new if lower and not limits.broken(new) else state
+
+    def _lowest(
+        self, low: Callable[[Solution], bool], run: Callable[[Solution], float]
+    ) -> tuple[float, Solution]:
+        """Return the lowest price of the shapes that were run, and the network; infinity and the state
+        where no shape costs little enough.
+        """
+        found: dict[Shape, tuple[float, Solution]] = {}
+        plans = [self.state.solution.plan.replacements]
+
+        def add(shape: Shape) -> None:
+            solution = _weakest(partial(self._with, self.shapes[shape]), low)
+            if solution is None or solution.plan.replacements in plans or len(found) == MOST:
+                return
             plans.append(solution.plan.replacements)
-            screened = context.divergences(state, solution, at(solution), screen=True)
-            found[shape] = float(screened.mean()), solution
+            found[shape] = run(solution), solution
 
-    for shape in shapes:
-        if shape[0] % 2 == 0 and shape[1] in (0, 3):
-            run(shape)
-    around: set[Shape] = set()
-    while found and (best := min(found, key=lambda shape: found[shape][0])) not in around:
-        around.add(best)
-        for shape in shapes:
-            if shape not in found and abs(shape[0] - best[0]) + abs(shape[1] - best[1]) == 1:
-                run(shape)
-    screened = state.evaluation.divergence[: context.evaluator.screened]
-    if not found or found[best][0] >= float(screened.mean()):
-        return state
-    solution = found[best][1]
-    evaluation = context.evaluation(state, solution, at(solution))
-    new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-    return new if new.mean < state.mean and not context.limits.broken(new) else state
+        for shape in self.shapes:
+            if shape[0] % 2 == 0 and shape[1] in (0, 3):
+                add(shape)
+        around: set[Shape] = set()
+        while found and (best := min(found, key=lambda shape: found[shape][0])) not in around:
+            around.add(best)
+            for shape in self.shapes:
+                if shape not in found and abs(shape[0] - best[0]) + abs(shape[1] - best[1]) == 1:
+                    add(shape)
+        return found[best] if found else (float("inf"), self.state.solution)
+
+    def _at(self, solution: Solution) -> tuple[int, int]:
+        """Return the chain and the boundary up to which a network has the streams of the state."""
+        of = self.chain.name, self.unit.name
+        new = [r for r in solution.plan.replacements if (r.chain, r.unit) == of]
+        return self.c, min(r.start for r in (*self.old, *new))
+
+    def _with(self, schedule: Schedule, strength: float) -> Solution:
+        """Return the network with a schedule."""
+        solution = self.bare
+        for b, level in schedule(strength).items():
+            new = self.unit.choice(self.chain, b, b + 1, level)
+            solution = with_candidate(solution, Candidate(self.c, new))
+        return solution
 
 
-def _with(solution: Solution, c: int, chain: Chain, unit: Unit, levels: dict[int, float]) -> Solution:
-    """Return a solution with levels of a unit, by block."""
-    for b, level in levels.items():
-        solution = with_candidate(solution, Candidate(c, unit.choice(chain, b, b + 1, level)))
-    return solution
-
-
-def _weakest(build: Callable[[float], Solution], meets: Callable[[Solution], bool]) -> Solution | None:
+def _weakest(build: Callable[[float], Solution], low: Callable[[Solution], bool]) -> Solution | None:
     """Return the network with the least strength that costs little enough; None where none does."""
-    low, high, best = 0.0, 1.0, build(1.0)
-    if not meets(best):
+    least, most, best = 0.0, 1.0, build(1.0)
+    if not low(best):
         return None
     for _ in range(10):
-        middle = (low + high) / 2
+        middle = (least + most) / 2
         solution = build(middle)
-        if meets(solution):
-            high, best = middle, solution
+        if low(solution):
+            most, best = middle, solution
         else:
-            low = middle
+            least = middle
     return best

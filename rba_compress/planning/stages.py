@@ -257,7 +257,9 @@ class Descent:
         if before.traded:
             return state
         most = self.context.spent.trades
-        start = self._scheduled(before, lambda cost: not self.limits.lacking(cost)).state
+        start = self._scheduled(
+            before, self.context.start, lambda cost: not self.limits.lacking(cost)
+        ).state
         new = traded(self.context, start, most if self.staged else most // 2)
         self.verified[k] = replace(before, traded=True)
         if new is not state:
@@ -267,14 +269,16 @@ class Descent:
             self.context.log.decided("trade", new.solution.plan, new, start.mean - new.mean)
         return new
 
-    def _scheduled(self, before: Verified, meets: Callable[[Cost], bool]) -> Verified:
-        """Try schedules in place of the levels of a network, which cost little enough."""
-        state = scheduled(self.context, before.state, meets)
-        if state is before.state:
-            return before
-        gain = before.state.mean - state.mean
+    def _scheduled(
+        self, network: Verified, before: SearchState, meets: Callable[[Cost], bool]
+    ) -> Verified:
+        """Try schedules in place of a network's levels, which cost little enough."""
+        state = scheduled(self.context, network.state, before, meets)
+        if state is network.state:
+            return network
+        gain = network.state.mean - state.mean
         self.context.log.decided("schedule", state.solution.plan, state, gain)
-        return Verified(state, self.limits.size(state.cost), before.predicted)
+        return Verified(state, self.limits.size(state.cost), network.predicted)
 
     def _stage(self) -> bool:
         """Take one stage; return False where no option leads further.
@@ -292,7 +296,8 @@ class Descent:
         self.progress.stage(before, _expected(context, before))
         size = self.limits.size(before.cost)
         skipped = bool(context.skipped)
-        judged = stage(context, before, self._target())
+        target = self._target()
+        judged = stage(context, before, target)
         judged = [v for v in judged if v.size < size - 1e-9]
         finite = [v for v in judged if math.isfinite(v.state.mean)]
         if judged and not finite:
@@ -316,7 +321,8 @@ class Descent:
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
-        self._go_on(self._scheduled(chosen, lambda cost: self.limits.size(cost) <= chosen.size))
+        end = min(chosen.size, target)
+        self._go_on(self._scheduled(chosen, before, lambda cost: self.limits.size(cost) <= end))
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)

@@ -82,7 +82,7 @@ def test_a_schedule_costs_no_more_and_lowers_the_divergence(monkeypatch: pytest.
         return own(*args, screen=screen)
 
     monkeypatch.setattr(run, "divergences", counted)
-    found = scheduled(run, state, least(run, state))
+    found = scheduled(run, state, run.start, least(run, state))
     assert levels(found.solution.plan) != levels(state.solution.plan)
     assert found.cost.macs <= state.cost.macs
     assert run.fitter.cost(found.solution.plan) == found.cost
@@ -91,7 +91,7 @@ def test_a_schedule_costs_no_more_and_lowers_the_divergence(monkeypatch: pytest.
     evaluated = run.state(found.solution, found.cost)  # as a whole, not from a boundary
     assert evaluated.mean == pytest.approx(found.mean, rel=1e-4)
     again, same = started(0.9, b3=8, b4=4)
-    alike = scheduled(again, same, least(again, same))
+    alike = scheduled(again, same, again.start, least(again, same))
     assert levels(alike.solution.plan) == levels(found.solution.plan)
 
 
@@ -100,7 +100,7 @@ def test_other_replacements_stay() -> None:
     other = SPAN.choice(run.chains[0], 2, 3)
     solution = changed(state.solution, add=[other])
     state = run.state(solution, run.fitter.cost(solution.plan))
-    found = scheduled(run, state, least(run, state))
+    found = scheduled(run, state, run.start, least(run, state))
     assert found is not state
     assert other in found.solution.plan.replacements
     assert 2 not in {r.start for r in found.solution.plan.replacements if r.unit == TOKEN_MERGE.name}
@@ -114,7 +114,8 @@ def test_a_state_stays_where_no_schedule_is_better(why: str, monkeypatch: pytest
     if why == "none is better":
         state.evaluation.divergence.zero_()
     low = why != "no cost is low enough"
-    assert scheduled(run, state, lambda cost: low and cost.macs <= state.cost.macs) is state
+    met = lambda cost: low and cost.macs <= state.cost.macs  # noqa: E731
+    assert scheduled(run, state, run.start, met) is state
 
 
 def test_every_stage_goes_on_from_a_schedule_that_is_better(
@@ -125,9 +126,9 @@ def test_every_stage_goes_on_from_a_schedule_that_is_better(
     seen = profile(model, data, config=Config(units=("token_merge",)))
     asked = []
 
-    def counted(context: SearchContext, state: SearchState, meets: Any) -> SearchState:
+    def counted(context: SearchContext, state: SearchState, *others: Any) -> SearchState:
         asked.append(state.mean)
-        return scheduled(context, state, meets)
+        return scheduled(context, state, *others)
 
     monkeypatch.setattr("rba_compress.planning.stages.scheduled", counted)
     plan = search(model, seen, data, budget=Budget(macs=0.65)).plan
