@@ -25,7 +25,7 @@ from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
 from rba_compress.planning.refinement import refit, statistics
-from rba_compress.planning.schedules import scheduled
+from rba_compress.planning.schedules import MOST, scheduled
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
@@ -411,12 +411,16 @@ def trusted(
 
 
 def _expected(context: SearchContext, state: SearchState) -> float:
-    """Return about how many forward passes a stage takes: fits, single options, and evaluations."""
+    """Return about how many forward passes a stage takes: fits, single options, evaluations, and
+    schedules.
+    """
     price, blocks = context.evaluator.price, sum(map(len, context.chains))
     single = [s for s in sites(context, state.solution.plan) if removed_length(s) <= 1]
     options = [price(s.chain, s.start, screen=True) for s in single]
     further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
     judged = (STEPS / 2 + context.spent.judged) * price(0, 0) / 2
+    if any(unit_of(s.unit).scheduled for s in single):
+        judged += MOST * price(0, 0, screen=True) / 2
     return 2 + (sum(options) + further + judged) / context.held
 
 
