@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -143,3 +144,31 @@ def test_the_weakest_schedule_that_costs_little_enough_is_taken() -> None:
     met: Any = lambda strength: strength >= 0.3  # noqa: E731
     assert 0.3 <= cast("Any", schedules._weakest(build, met)) < 0.302
     assert schedules._weakest(build, lambda _: False) is None
+
+
+def test_a_search_that_is_interrupted_in_its_schedules_ends_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"depth": 4}, num_classes=5)
+    data, path = list(images(20, 32).split(10)), tmp_path / "checkpoint"
+    monkeypatch.setattr("rba_compress.planning.progress.EVERY", 0.0)
+
+    def searched() -> Any:
+        seen = profile(model, data, config=Config(units=("token_merge",), effort="quick"))
+        return search(model, seen, data, budget=Budget(macs=0.7), checkpoint=path)
+
+    expected, asked = searched(), []
+    assert "schedule" in {step.action for step in expected.plan.steps}
+
+    def interrupted(*args: Any) -> SearchState:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return scheduled(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rba_compress.planning.stages.scheduled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            searched()
+    assert path.exists()
+    assert searched().plan.model_dump_json() == expected.plan.model_dump_json()
