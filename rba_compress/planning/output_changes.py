@@ -6,7 +6,8 @@ products with the other options' changes are kept, so that the table does not gr
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
 that is not folded. Other levels follow for the sites of interest, those whose rise is the least for
-what they save, and for those that are replaced already. A span that is longer by a block follows where
+what they save, and for those that are replaced already; a unit whose levels are set by schedules needs
+one of each site. A span that is longer by a block follows where
 both of its shorter ones belong to the better half and are not far from being of interest.
 """
 
