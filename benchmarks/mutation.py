@@ -58,7 +58,7 @@ TESTS = {
     ],
     "linalg.maps": ["tests/linalg/test_maps.py", *NUMBERS],
     "graph.rewrite": REWRITE,
-    "units.splice": ["tests/units/test_token_merge.py", *REWRITE],
+    "units.splice": ["tests/units/test_token_merge.py", "tests/core/test_offload.py", *REWRITE],
     "planning.limits": SEARCH,
     "planning.plan_cost": [*SEARCH[:2], "tests/units/test_block_variants.py", *SEARCH[2:]],
     "planning.refinement": SEARCH,

@@ -403,3 +403,14 @@ def test_maps_and_merges_in_one_network(last: str, tmp_path: Path) -> None:
     again = load(tmp_path / "delta", original=model)
     assert torch.equal(again(data[0]), network(data[0]))
     export_onnx(network, tmp_path / "network.onnx", data[0][:2], original=model)
+
+
+def test_a_nested_network_that_shares_its_weights_leaves_the_original_as_it_is() -> None:
+    """Blocks behind a merge are replaced as well."""
+    model: Any = nn.Sequential(vit())
+    x = images(2, 32)
+    before, expected = [type(block) for block in model[0].blocks], model(x)
+    merged = splice_shared(model, planned(chain_of(model), (0, 4)), {})
+    assert not torch.equal(merged(x), expected)
+    assert [type(block) for block in model[0].blocks] == before
+    assert torch.equal(model(x), expected)
