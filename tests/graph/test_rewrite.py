@@ -230,7 +230,11 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes() -> None:
             tensors | {"blocks.1.map.weight": torch.ones(2, 2)},
             r"'blocks.1.map.weight' has shape \(2, 2\), wanted \(8, 8\)",
         ),
-        (Plan(replacements=(good, replacement(chain, 2, 4))), tensors, "share the block blocks.2"),
+        (
+            Plan(replacements=(good, replacement(chain, 2, 4))),
+            tensors,
+            f"{replacement(chain, 2, 4)} and {good} share the block blocks.2",
+        ),
     ]
     for bad, given, message in cases:
         with pytest.raises(PlanError, match=message):
