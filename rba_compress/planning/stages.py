@@ -222,7 +222,7 @@ class Descent:
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
-            deep = limits.size(self.state.cost) <= limits.goal_size + (GRID if met else 1e-9)
+            deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
             if deep and met:
                 self.progress.refine()
                 return self._traded(self._settled(met, _order))
