@@ -78,9 +78,10 @@ class _Schedules:
 
         lowest, solution = self._lowest(low, run)
         divergences = state.evaluation.divergence
-        if solution is state.solution or lowest >= price(
-            divergences[: context.evaluator.screened], state.cost
-        ):
+        if solution is state.solution:
+            return state
+        own = price(divergences[: context.evaluator.screened], state.cost)
+        if meets(state.cost) and lowest >= own:
             return state
         evaluation = context.evaluation(state, solution, self._at(solution))
         new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
