@@ -7,8 +7,8 @@ products with the other options' changes are kept, so that the table does not gr
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
 that is not folded. Other levels follow for the sites of interest, those whose rise is the least for
 what they save, and for those that are replaced already; a unit whose levels are set by schedules needs
-one of each site. A span that is longer by a block follows where
-both of its shorter ones belong to the better half and are not far from being of interest.
+one of each site. A span that is longer by a block follows where both of its shorter ones belong to the
+better half and are not far from being of interest.
 """
 
 from __future__ import annotations
@@ -233,8 +233,9 @@ def _run(
 def _run_again(
     levels: Sequence[Candidate], old: Replacement, run: Callable[[Candidate], float], *, further: bool
 ) -> None:
-    """Run levels of a site that is replaced already: of a number, one above it or those next to it; of
-    a map, which is fitted anew, the first one and with `further` others.
+    """Run levels of a site that is replaced already: of a number, those next to it, or the highest of
+    them where schedules set it; of a map, which is fitted anew, the first one and with `further`
+    others.
     """
     if old.level is not None:
         near, scheduled = _near(levels, old.level), unit_of(old.unit).scheduled

@@ -77,11 +77,11 @@ class _Schedules:
             return price(screened, context.fitter.cost(solution.plan))
 
         lowest, solution = self._lowest(low, run)
-        divergences = state.evaluation.divergence
         if solution is state.solution:
             return state
-        own = price(divergences[: context.evaluator.screened], state.cost)
-        if meets(state.cost) and lowest >= own:
+        divergences = state.evaluation.divergence
+        screened = price(divergences[: context.evaluator.screened], state.cost)
+        if meets(state.cost) and lowest >= screened:
             return state
         evaluation = context.evaluation(state, solution, self._at(solution))
         new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)

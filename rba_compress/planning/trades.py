@@ -50,7 +50,7 @@ def traded(context: SearchContext, state: SearchState, most: int) -> SearchState
             if promises(context, screened, before):
                 evaluation = context.evaluation(state, solution, at)
                 new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-                # One trade is as likely as another to be better, so that no margin is asked for.
+                # Both networks cost the same, so that no margin is required.
                 if new.mean < state.mean and not context.limits.broken(new):
                     state, again = new, True
             left -= 1

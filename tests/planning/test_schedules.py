@@ -20,7 +20,7 @@ from rba_compress.planning.state import SearchState, changed
 from rba_compress.units.span import SPAN
 from rba_compress.units.token_merge import TOKEN_MERGE
 from tests.networks import images, seeded
-from tests.planning.test_trades import SIZES, levels, started
+from tests.planning.test_trades import SIZES, levels, require_resumed_bit_equal, started
 
 
 def chain_of(blocks: int, positions: int) -> Chain:
@@ -149,26 +149,5 @@ def test_the_weakest_schedule_that_costs_little_enough_is_taken() -> None:
 def test_a_search_that_is_interrupted_in_its_schedules_ends_bit_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"depth": 4}, num_classes=5)
-    data, path = list(images(20, 32).split(10)), tmp_path / "checkpoint"
-    monkeypatch.setattr("rba_compress.planning.progress.EVERY", 0.0)
-
-    def searched() -> Any:
-        seen = profile(model, data, config=Config(units=("token_merge",), effort="quick"))
-        return search(model, seen, data, budget=Budget(macs=0.7), checkpoint=path)
-
-    expected, asked = searched(), []
-    assert "schedule" in {step.action for step in expected.plan.steps}
-
-    def interrupted(*args: Any) -> SearchState:
-        asked.append(1)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return scheduled(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rba_compress.planning.stages.scheduled", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            searched()
-    assert path.exists()
-    assert searched().plan.model_dump_json() == expected.plan.model_dump_json()
+    at = "rba_compress.planning.stages.scheduled", scheduled
+    require_resumed_bit_equal(tmp_path / "checkpoint", monkeypatch, "schedule", interrupt=at, call=2)

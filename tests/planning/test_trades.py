@@ -99,11 +99,19 @@ def test_without_merges_there_is_nothing_to_trade() -> None:
     assert traded(run, state, run.spent.trades) is state
 
 
-def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def require_resumed_bit_equal(
+    path: Path, monkeypatch: pytest.MonkeyPatch, action: str, *, interrupt: tuple[str, Any], call: int
 ) -> None:
+    """Interrupt a search at a call of a function, and require that it then ends as if it had not been.
+
+    Args:
+        path: its checkpoint.
+        action: a kind of decision that the search has to take.
+        interrupt: the name of the function, and what it does otherwise.
+        call: the number of the call that is interrupted.
+    """
     model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"depth": 4}, num_classes=5)
-    data, path = list(images(20, 32).split(10)), tmp_path / "checkpoint"
+    data = list(images(20, 32).split(10))
     how = Config(units=("token_merge",), effort="quick")
     monkeypatch.setattr("rba_compress.planning.progress.EVERY", 0.0)
 
@@ -111,29 +119,37 @@ def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
         seen = profile(model, data, config=how)
         return search(model, seen, data, budget=Budget(macs=0.7), checkpoint=path)
 
-    def lower(_: Any, after: torch.Tensor, before: torch.Tensor) -> bool:
-        # Of few samples, it is rarely lower by more than a standard error.
-        return bool(after.mean() < before[: len(after)].mean())
+    name, own = interrupt
+    monkeypatch.setattr(name, own)
+    expected, calls = searched(), []
+    assert action in {step.action for step in expected.plan.steps}
 
-    monkeypatch.setattr("rba_compress.planning.stages.scheduled", lambda _, state, *others: state)
-    monkeypatch.setattr("rba_compress.planning.trades.promises", lower)
-    expected, tried = searched(), []
-    assert "trade" in {step.action for step in expected.plan.steps}
-
-    def interrupted(*args: Any) -> bool:
-        tried.append(1)
-        if len(tried) == 3:
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
             raise KeyboardInterrupt
-        return lower(*args)
+        return own(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("rba_compress.planning.trades.promises", interrupted)
+        patch.setattr(name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             searched()
     assert path.exists()
     found = searched()
     assert found.plan.model_dump_json() == expected.plan.model_dump_json()
     assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+
+
+def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lower(_: Any, after: torch.Tensor, before: torch.Tensor) -> bool:
+        # Of few samples, it is rarely lower by more than a standard error.
+        return bool(after.mean() < before[: len(after)].mean())
+
+    monkeypatch.setattr("rba_compress.planning.stages.scheduled", lambda _, state, *others: state)
+    at = "rba_compress.planning.trades.promises", lower
+    require_resumed_bit_equal(tmp_path / "checkpoint", monkeypatch, "trade", interrupt=at, call=3)
 
 
 def test_the_solver_knows_what_one_change_of_a_merged_network_costs() -> None:
