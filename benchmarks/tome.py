@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rba_compress.graph.token_merging import merge, merged_sizes, places, unit_sizes, weights
+from rba_compress.graph.token_merging import (
+    merge,
+    merged_sizes,
+    places,
+    shares,
+    unit_sizes,
+    weights,
+)
 
 
 class ToMe(nn.Module):
@@ -43,8 +50,8 @@ class ToMe(nn.Module):
                 keys = functional.normalize(k.transpose(1, 2).flatten(2), dim=-1)
                 new = places(keys, None, count, model.num_prefix_tokens)
                 before = unit_sizes(x) if sizes is None else sizes
+                x = merge(x, shares(new, before.squeeze(-1), count), new, count)
                 sizes = merged_sizes(before, new, count)
-                x = merge(x, before, new, sizes)
             x = x + block.ls2(block.mlp(block.norm2(x)))
         found: Tensor = model.forward_head(model.norm(x))
         return found

@@ -48,8 +48,8 @@ def observe(
     """Run a model, rewritten or not, and keep the streams of its chains without copying them.
 
     Args:
-        layers: paths of modules whose inputs and outputs are kept, too; `PLACES` of a block that merges
-            positions gives its keys, and where each position went.
+        layers: paths of modules whose inputs and outputs are kept, too; `MERGE` of a block that merges
+            positions gives the new place of each, and its share in the mean there.
         stop: (chain, boundary) after which the pass is ended.
         clock: read at every boundary.
 

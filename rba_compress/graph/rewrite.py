@@ -21,8 +21,8 @@ from rba_compress.core.plan import Block, Plan, listed
 from rba_compress.core.weight_types import of_peft
 from rba_compress.graph.tracer import module_stack
 
-PLACES = "places"
-"""Name under which a block that merges positions shows where each of them went."""
+MERGE = "merge"
+"""Name under which a block that merges positions shows where each goes, and its share in the mean."""
 
 
 class BlockModule(nn.Module):
@@ -30,7 +30,7 @@ class BlockModule(nn.Module):
 
     watching: Mapping[str, Callable[[Any, Any], None]] | None = None
     """Set while a pass is observed: for layers of the block that run by a graph and not as modules, by
-    path, what is called with their input and output. `PLACES` stands for a merge of positions."""
+    path, what is called with their input and output. `MERGE` stands for a merge of positions."""
 
 
 class Spliced(nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Block, Branch, Chain
 from rba_compress.graph.activations import Observed, attention_mask, observe
-from rba_compress.graph.rewrite import PLACES, copy_model, replace_blocks
-from rba_compress.graph.token_merging import merge, merged_sizes, unit_sizes
+from rba_compress.graph.rewrite import MERGE, copy_model, replace_blocks
+from rba_compress.graph.token_merging import merge
 from rba_compress.linalg.moments import PairMoments, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.planning.state import Solution
@@ -32,6 +32,15 @@ from rba_compress.units.whole import WHOLE
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 """The input and the output of each layer that was observed."""
+
+
+class Merge(NamedTuple):
+    """Merge of positions, sample by sample."""
+
+    places: Tensor
+    """The new place of each position, (N, T)."""
+    share: Tensor
+    """Its share in the mean there, (N, T, 1)."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +212,8 @@ def span_rows(
                 own, aims = g[i], [h[j] for j in ends]
                 if before[i]:
                     own, left = own[..., : chain.width], own.shape[1]
-                    places = reduce(_behind, (seen.layers[path][1] for path in before[i]), None)
-                    aims = [_merged(aim, None, places, left) for aim in aims]
+                    by = reduce(_behind, (Merge(*seen.layers[path]) for path in before[i]), None)
+                    aims = [_merged(aim, by, left) for aim in aims]
                 maps = Rows.of(chain, own, torch.cat(aims, chain.axis), mask)
                 gaps = None
                 if i in folds:
@@ -285,8 +294,8 @@ class _Reached:
 
     original: list[Streams]
     compressed: list[Streams]
-    places: list[Tensor | None]
-    """Positions behind the merges of each original position, (N, T); None where none was merged."""
+    merges: list[Merge | None]
+    """All merges of the compressed network up to there as one; None where it merges nothing."""
 
 
 def _at(streams: Streams, boundaries: Sequence[int]) -> Streams:
@@ -295,20 +304,20 @@ def _at(streams: Streams, boundaries: Sequence[int]) -> Streams:
 
 
 def _merge_at(chain: Chain, block: int) -> str:
-    return f"{chain.blocks[block].path}.{PLACES}"
+    return f"{chain.blocks[block].path}.{MERGE}"
 
 
-def _behind(places: Tensor | None, new: Tensor) -> Tensor:
-    """Return where original positions are behind one more merge."""
-    return new if places is None else new.gather(1, places)
+def _behind(before: Merge | None, new: Merge) -> Merge:
+    """Return two merges, one behind the other, as one."""
+    if before is None:
+        return new
+    share = before.share * new.share.gather(1, before.places[..., None])
+    return Merge(new.places.gather(1, before.places), share)
 
 
-def _merged(x: Tensor, sizes: Tensor | None, places: Tensor | None, left: int) -> Tensor:
-    """Return a stream, or a part of it, merged to `left` positions; unchanged without places."""
-    if places is None:
-        return x
-    before = unit_sizes(x) if sizes is None else sizes
-    return merge(x, before, places, merged_sizes(before, places, x.shape[1] - left))
+def _merged(x: Tensor, by: Merge | None, left: int) -> Tensor:
+    """Return a stream, or a part of it, merged to `left` positions; unchanged without a merge."""
+    return x if by is None else merge(x, by.share, by.places, x.shape[1] - left)
 
 
 class Walk:
@@ -356,14 +365,14 @@ class Walk:
         merges = [_merge_at(self.chain, b) for b in self._merges if self.boundary <= b < boundary]
         original = self._pass(self.original, self._now.original, boundary)
         light = self._pass(compressed, self._now.compressed, boundary, merges)
-        reached = _Reached([], [], list(self._now.places))
+        reached = _Reached([], [], list(self._now.merges))
         with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k in range(len(self.batches)):
                 seen = light(k)
                 reached.original.append(_at(original(k).streams, last))
                 reached.compressed.append(_at(seen.streams, last))
                 for path in merges:
-                    reached.places[k] = _behind(reached.places[k], seen.layers[path][1])
+                    reached.merges[k] = _behind(reached.merges[k], Merge(*seen.layers[path]))
         self._now, self.boundary = reached, boundary
 
     def _pass(
@@ -394,7 +403,7 @@ class Walk:
         with evaluating(original.resumed.model), evaluating(light.resumed.model):
             for k, batch in enumerate(self.batches):
                 theirs, ours = original(k), light(k)
-                new = ours.layers[merge_at[0]][1] if merge_at else None
+                new = Merge(*ours.layers[merge_at[0]]) if merge_at else None
                 mask = attention_mask(batch, self.chain)
                 for index, branch in enumerate(branches):
                     # A merge of this block lies between its sublayers: behind its first branch.
@@ -404,31 +413,31 @@ class Walk:
                     found[index].append(Rows.of(self.chain, features, lacking, mask))
                 ahead.original.append(_at(theirs.streams, last))
                 ahead.compressed.append(_at(ours.streams, last))
-                places = self._now.places[k]
-                ahead.places.append(places if new is None else _behind(places, new))
+                before = self._now.merges[k]
+                ahead.merges.append(before if new is None else _behind(before, new))
         self._ahead = ahead
         return [sum(rows[1:], start=rows[0]) for rows in found]
 
     def _gap(
-        self, k: int, theirs: Layers, ours: Layers, branches: Sequence[Branch], new: Tensor | None
+        self, k: int, theirs: Layers, ours: Layers, branches: Sequence[Branch], new: Merge | None
     ) -> Tensor:
         """Return the original stream behind the last of some branches minus the current one."""
         held = self._now.original, self._now.compressed
         h, g = (streams[k][self.index][self.boundary] for streams in held)
-        places, width, last = self._now.places[k], self.chain.width, branches[-1]
-        g, sizes = (g, None) if places is None else (g[..., :width], g[..., width:])
+        merges, last = self._now.merges[k], branches[-1]
+        g = g if merges is None else g[..., : self.chain.width]
         if len(branches) == 1:
             new = None
         elif new is not None:
-            places = _behind(places, new)
+            merges = _behind(merges, new)
         left = ours[last.path][1].shape[1]
         if last.norm is not None:
-            return _merged(theirs[last.norm][1], None, places, left) - ours[last.norm][1]
-        gap = _merged(h, None, places, left) - _merged(g, sizes, new, left)
+            return _merged(theirs[last.norm][1], merges, left) - ours[last.norm][1]
+        gap = _merged(h, merges, left) - _merged(g, new, left)
         for branch in branches:
-            moved = _merged(theirs[branch.path][1].reshape(h.shape), None, places, left)
+            moved = _merged(theirs[branch.path][1].reshape(h.shape), merges, left)
             own = ours[branch.path][1]
             if branch is not last:
-                own = _merged(own.reshape(g.shape), sizes, new, left)
+                own = _merged(own.reshape(g.shape), new, left)
             gap = gap + (moved - own.reshape(gap.shape)) * scale_of(self.original, branch)
         return gap

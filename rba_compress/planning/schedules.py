@@ -3,8 +3,8 @@
 The table of a stage knows each level alone and the products of their changes. Merges of positions
 interact in more ways, because each changes the positions that the later ones see. A schedule has few
 numbers: a shape, and a strength, which is set so that the network costs what it may. Shapes are run on
-the screened samples, first those of a coarse grid, then those around the best one; the best of all is
-evaluated on all samples.
+the screened samples, first those of a coarse grid, then those around the best one; the best few of all
+are evaluated on all samples.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class _Schedules:
         in `scheduled`.
         """
         context, state, limits = self.context, self.state, self.context.limits
+        if not self.shapes:
+            return state
 
         def saved(cost: Cost) -> float:
             return limits.size(before.cost) - limits.size(cost)
@@ -76,24 +78,23 @@ class _Schedules:
             screened = context.divergences(state, solution, self._at(solution), screen=True)
             return price(screened, context.fitter.cost(solution.plan))
 
-        lowest, solution = self._lowest(low, run)
-        if solution is state.solution:
-            return state
-        divergences = state.evaluation.divergence
+        divergences, best = state.evaluation.divergence, state
         screened = price(divergences[: context.evaluator.screened], state.cost)
-        if meets(state.cost) and lowest >= screened:
-            return state
-        evaluation = context.evaluation(state, solution, self._at(solution))
-        new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
-        lower = price(evaluation.divergence, new.cost) < price(divergences, state.cost)
-        return new if lower and not limits.broken(new) else state
+        lowest = price(divergences, state.cost)
+        for expected, solution in self._screened(low, run)[: context.spent.judged]:
+            if meets(state.cost) and expected >= screened:
+                break
+            evaluation = context.evaluation(state, solution, self._at(solution))
+            new = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
+            found = price(evaluation.divergence, new.cost)
+            if found < lowest and not limits.broken(new):
+                best, lowest = new, found
+        return best
 
-    def _lowest(
+    def _screened(
         self, low: Callable[[Solution], bool], run: Callable[[Solution], float]
-    ) -> tuple[float, Solution]:
-        """Return the lowest price of the shapes that were run, and the network; infinity and the state
-        where no shape costs little enough.
-        """
+    ) -> list[tuple[float, Solution]]:
+        """Return the prices of the shapes that were run, and their networks, the lowest price first."""
         found: dict[Shape, tuple[float, Solution]] = {}
         plans = [self.state.solution.plan.replacements]
 
@@ -113,7 +114,7 @@ class _Schedules:
             for shape in self.shapes:
                 if shape not in found and abs(shape[0] - best[0]) + abs(shape[1] - best[1]) == 1:
                     add(shape)
-        return found[best] if found else (float("inf"), self.state.solution)
+        return sorted(found.values(), key=lambda each: each[0])
 
     def _at(self, solution: Solution) -> tuple[int, int]:
         """Return the chain and the boundary up to which a network has the streams of the state."""

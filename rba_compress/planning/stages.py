@@ -64,6 +64,8 @@ class Verified:
     refined: Refined = "not"
     traded: bool = False
     """True where trades of its levels were tried, or where it came out of them."""
+    scheduled: bool = False
+    """True where schedules were tried before a stage starts from it, or where it is one of them."""
 
 
 def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Solution:
@@ -188,12 +190,6 @@ class Descent:
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)
 
-    def _go_on(self, network: Verified) -> None:
-        """Start the next stage from a network, which may be a new one."""
-        if network is not self.verified[self._current]:
-            self._current = len(self.verified)
-            self.verified.append(network)
-
     @property
     def staged(self) -> bool:
         """True where this search has evaluated networks, and not an earlier one of the same profile."""
@@ -226,6 +222,8 @@ class Descent:
             if deep and met:
                 self.progress.refine()
                 return self._traded(self._settled(met, _order))
+            if self._schedule_current():
+                continue
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
@@ -280,6 +278,25 @@ class Descent:
         self.context.log.decided("schedule", state.solution.plan, state, gain)
         return Verified(state, self.limits.size(state.cost), network.predicted)
 
+    def _schedule_current(self) -> bool:
+        """Try schedules of the network from which the next stage would start; return False where that
+        was done before.
+        """
+        k, size = self._current, self.limits.size
+        network = self.verified[k]
+        if network.scheduled or not network.state.solution.plan.replacements:
+            return False
+        # What the last stage should have come down to, where it is near.
+        end = min(network.size, self._target() + self.context.spent.stage)
+        starts = [v.state for v in self.verified[:k] if v.scheduled and v.size > network.size]
+        before = starts or [self.context.start]
+        new = self._scheduled(network, before[-1], lambda cost: size(cost) <= end + 1e-9)
+        self.verified[k] = replace(network, scheduled=True)
+        if new is not network:
+            self._current = len(self.verified)
+            self.verified.append(replace(new, scheduled=True))
+        return True
+
     def _stage(self) -> bool:
         """Take one stage; return False where no option leads further.
 
@@ -321,8 +338,6 @@ class Descent:
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
             context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
-        end = min(chosen.size, target)
-        self._go_on(self._scheduled(chosen, before, lambda cost: self.limits.size(cost) <= end))
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)
@@ -360,6 +375,7 @@ def _recorded(verified: Verified) -> EvaluatedNetwork:
         settled=verified.settled,
         refined=verified.refined,
         traded=verified.traded,
+        scheduled=verified.scheduled,
     )
 
 
@@ -371,7 +387,13 @@ def _restored(context: SearchContext, network: EvaluatedNetwork) -> Verified:
     state = SearchState(Solution(plan, network.tensors), cost, evaluation_of(network))
     size = context.limits.size(cost)
     return Verified(
-        state, size, network.predicted, network.settled, network.refined, traded=network.traded
+        state,
+        size,
+        network.predicted,
+        settled=network.settled,
+        refined=network.refined,
+        traded=network.traded,
+        scheduled=network.scheduled,
     )
 
 

@@ -26,6 +26,7 @@ _PLAIN = (
     "settled",
     "refined",
     "traded",
+    "scheduled",
 )
 """Fields of a network that hold no tensors."""
 
@@ -53,6 +54,8 @@ class EvaluatedNetwork:
     refined: Refined = "not"
     traded: bool = False
     """True where trades of its levels were tried."""
+    scheduled: bool = False
+    """True where schedules were tried before a stage starts from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +155,7 @@ class SavedNetwork(Frozen):
     settled: bool
     refined: Refined
     traded: bool = False
+    scheduled: bool = False
 
 
 class SavedRecord(Frozen):

@@ -20,7 +20,7 @@ from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
 from rba_compress.core.plan import Block
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
-from rba_compress.graph.rewrite import PLACES, BlockModule
+from rba_compress.graph.rewrite import MERGE, BlockModule
 from rba_compress.graph.slice_propagation import narrow
 from rba_compress.graph.token_merging import (
     attention_of_reads,
@@ -30,6 +30,7 @@ from rba_compress.graph.token_merging import (
     places,
     restored,
     rows_of_reads,
+    shares,
     unit_sizes,
     weights,
     with_sizes,
@@ -124,8 +125,8 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         names = {self._layers[node] for node in n.all_input_nodes if node in self._layers}
-        if n.target is places:
-            names.add(PLACES)
+        if n.target is shares:
+            names.add(MERGE)
         given = [self.env[node] for node in n.all_input_nodes if node not in self._layers]
         for name in names.intersection(self._watching) if given else ():
             self._watching[name](given[0], result)
@@ -368,16 +369,19 @@ class BlockGraph:
         # Behind all that merging reads, and before the second sublayer.
         following = middle.next
         with self.graph.inserting_before(following):
-            importance = None
-            if by_attention:
-                attention = self._attention_of_reads(found[0], protected, like=rows)
-                importance = self.call(importance_of_attention, attention, self.sizes, like=rows)
-            elif self.sizes is not None:
-                importance = self.call(_aten.squeeze.dim, self.sizes, -1, like=rows)
-            new = self.call(places, middle, importance, count, protected, like=rows)
             before = self.sizes or self.call(unit_sizes, middle, like=(*rows, 1))
+            if by_attention:
+                of_mean = self._attention_of_reads(found[0], protected, like=rows)
+                importance: fx.Node | None = self.call(
+                    importance_of_attention, of_mean, self.sizes, like=rows
+                )
+            else:
+                of_mean = self.call(_aten.squeeze.dim, before, -1, like=rows)
+                importance = None if self.sizes is None else of_mean
+            new = self.call(places, middle, importance, count, protected, like=rows)
+            share = self.call(shares, new, of_mean, count, like=(*rows, 1))
             sizes = self.call(merged_sizes, before, new, count, like=(*left, 1))
-            stream = self.call(merge, middle, before, new, sizes, like=(*left, shape[2]))
+            stream = self.call(merge, middle, share, new, count, like=(*left, shape[2]))
         for reader in readers:
             reader.replace_input_with(middle, stream)
         self.sizes = sizes

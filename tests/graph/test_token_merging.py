@@ -14,14 +14,15 @@ from rba_compress.graph.token_merging import (
     merged_sizes,
     most,
     places,
+    shares,
     weights,
 )
 
 
 def merged(
-    x: np.ndarray, size: np.ndarray, w: np.ndarray, count: int, protected: int
+    x: np.ndarray, size: np.ndarray, w: np.ndarray, mean: np.ndarray, *, count: int, protected: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge `count` positions of one sample: rows x (T, d), sizes (T,), importance w (T,)."""
+    """Merge `count` positions of one sample: rows x (T, d); sizes, importance, weights in means (T,)."""
     first = [i for i in range(len(x)) if i % 2 == 0 and i >= protected]
     second = [j for j in range(len(x)) if j % 2 == 1 and j >= protected]
     pairs = []
@@ -32,7 +33,7 @@ def merged(
     groups = {i: [i] for i in range(len(x))}
     for _, i, j in sorted(pairs)[:count]:
         groups[j] += groups.pop(i)
-    rows = [np.average(x[g], axis=0, weights=size[g]) for _, g in sorted(groups.items())]
+    rows = [np.average(x[g], axis=0, weights=mean[g]) for _, g in sorted(groups.items())]
     return np.array(rows), np.array([size[g].sum() for _, g in sorted(groups.items())])
 
 
@@ -49,14 +50,17 @@ def test_a_merge_equals_its_definition(
         sizes[:, :protected] = 1  # what is never merged is one position
     count = round(share * most(positions, protected))
     before = torch.ones(3, positions, 1, dtype=torch.float64) if sizes is None else sizes
+    of_mean = torch.rand(3, positions, generator=drawn, dtype=torch.float64) + 0.1
     new = places(x, importance if sized else None, count, protected)
     left = merged_sizes(before, new, count)
-    found = merge(x, before, new, left)
+    found = merge(x, shares(new, of_mean, count), new, count)
     assert found.shape == (3, positions - count, 5)
     for n in range(3):
         size = np.ones(positions) if sizes is None else sizes[n, :, 0].numpy()
         w = importance[n].numpy() if sized else np.ones(positions)
-        rows, wanted = merged(x[n].numpy(), size, w, count, protected)
+        rows, wanted = merged(
+            x[n].numpy(), size, w, of_mean[n].numpy(), count=count, protected=protected
+        )
         np.testing.assert_allclose(found[n], rows, rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(left[n, :, 0], wanted)
     np.testing.assert_array_equal(found[:, :protected], x[:, :protected])

@@ -135,7 +135,7 @@ def test_every_stage_goes_on_from_a_schedule_that_is_better(
     plan = search(model, seen, data, budget=Budget(macs=0.65)).plan
     stages = [step.divergence for step in plan.steps if step.action == "stage"]
     assert len(stages) >= 2
-    assert set(stages) <= set(asked)
+    assert set(stages[:-1]) <= set(asked)
     assert all(step.margin > 0 for step in plan.steps if step.action == "schedule")
 
 
@@ -146,8 +146,9 @@ def test_the_weakest_schedule_that_costs_little_enough_is_taken() -> None:
     assert schedules._weakest(build, lambda _: False) is None
 
 
+@pytest.mark.parametrize("call", [1, 2], ids=["between stages", "at the budget"])
 def test_a_search_that_is_interrupted_in_its_schedules_ends_bit_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = "rba_compress.planning.stages.scheduled", scheduled
-    require_resumed_bit_equal(tmp_path / "checkpoint", monkeypatch, "schedule", interrupt=at, call=2)
+    at, path = ("rba_compress.planning.stages.scheduled", scheduled), tmp_path / "checkpoint"
+    require_resumed_bit_equal(path, monkeypatch, "schedule", interrupt=at, call=call, macs=0.5)

@@ -100,7 +100,13 @@ def test_without_merges_there_is_nothing_to_trade() -> None:
 
 
 def require_resumed_bit_equal(
-    path: Path, monkeypatch: pytest.MonkeyPatch, action: str, *, interrupt: tuple[str, Any], call: int
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+    *,
+    interrupt: tuple[str, Any],
+    call: int,
+    macs: float = 0.7,
 ) -> None:
     """Interrupt a search at a call of a function, and require that it then ends as if it had not been.
 
@@ -109,6 +115,7 @@ def require_resumed_bit_equal(
         action: a kind of decision that the search has to take.
         interrupt: the name of the function, and what it does otherwise.
         call: the number of the call that is interrupted.
+        macs: the budget of the search.
     """
     model = seeded(timm.create_model, "vit_tiny_patch16_224", **SIZES | {"depth": 4}, num_classes=5)
     data = list(images(20, 32).split(10))
@@ -117,7 +124,7 @@ def require_resumed_bit_equal(
 
     def searched() -> Solution:
         seen = profile(model, data, config=how)
-        return search(model, seen, data, budget=Budget(macs=0.7), checkpoint=path)
+        return search(model, seen, data, budget=Budget(macs=macs), checkpoint=path)
 
     name, own = interrupt
     monkeypatch.setattr(name, own)

@@ -29,7 +29,7 @@ from rba_compress import (
 from rba_compress.artifacts.artifact import write_artifact
 from rba_compress.core.batch import as_batch
 from rba_compress.core.plan import Chain, Site
-from rba_compress.graph.token_merging import merge, merged_sizes, places
+from rba_compress.graph.token_merging import merge, merged_sizes, places, shares
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import probed, span_rows
@@ -95,10 +95,11 @@ def stream_by_hand(
         mixed = (attention @ v).transpose(1, 2).reshape(n, positions, width)
         h = h + block.ls1(attn.proj(mixed))
         if b in merges:
-            read = (attention[:, :, :protected].mean((1, 2)) * sizes.squeeze(-1)).sqrt()
-            new = places(h, read if reads else sizes.squeeze(-1), merges[b], protected)
-            left = merged_sizes(sizes, new, merges[b])
-            h, sizes = merge(h, sizes, new, left), left
+            size = sizes.squeeze(-1)
+            read = attention[:, :, :protected].mean((1, 2)) if reads else size
+            new = places(h, (read * size).sqrt(), merges[b], protected)
+            h = merge(h, shares(new, read, merges[b]), new, merges[b])
+            sizes = merged_sizes(sizes, new, merges[b])
         h = h + block.ls2(block.mlp(block.norm2(h)))
     return h, sizes
 
@@ -259,7 +260,7 @@ class Seen(NamedTuple):
     original: Tensor
     compressed: Tensor
     alike: Tensor
-    """(N, merged positions, original positions): each group's mean over its members."""
+    """(N, merged positions, original positions): the weight of each in each group's mean."""
     features: Tensor
     """Input of the last layer before the place."""
 
@@ -267,7 +268,8 @@ class Seen(NamedTuple):
 def streams_by_hand(model: Any, x: Tensor, merges: dict[int, int]) -> dict[float, Seen]:
     """Return the streams between the sublayers of each block (b + 1/2) and behind it (b + 1)."""
     h = g = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    groups = torch.eye(h.shape[1]).expand(len(h), -1, -1)  # (N, merged positions, original positions)
+    # Both are (N, merged positions, original positions).
+    groups = alike = torch.eye(h.shape[1]).expand(len(h), -1, -1)
     found = {}
     for b, block in enumerate(model.blocks):
         streams = []
@@ -278,18 +280,16 @@ def streams_by_hand(model: Any, x: Tensor, merges: dict[int, int]) -> dict[float
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             scores = q @ k.transpose(-2, -1) * attn.scale + sizes.log()[:, None, None]
             mixed = attn.norm((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width))
-            read = (scores.softmax(-1)[:, :, 0].mean(1) * sizes).sqrt()
+            read = scores.softmax(-1)[:, :, 0].mean(1)
             streams.append((stream + block.ls1(attn.proj(mixed)), mixed, read))
         (h, _, _), (g, features, read) = streams
-        alike = groups / groups.sum(-1, keepdim=True)
         found[b + 0.5] = Seen(h, g, alike, features)
         if b in merges:
-            new = places(g, read, merges[b], 1)
+            new = places(g, (read * groups.sum(-1)).sqrt(), merges[b], 1)
             joined = torch.nn.functional.one_hot(new, g.shape[1] - merges[b]).mT.float()
-            after = joined @ groups
-            g = joined @ (g * groups.sum(-1, keepdim=True)) / after.sum(-1, keepdim=True)
-            groups = after
-            alike = groups / groups.sum(-1, keepdim=True)
+            mean = joined * read[:, None]
+            mean = mean / mean.sum(-1, keepdim=True)
+            g, groups, alike = mean @ g, joined @ groups, mean @ alike
         mlp = block.mlp
         features = mlp.norm(mlp.act(mlp.fc1(block.norm2(g))))
         h, g = (s + block.ls2(mlp(block.norm2(s))) for s in (h, g))
