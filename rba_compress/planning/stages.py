@@ -200,13 +200,11 @@ class Descent:
         self.context.record.networks[:] = map(_recorded, self.verified)
 
     def _target(self) -> float:
-        """Return the size to which the next stage goes down: half a stage or more."""
-        limits = self.limits
-        step = self.context.spent.stage
-        size, target = limits.size(self.state.cost), limits.size(self.context.start.cost) - step
-        while target > size - step / 2:
-            target -= step
-        return target
+        """Return the size to which the next stage goes down: a stage below, in whole tenths of the
+        original, as budgets often are.
+        """
+        size = self.limits.size(self.state.cost)
+        return round(10 * (size - self.context.spent.stage)) / 10
 
     def best(self) -> SearchState:
         """Go down until the budget is met; return the best network that meets it.
