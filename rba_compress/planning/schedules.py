@@ -20,8 +20,6 @@ from rba_compress.planning.state import Candidate, SearchState, Solution, change
 from rba_compress.units.base import Schedule, Unit
 from rba_compress.units.registry import unit_of
 
-MOST = 14
-"""Shapes that are run at most."""
 Shape = tuple[int, int]
 
 
@@ -100,7 +98,11 @@ class _Schedules:
 
         def add(shape: Shape) -> None:
             solution = _weakest(partial(self._with, self.shapes[shape]), low)
-            if solution is None or solution.plan.replacements in plans or len(found) == MOST:
+            if (
+                solution is None
+                or solution.plan.replacements in plans
+                or len(found) == self.context.spent.shapes
+            ):
                 return
             plans.append(solution.plan.replacements)
             found[shape] = run(solution), solution

@@ -25,7 +25,7 @@ from rba_compress.planning.output_changes import OutputChanges, output_changes
 from rba_compress.planning.plan_cost import chain_cost, step_cost
 from rba_compress.planning.progress import SearchProgress
 from rba_compress.planning.refinement import refit, statistics
-from rba_compress.planning.schedules import MOST, scheduled
+from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
@@ -440,7 +440,7 @@ def _expected(context: SearchContext, state: SearchState) -> float:
     further = 4 * context.spent.finer * blocks * sum(options) / max(len(options), 1)
     judged = (STEPS / 2 + context.spent.judged) * price(0, 0) / 2
     if any(unit_of(s.unit).scheduled for s in single):
-        judged += MOST * price(0, 0, screen=True) / 2
+        judged += context.spent.shapes * price(0, 0, screen=True) / 2
     return 2 + (sum(options) + further + judged) / context.held
 
 
