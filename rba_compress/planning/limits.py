@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rba_compress.core.config import Budget
+from rba_compress.core.config import Budget, Config
 from rba_compress.core.cost import Cost, kept
 from rba_compress.core.errors import BudgetError
 from rba_compress.core.plan import Plan
@@ -73,13 +73,13 @@ class Limits:
                 "accuracy_drop needs labels: let every batch of the loader be (input, labels)"
             )
 
-    def unreached(self, best: SearchState, after: SearchState | None, maps: tuple[str, ...]) -> str:
+    def unreached(self, best: SearchState, after: SearchState | None, config: Config) -> str:
         """Return the message of a budget that no plan was found for.
 
         Args:
             best: the last state within the limits of quality.
             after: the next one, which breaks them; None where there was no step.
-            maps: the kinds that were tried.
+            config: the settings, with the units and the kinds of maps that were tried.
         """
         original = self.profile.original
         missed = ", ".join(
@@ -99,8 +99,9 @@ class Limits:
                 f"has {reached}; the next step, {after.cost.macs:,} macs, breaks it"
             )
         return (
-            f"no map in {maps} brings the network to {missed}: the best reachable has "
-            f"{reached}; allow the identity or cheaper maps"
+            f"no plan of the units {', '.join(config.units)} and the maps {', '.join(config.maps)} "
+            f"brings the network to {missed}: the best reachable has {reached}; allow other units or "
+            "cheaper maps"
         )
 
     def broken(self, state: SearchState) -> list[str]:

@@ -100,7 +100,7 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
                 state = descent.best()
             except BudgetError:
                 limits.costs = asked
-                raise BudgetError(limits.unreached(timed, None, context.config.maps)) from None
+                raise BudgetError(limits.unreached(timed, None, context.config)) from None
         if not state.solution.plan.replacements:
             return context.finished(replace(state, cost=timed.cost))
         progress.refine()
@@ -226,14 +226,14 @@ class Descent:
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]
                 after = max(beyond, key=lambda state: limits.size(state.cost))
-                raise BudgetError(limits.unreached(cheapest, after, context.config.maps))
+                raise BudgetError(limits.unreached(cheapest, after, context.config))
             done = len(self.verified)
             further = self._stage()
             if limits.costs and not further:
                 if met:
                     self.progress.refine()
                     return self._settled(met, _order)
-                raise BudgetError(limits.unreached(cheapest, None, context.config.maps))
+                raise BudgetError(limits.unreached(cheapest, None, context.config))
             new = self.verified[done:]
             if not limits.costs and (not further or all(limits.broken(v.state) for v in new)):
                 if further:

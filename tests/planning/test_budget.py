@@ -162,7 +162,8 @@ def test_a_latency_that_is_out_of_reach_names_the_best(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("rba_compress.planning.context.benchmark", slow)
     message = (
-        r"brings the network to latency <= 0.900: the best reachable has .*, 1.000 of the latency at"
+        r"no plan of the units span and the maps folded brings the network to latency <= 0.900: "
+        r"the best reachable has .*, 1.000 of the latency at"
     )
     for budget in (Budget(latency=0.9), Budget(latency=0.9, macs=0.9)):
         with pytest.raises(BudgetError, match=message):
