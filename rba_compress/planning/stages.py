@@ -284,6 +284,8 @@ class Descent:
         network = self.verified[k]
         if network.scheduled or not network.state.solution.plan.replacements:
             return False
+        self.context.rebase(network.state)
+        self.progress.refine()
         # What the last stage should have come down to, where it is near.
         end = min(network.size, self._target() + self.context.spent.stage)
         starts = [v.state for v in self.verified[:k] if v.scheduled and v.size > network.size]

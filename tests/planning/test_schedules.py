@@ -146,9 +146,16 @@ def test_the_weakest_schedule_that_costs_little_enough_is_taken() -> None:
     assert schedules._weakest(build, lambda _: False) is None
 
 
-@pytest.mark.parametrize("call", [1, 2], ids=["between stages", "at the budget"])
+@pytest.mark.parametrize(
+    ("function", "own", "call"),
+    [
+        pytest.param("stages.scheduled", scheduled, 1, id="before a stage"),
+        pytest.param("schedules._weakest", schedules._weakest, 4, id="among the shapes"),
+        pytest.param("stages.scheduled", scheduled, 2, id="at the budget"),
+    ],
+)
 def test_a_search_that_is_interrupted_in_its_schedules_ends_bit_equal(
-    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, own: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at, path = ("rba_compress.planning.stages.scheduled", scheduled), tmp_path / "checkpoint"
+    at, path = (f"rba_compress.planning.{function}", own), tmp_path / "checkpoint"
     require_resumed_bit_equal(path, monkeypatch, "schedule", interrupt=at, call=call, macs=0.5)
