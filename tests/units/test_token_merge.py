@@ -23,6 +23,7 @@ from rba_compress import (
     load,
     profile,
     save,
+    search,
     splice,
     supports,
 )
@@ -414,3 +415,19 @@ def test_a_nested_network_that_shares_its_weights_leaves_the_original_as_it_is()
     assert not torch.equal(merged(x), expected)
     assert [type(block) for block in model[0].blocks] == before
     assert torch.equal(model(x), expected)
+
+
+def test_a_network_without_attention_gets_the_plan_that_it_gets_without_merging() -> None:
+    model = seeded(timm.create_model, "resnet18", num_classes=5)
+    data = list(images(12, 32).split(6))
+
+    def found(*units: Any) -> Any:
+        how = Config(units=units, maps=("shrunk",), shrinks=(0.7,), effort="quick")
+        return search(model, profile(model, data, config=how), data, budget=Budget(macs=0.85))
+
+    with_merging, without = found("span", "token_merge"), found("span")
+    assert with_merging.plan.replacements
+    ignored = {"config", "refusals"}
+    assert with_merging.plan.model_dump(exclude=ignored) == without.plan.model_dump(exclude=ignored)
+    assert with_merging.tensors.keys() == without.tensors.keys()
+    assert all(torch.equal(t, without.tensors[name]) for name, t in with_merging.tensors.items())
