@@ -64,6 +64,7 @@ TESTS = {
     "planning.refinement": SEARCH,
     "planning.search": SEARCH,
     "planning.stages": ["tests/planning/test_stages.py", *SEARCH],
+    "planning.descent": ["tests/planning/test_stages.py", *SEARCH],
     "planning.solver": ["tests/planning/test_solver.py"],
     "linalg.sketch": ["tests/linalg/test_sketch.py"],
     "profiling.quadratic_form": ["tests/profiling/test_quadratic_form.py"],

@@ -23,7 +23,7 @@ from benchmarks.methods import CASES, Case
 from rba_compress import Budget, Config, profile
 from rba_compress.core.config import Effort
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.stages import descend
+from rba_compress.planning.descent import descend
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.splice import splice_shared
 

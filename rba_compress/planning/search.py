@@ -28,7 +28,7 @@ from rba_compress.core.loader import Dealt, workers_named
 from rba_compress.core.memory import within_memory
 from rba_compress.core.offload import undispatched
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.stages import descend
+from rba_compress.planning.descent import descend
 from rba_compress.planning.state import Solution
 from rba_compress.profiling.profiler import Profile, fingerprint
 

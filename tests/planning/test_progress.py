@@ -19,9 +19,9 @@ from torch import Tensor
 from rba_compress import ArtifactError, Budget, Config, Profile, compress, profile, search
 from rba_compress.core.distributed import Ranks
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.descent import Descent, descend
 from rba_compress.planning.evaluator import Evaluator
 from rba_compress.planning.output_changes import _Runs
-from rba_compress.planning.stages import Descent, descend
 from rba_compress.planning.state import Solution
 from rba_compress.profiling.search_record import OptionRun
 from tests.networks import LIGHT, Chain, loader, rows, seeded
@@ -135,7 +135,7 @@ def test_compress_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rba_compress.planning.stages._refined", interrupted)
+        patch.setattr("rba_compress.planning.descent._refined", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(model, data, budget=BUDGET, config=HOW, checkpoint=path)
     found = compress(model, data, budget=BUDGET, config=HOW, checkpoint=path)

@@ -131,7 +131,7 @@ def test_every_stage_goes_on_from_a_schedule_that_is_better(
         asked.append(state.mean)
         return scheduled(context, state, *others)
 
-    monkeypatch.setattr("rba_compress.planning.stages.scheduled", counted)
+    monkeypatch.setattr("rba_compress.planning.descent.scheduled", counted)
     plan = search(model, seen, data, budget=Budget(macs=0.65)).plan
     stages = [step.divergence for step in plan.steps if step.action == "stage"]
     assert len(stages) >= 2
@@ -149,9 +149,9 @@ def test_the_weakest_schedule_that_costs_little_enough_is_taken() -> None:
 @pytest.mark.parametrize(
     ("function", "own", "call"),
     [
-        pytest.param("stages.scheduled", scheduled, 1, id="before a stage"),
+        pytest.param("descent.scheduled", scheduled, 1, id="before a stage"),
         pytest.param("schedules._weakest", schedules._weakest, 4, id="among the shapes"),
-        pytest.param("stages.scheduled", scheduled, 2, id="at the budget"),
+        pytest.param("descent.scheduled", scheduled, 2, id="at the budget"),
     ],
 )
 def test_a_search_that_is_interrupted_in_its_schedules_ends_bit_equal(

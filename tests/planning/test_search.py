@@ -33,9 +33,9 @@ from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.graph.activations import run_with_streams
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.descent import descend
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.refinement import wins
-from rba_compress.planning.stages import descend
 from rba_compress.planning.state import with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity

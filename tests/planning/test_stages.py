@@ -18,10 +18,11 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.descent import _price, descend, trusted
 from rba_compress.planning.output_changes import FAR, FEWEST, output_changes
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.sites import sites
-from rba_compress.planning.stages import Verified, _price, descend, trusted
+from rba_compress.planning.stages import Verified
 from rba_compress.planning.state import (
     Candidate,
     SearchState,

@@ -87,7 +87,7 @@ def test_a_budget_that_needs_no_stage_trades_half_as_often_and_once(
         asked.append(most)
         return traded(run, state, most)
 
-    monkeypatch.setattr("rba_compress.planning.stages.traded", counted)
+    monkeypatch.setattr("rba_compress.planning.descent.traded", counted)
     seen = profile(model, data, config=Config(units=("token_merge",)))
     plans = [search(model, seen, data, budget=Budget(macs=macs)).plan for macs in (0.6, 0.7, 0.7)]
     assert asked == [48, 24]
@@ -154,7 +154,7 @@ def test_a_search_that_is_interrupted_in_its_trades_ends_bit_equal(
         # Of few samples, it is rarely lower by more than a standard error.
         return bool(after.mean() < before[: len(after)].mean())
 
-    monkeypatch.setattr("rba_compress.planning.stages.scheduled", lambda _, state, *others: state)
+    monkeypatch.setattr("rba_compress.planning.descent.scheduled", lambda _, state, *others: state)
     at = "rba_compress.planning.trades.promises", lower
     require_resumed_bit_equal(tmp_path / "checkpoint", monkeypatch, "trade", interrupt=at, call=3)
 
