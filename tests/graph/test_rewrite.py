@@ -499,3 +499,25 @@ def test_nothing_of_a_span_is_left_in_a_graph() -> None:
         plain_chain = supports(model, rows(4)).chains[0]
         plain = splice(model, Plan(replacements=(replacement(plain_chain, 1, 3),)), tensors)
         assert torch.equal(compressed(rows(4)), plain(rows(4)))
+
+
+class Bare(nn.Module):
+    """Residual block without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.tanh()
+
+
+def test_blocks_without_floating_point_parameters_are_replaced() -> None:
+    """A search finds no such blocks unless they are quantised, but a plan may name them."""
+    model = seeded(Chain)
+    (chain,) = supports(model, rows(5)).chains
+    plan = Plan(replacements=(replacement(chain, 1, 2),))
+    parent, _, name = chain.blocks[1].path.rpartition(".")
+    bare = type("Block", (Bare,), {})  # the name that the plan has
+    model.get_submodule(parent).register_module(name, bare())
+    compressed, tensors = splice(model, plan, tensors_for(plan)), tensors_for(plan)
+    (key,) = {r.key for r in plan.replacements}
+    found = compressed.get_submodule(chain.blocks[1].path)(x := torch.randn(3, chain.width))
+    expected = x @ tensors[f"{key}weight"].T + tensors[f"{key}bias"]
+    torch.testing.assert_close(found, expected)
