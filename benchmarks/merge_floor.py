@@ -1,9 +1,9 @@
-"""Claim: at batch 1 most of what merged positions lack in speed is not the merging's.
+"""Claim: at batch 1, blocks of fewer positions are not faster in proportion, however these are removed.
 
-A DeiT-tiny whose positions are cut off for nothing where a plan merges them, in turn with the original
-and with the merged network, at batch 1, eager and compiled. `excess` is the ratio of latencies over the
-share of MACs that the plan keeps: of the cut network what blocks of fewer positions cost whatever takes
-the positions away. `python -m benchmarks.merge_floor` prints a JSON line for each plan and form.
+A DeiT-tiny that simply drops positions where a plan merges them, and the merged network, each in turn
+with the original, at batch 1, eager and compiled. `excess` is the ratio of latencies over the share of
+MACs that the plan keeps; that of the network that drops positions is a lower bound for any way to merge
+them. `python -m benchmarks.merge_floor` prints a JSON line for each plan and form.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Run:
     """For each comparison, and at least seven pairs."""
 
 
-class Cut(nn.Module):
-    """A DeiT of timm without the last positions behind each attention, (N, 3, H, W) to class scores.
+class Dropping(nn.Module):
+    """A DeiT of timm that drops its last positions behind attention, (N, 3, H, W) to class scores.
 
     Args:
         model: the network, whose modules are used as they are.
-        counts: the number of positions to cut off, by block.
+        counts: the number of positions to drop, by block.
     """
 
     def __init__(self, model: nn.Module, counts: Mapping[int, int]) -> None:
@@ -75,17 +75,17 @@ def main(how: Run) -> None:
     (chain,) = supports(model, x).chains
     x = x[:1]
     with torch.no_grad():
-        torch.testing.assert_close(Cut(model, {})(x), model(x))
+        torch.testing.assert_close(Dropping(model, {})(x), model(x))
     for name, counts in MERGES.items():
-        merged, cut = spliced(model, plans(chain)[name]), Cut(model, counts).eval()
+        merged, dropping = spliced(model, plans(chain)[name]), Dropping(model, counts).eval()
         kept = cost(merged, as_batch(x)).macs / cost(model, as_batch(x)).macs
         for form in ("eager", "compiled"):
             torch.compiler.reset()
-            networks: list[Any] = [model, cut, merged]
+            networks: list[Any] = [model, dropping, merged]
             if form == "compiled":
                 networks = [torch.compile(each, dynamic=False) for each in networks]
             row = {"plan": name, "form": form, "macs_kept": round(kept, 4)}
-            for key, network in zip(("cut", "merged"), networks[1:], strict=True):
+            for key, network in zip(("dropped", "merged"), networks[1:], strict=True):
                 found = benchmark(networks[0], network, x, seconds=how.seconds)
                 row[f"{key}_excess"] = round(found.ratio / kept, 3)
             print(json.dumps(row), flush=True)

@@ -133,16 +133,16 @@ def merged_sizes(sizes: Tensor, new: Tensor, count: int) -> Tensor:
     return _summed(sizes, new, new.shape[1] - count)
 
 
-def shares(new: Tensor, weights: Tensor, count: int) -> Tensor:
+def shares(new: Tensor, weight: Tensor, count: int) -> Tensor:
     """Return the share of each position in the mean at its new place, (N, T, 1).
 
     Args:
         new: the new place of each position, as `places` returns it.
-        weights: of the positions in the mean, (N, T), above 0.
+        weight: that of each position in the mean, (N, T), above 0.
         count: the number of positions that are taken away.
     """
-    weights = weights[..., None]
-    return weights / _summed(weights, new, new.shape[1] - count).gather(1, new[..., None])
+    weight = weight[..., None]
+    return weight / _summed(weight, new, new.shape[1] - count).gather(1, new[..., None])
 
 
 def merge(stream: Tensor, share: Tensor, new: Tensor, count: int) -> Tensor:

@@ -162,8 +162,8 @@ class Descent:
         self.context.record.networks[:] = map(_recorded, self.verified)
 
     def _target(self) -> float:
-        """Return the size to which the next stage goes down: a stage below, in whole tenths of the
-        original, as budgets often are.
+        """Return the size to which the next stage goes down: a stage below, rounded to a tenth of the
+        original, since budgets often are.
         """
         size = self.limits.size(self.state.cost)
         return round(10 * (size - self.context.spent.stage)) / 10
@@ -183,7 +183,7 @@ class Descent:
                 self.progress.refine()
                 return self._traded(self._settled(met, _order))
             if self._schedule_current():
-                continue
+                continue  # a schedule may meet the budget
             cheapest = min(held, key=lambda state: (limits.size(state.cost), _order(state)))
             if limits.costs and deep:
                 beyond = [v.state for v in self.verified if v.size < limits.size(cheapest.cost)]

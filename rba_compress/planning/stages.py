@@ -55,7 +55,7 @@ class Verified:
     traded: bool = False
     """True where trades of its levels were tried, or where it came out of them."""
     scheduled: bool = False
-    """True where schedules were tried before a stage starts from it, or where it is one of them."""
+    """True where schedules were tried before a stage started from it, or where it came out of them."""
 
 
 def expected(context: SearchContext, state: SearchState) -> float:

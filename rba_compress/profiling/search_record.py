@@ -55,7 +55,7 @@ class EvaluatedNetwork:
     traded: bool = False
     """True where trades of its levels were tried."""
     scheduled: bool = False
-    """True where schedules were tried before a stage starts from it."""
+    """True where schedules were tried before a stage started from it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,7 +135,8 @@ def test_every_stage_goes_on_from_a_schedule_that_is_better(
     plan = search(model, seen, data, budget=Budget(macs=0.65)).plan
     stages = [step.divergence for step in plan.steps if step.action == "stage"]
     assert len(stages) >= 2
-    assert set(stages[:-1]) <= set(asked)
+    assert set(stages[:-1]) <= set(asked)  # those from which a further stage starts
+    assert len(asked) == len(stages)  # and once at the budget
     assert all(step.margin > 0 for step in plan.steps if step.action == "schedule")
 
 
