@@ -209,12 +209,11 @@ def _probe(example: Batch, model: nn.Module) -> Probe | None:
 
 def fitted_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a compressed state dict that a plan added or changed."""
-    maps = tuple(r.key for r in plan.replacements)
     trained = () if plan.healed is None else plan.healed.keys
 
     def fitted(name: str) -> bool:
-        of_map = bool(maps) and name.startswith(maps)
-        return of_map or name in trained or any(refit.owns(name) for refit in plan.refits)
+        replaced = any(r.owns(name) for r in plan.replacements)
+        return replaced or name in trained or any(refit.owns(name) for refit in plan.refits)
 
     return {name: tensor for name, tensor in state.items() if fitted(name)}
 

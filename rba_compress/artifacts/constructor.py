@@ -63,8 +63,12 @@ class _Search:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.wanted = settings(model)
         # Behind a merge of positions, blocks that stay are run by a graph, too.
-        rewritten = (block for new in plan.replacements for block in (*new.blocks, *new.behind))
+        outer = [new for new in plan.replacements if not new.inner or new.runs_by_graph]
+        rewritten = (block for new in outer for block in (*new.blocks, *new.behind))
         self.gone = {block.path for block in rewritten}
+        self.narrowed = {
+            f"{r.key}{name}".rpartition(".")[0] for r in plan.replacements for name in r.narrowed
+        }
         self.built: dict[str, Settings | None] = {}
 
     def cost(self, architecture: Architecture) -> float:
@@ -111,6 +115,8 @@ class _Search:
 
         def counts(path: str, name: str) -> bool:
             both = (path, name) in self.wanted and (path, name) in given
+            if path in self.narrowed:
+                return name == CLASS
             if path in self.gone:
                 return name == CLASS and not both
             return both or not any(path.startswith(f"{block}.") for block in self.gone)

@@ -217,6 +217,8 @@ class Config(Asked):
     (sigmoid heads); normalised squared error; or one minus the cosine. By default the labels, the
     problem type of a transformers configuration, and the graph decide: class scores, feature maps or an
     embedding."""
+    multiple: int = Field(8, gt=0)
+    """Number of which the widths inside narrowed blocks are multiples: others run slower for less."""
     seed: int = 0
     """Seed of the split into fit, validation and test samples."""
 

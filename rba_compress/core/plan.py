@@ -54,6 +54,118 @@ class Offer(Cost):
     """MACs where merging has left fewer positions."""
 
 
+class Slice(Frozen):
+    """Tensor of a block of which narrowing keeps some channels."""
+
+    tensor: ModulePath
+    """Path from the block."""
+    dim: int = Field(ge=0, le=4)
+    """Dimension of the channels."""
+    parts: int = Field(1, ge=1, le=8)
+    """Number of equal parts along that dimension with all channels each: 2 where a layer computes the
+    values and their gates."""
+    size: int = Field(1, ge=1)
+    """Number of entries of each channel: those of a head, where heads are the channels."""
+
+
+class ChannelGroup(Frozen):
+    """Channels between layers of a block: one layer reads them, and what lies between acts on each
+    channel separately.
+    """
+
+    reader: ModulePath
+    """Path of the reading layer, from the block."""
+    channels: int = Field(gt=0)
+    slices: tuple[Slice, ...]
+    """Tensors of the layers that compute the channels and of those in between; the reader's weight."""
+    shift: str = ""
+    """Tensor that takes a constant of the reader's output: its bias, or with a minus sign the running
+    mean of a BatchNorm behind it; empty where there is none."""
+    norm: str = ""
+    """Path of the BatchNorm behind the reader, from the block; empty where there is none."""
+    skip: str | None = None
+    """Path of the module to whose output that BatchNorm's is added, empty for the block's input; None
+    where there is no such sum."""
+
+
+class HeadRows(Frozen):
+    """Channels of heads, one head after the other, that a linear layer computes."""
+
+    layer: ModulePath
+    """Path of the layer from the block. A part of `source` gets one of its own when channels are taken.
+    """
+    source: ModulePath
+    """Weight of the layer that computes them in the original block."""
+    bias: str = ""
+    """Bias of that layer; empty where there is none."""
+    first: int = Field(ge=0)
+    """First row in the weight."""
+    heads: int = Field(gt=0)
+    width: int = Field(gt=0)
+    """Channels of a head."""
+    positions_first: bool = False
+    """True where the layer's output counts positions before samples."""
+
+    @property
+    def rows(self) -> slice:
+        """Rows of the weight."""
+        return slice(self.first, self.first + self.heads * self.width)
+
+    @property
+    def part(self) -> bool:
+        """True where the source computes more than these channels."""
+        return f"{self.layer}.weight" != self.source
+
+
+class Attention(Frozen):
+    """Attention inside a block, by its layers."""
+
+    query: HeadRows | None = None
+    """None where something else than a layer makes the queries, such as rotary embeddings or norms."""
+    key: HeadRows | None = None
+    value: HeadRows
+    output: ModulePath
+    """Layer that reads all heads, from the block."""
+    bias: bool
+    """True where that layer has a bias."""
+    repeated: int = Field(1, gt=0)
+    """Heads of queries that read the same keys and values."""
+    rank: int = Field(gt=0)
+    """Channels of a head's queries and keys."""
+
+
+class Width(Frozen):
+    """Channels of a block that a unit may take away, and the saving: for t channels
+    t * macs - t^2 * macs_squared, and likewise for the parameters.
+    """
+
+    unit: UnitName
+    channels: int = Field(gt=0)
+    groups: tuple[ChannelGroup, ...] = ()
+    """Groups of so many channels each, narrowed alike."""
+    attention: Attention | None = None
+    """Attention whose sizes the unit changes."""
+    macs: ByPositions
+    """MACs of one channel; one pair where positions cannot be merged."""
+    macs_squared: int = 0
+    narrow: ByPositions = ()
+    """`macs` where the block computes the read positions alone."""
+    params: int = 0
+    params_squared: int = 0
+    narrow_params: int = 0
+    """Parameters of one channel that such a block lacks anyway: biases of keys."""
+    narrow_bias: int = 0
+    """Parameters that such a block lacks as soon as the layers of its attention are apart."""
+
+    def saving(self, taken: int, positions: int, *, narrow: bool = False) -> Cost:
+        """Return the cost that is saved without some channels."""
+        macs = macs_at(self.narrow if narrow else self.macs, positions)
+        return Cost(
+            macs=taken * macs - taken**2 * self.macs_squared,
+            params=taken * (self.params - narrow * self.narrow_params) - taken**2 * self.params_squared,
+        )
+
+
 class Site(NamedTuple):
     """Blocks `start:stop` of a chain, and a unit that may be applied there."""
 
@@ -84,6 +196,8 @@ class Block(Frozen):
     """MACs of the block where merging has left fewer positions."""
     second: int = 0
     """MACs of the second sublayer for one position."""
+    widths: tuple[Width, ...] = ()
+    """Channels inside the block that units may take away."""
 
     @field_validator("signature", mode="before")
     @classmethod
@@ -94,6 +208,10 @@ class Block(Frozen):
     def offer(self, unit: str, *, narrow: bool = False) -> Offer | None:
         """Return the offer of a unit; None where the block has none."""
         return next((u for u in self.units if (u.unit, u.narrow) == (unit, narrow)), None)
+
+    def width(self, unit: str) -> Width | None:
+        """Return the channels that a unit may take away; None where it may take none."""
+        return next((w for w in self.widths if w.unit == unit), None)
 
 
 class Chain(Frozen):
@@ -195,6 +313,10 @@ class Replacement(Frozen):
     exact: bool = False
     """True where the other positions are not computed at all, since nothing reads them; the map is then
     unused."""
+    narrowed: dict[ModulePath, tuple[int, ...]] = Field(default_factory=dict)
+    """Shapes of the tensors that the unit narrows or solves anew, by their paths from the block."""
+    kept: int = 0
+    """Number of channels that are kept of each group; 0 where the unit narrows nothing."""
     diagnostics: Diagnostics | None = None
 
     @model_validator(mode="after")
@@ -212,8 +334,25 @@ class Replacement(Frozen):
 
     @property
     def key(self) -> str:
-        """Prefix of the map's tensors in a state dict of the compressed model."""
-        return f"{self.blocks[0].path}.map."
+        """Prefix of the unit's tensors in a state dict of the compressed model."""
+        return f"{self.blocks[0].path}." + ("" if self.inner else "map.")
+
+    @property
+    def inner(self) -> bool:
+        """True where the block keeps its form, and its layers have fewer channels."""
+        return UNITS[self.unit].inner
+
+    @property
+    def runs_by_graph(self) -> bool:
+        """True where the block's own code does not run it."""
+        width = self.blocks[0].width(self.unit)
+        return not UNITS[self.unit].removes and (width is None or width.attention is not None)
+
+    def owns(self, name: str) -> bool:
+        """Return whether a tensor of a state dict is one that the unit sets."""
+        return name.startswith(self.key) and (
+            not self.inner or name.removeprefix(self.key) in self.narrowed
+        )
 
     def __str__(self) -> str:
         return UNITS[self.unit].describe(self)
@@ -353,6 +492,7 @@ Action = Literal[
     "schedule",
     "trade",
     "settle",
+    "solve",
     "swap",
     "refit",
     "statistics",

@@ -15,6 +15,10 @@ class PlannedUnit(Protocol):
     """True where a search may choose the unit."""
     removes: ClassVar[bool]
     """True where nothing is left of the blocks."""
+    inner: ClassVar[bool]
+    """True where a block keeps its form, and its layers get fewer channels."""
+    fitted: ClassVar[bool]
+    """True where the unit holds fitted tensors."""
 
     def require(self, replacement: Any) -> None:
         """Check that a replacement is one of this unit.

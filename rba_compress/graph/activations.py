@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ def observe(
     *,
     layers: Sequence[str] = (),
     stop: tuple[int, int] | None = None,
+    on_layer: Callable[[str, Any, Any], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Observed:
     """Run a model, rewritten or not, and keep the streams of its chains without copying them.
@@ -51,6 +52,8 @@ def observe(
         layers: paths of modules whose inputs and outputs are kept, too; `MERGE` of a block that merges
             positions gives the new place of each, and its share in the mean there.
         stop: (chain, boundary) after which the pass is ended.
+        on_layer: called with the path, the input and the output of each of the layers, instead of
+            keeping them.
         clock: read at every boundary.
 
     Raises:
@@ -75,23 +78,13 @@ def observe(
     def keep_layer(path: str, given: Any, output: Any) -> None:
         seen.layers[path] = (given, output)
 
-    def after(_: Any, args: Any, output: Any, path: str) -> None:
-        keep_layer(path, args[0], output)
-
-    handles: list[Any] = []
-    watched: list[BlockModule] = []
-    for path in layers:
-        block, name = _graph_run(model, path)
-        if block is None:
-            hook = partial(after, path=path)
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
-        else:
-            block.watching = {**(block.watching or {}), name: partial(keep_layer, path)}
-            watched.append(block)
+    on_layer = on_layer or keep_layer
+    handles = _hook_layers(model, layers, on_layer)
     try:
         with running(model, batch):
             if isinstance(model, fx.GraphModule):
-                seen.output = _run_graph(model, chains, batch, keep)
+                watched = {f"{path}.weight": partial(on_layer, path) for path in layers}
+                seen.output = _run_graph(model, chains, batch, keep, watched)
             else:
                 handles += _hook_blocks(model, chains, keep)
                 seen.output = batch.run(model)
@@ -100,12 +93,39 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-        for block in watched:
-            block.watching = None
     for tensor, version, path in versions:
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
     return seen
+
+
+class _Watch:
+    """Handle that ends the watching of a block that runs by a graph."""
+
+    def __init__(self, block: BlockModule) -> None:
+        self._block = block
+
+    def remove(self) -> None:
+        """End it."""
+        self._block.watching = None
+
+
+def _hook_layers(
+    model: nn.Module, layers: Sequence[str], on_layer: Callable[[str, Any, Any], None]
+) -> list[RemovableHandle | _Watch]:
+    def after(_: Any, args: Any, output: Any, path: str) -> None:
+        on_layer(path, args[0], output)
+
+    handles: list[RemovableHandle | _Watch] = []
+    for path in layers:
+        block, name = _graph_run(model, path)
+        if block is None:
+            hook = partial(after, path=path)
+            handles.append(model.get_submodule(path).register_forward_hook(hook))
+        else:
+            block.watching = {**(block.watching or {}), name: partial(on_layer, path)}
+            handles.append(_Watch(block))
+    return handles
 
 
 def _graph_run(model: nn.Module, path: str) -> tuple[BlockModule | None, str]:
@@ -170,7 +190,13 @@ def _run_graph(
     chains: Sequence[Chain],
     batch: Batch,
     keep: Callable[[int, int, Tensor], None],
+    watched: Mapping[str, Callable[[Any, Any], None]],
 ) -> Any:
+    """Run a GraphModule.
+
+    Args:
+        watched: by the name of a weight, what is called with its layer's input and output.
+    """
     wanted: dict[str, list[tuple[int, int]]] = {}
     for c, chain in enumerate(chains):
         for b, block in enumerate(chain.blocks):
@@ -184,6 +210,10 @@ def _run_graph(
             result = super().run_node(n)
             for place in wanted.get(n.name, ()):
                 keep(*place, result)
+            # An exported program multiplies weights outside of their modules.
+            for node in n.all_input_nodes if n.op == "call_function" else ():
+                if node.op == "get_attr" and str(node.target) in watched:
+                    watched[str(node.target)](self.env[n.all_input_nodes[0]], result)
             return result
 
     return Reader(model).run(*graph_arguments(model, batch))

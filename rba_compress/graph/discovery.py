@@ -53,7 +53,9 @@ class Support:
                 lines.append(f"  no positions can be merged: {chain.unmerged}")
             elif any(block.second for block in chain.blocks):
                 lines.append("  positions can be merged between the sublayers of a block")
-            units = dict.fromkeys(u.unit for block in chain.blocks for u in block.units)
+            offers = [offer.unit for block in chain.blocks for offer in block.units]
+            offers += [width.unit for block in chain.blocks for width in block.widths]
+            units = dict.fromkeys(offers)
             lines.append(f"  units: {', '.join(('span', *units))}")
         lines += [f"refused {refusal}" for refusal in self.refusals]
         return "\n".join(lines) or "no module maps a tensor to one of the same shape"

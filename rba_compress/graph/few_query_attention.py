@@ -28,12 +28,12 @@ def attend(
     Args:
         q: (N, heads, queries, d).
         keys: (N, heads, T, d), or (x, weight) with x (N, T, width) and weight (heads * d, width).
-        values: likewise, with a bias (heads * d,) or None behind the weight.
+        values: likewise, of as many heads of another size, with a bias or None behind the weight.
         mask: boolean (true where a key counts) or additive, broadcast to (N, heads, queries, T).
         scale: factor of the products of queries and keys.
 
     Returns:
-        (N, heads, queries, d).
+        (N, heads, queries, size of a value).
     """
     n, heads, queries, d = q.shape
     # Products per head, since broadcasting a weight over samples copies it for each of them.
@@ -53,9 +53,10 @@ def attend(
         return torch.matmul(shares, values)
     x, weight, bias = values
     means = torch.bmm(shares.reshape(n, heads * queries, -1), x).reshape(n, heads, queries, -1)
-    read = torch.bmm(_by_head(means), weight.reshape(heads, d, -1).transpose(1, 2))
+    by_head = weight.reshape(heads, -1, weight.shape[-1])
+    read = torch.bmm(_by_head(means), by_head.transpose(1, 2))
     if bias is not None:
-        read = read + bias.reshape(heads, 1, d)
+        read = read + bias.reshape(heads, 1, -1)
     return _by_sample(read, n, queries)
 
 

@@ -232,12 +232,13 @@ def _view(node: fx.Node, need: Need) -> Operands | None:
 def _permute(node: fx.Node, need: Need) -> Operands | None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
-    order = _order(node, len(shape_of(x)))
+    order = permuted(node)
     return _first_operand(node, Need(order[need.dim], need.count))
 
 
-def _order(node: fx.Node, ndim: int) -> list[int]:
+def permuted(node: fx.Node) -> list[int]:
     """Return the input's dimension for each dimension of a permutation."""
+    ndim = len(shape_of(node))
     if packet_of(node) is _aten.permute:
         return [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     order = list(range(ndim))

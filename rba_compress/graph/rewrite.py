@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from rba_compress.core.call_signature import Signature
 from rba_compress.core.errors import ArtifactError, ModelError, PlanError
-from rba_compress.core.offload import above, copy_tree, deep_copy, modules_of
+from rba_compress.core.offload import above, copy_tree, deep_copy, hold, modules_of
 from rba_compress.core.plan import Block, Plan, listed
 from rba_compress.core.weight_types import of_peft
 from rba_compress.graph.tracer import module_stack
@@ -201,6 +201,56 @@ def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
             if index not in kept and alike:
                 for module in kept[min(alike)]:
                     module.layer_idx = index
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer of a model.
+
+    Raises:
+        ModelError: the model has none of that name.
+    """
+    path, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(path), attribute)
+    except AttributeError:
+        found = None
+    if not isinstance(found, Tensor):
+        raise ModelError(f"{type(model).__name__} has no tensor {name!r}")
+    return found.detach()
+
+
+def resize(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give layers new tensors, of other sizes maybe, and the attributes that say the sizes.
+
+    The old tensors, which may be shared with another model, keep their values. The new ones take their
+    dtype and device.
+    """
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        hold(model, path)
+        layer: Any = model.get_submodule(path)
+        old = getattr(layer, attribute)
+        new = value.to(old.device, old.dtype).clone()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(layer, attribute, new)
+        if attribute == "weight" and old.shape != new.shape:
+            _state_sizes(layer, new.shape)
+
+
+def _state_sizes(layer: Any, shape: Sequence[int]) -> None:
+    """Set the attributes of a layer that say its sizes, where it has them."""
+    own = vars(layer)
+    if "groups" in own:
+        # A convolution with groups that is narrowed is depthwise: a group for each channel.
+        layer.groups = layer.groups if layer.groups == 1 else shape[0]
+        layer.out_channels, layer.in_channels = shape[0], shape[1] * layer.groups
+    elif "nf" in own:  # transformers' Conv1D, whose weight is (inputs, outputs)
+        layer.nx, layer.nf = shape
+    elif "out_features" in own:
+        layer.out_features, layer.in_features = shape
+    elif "num_features" in own:
+        layer.num_features = shape[0]
 
 
 def replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -120,6 +120,9 @@ def _move_projections(graph: fx.Graph, needs: dict[fx.Node, Need]) -> None:
         graph.erase_node(node)
 
 
+_PARTS = {operator.getitem, _aten.select, _aten.slice, _aten.unflatten}
+
+
 def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """Return x, weight and bias where heads (N, heads, T, d) are rows of a linear layer of x (N, T, w).
 
@@ -127,7 +130,7 @@ def _projected(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
     """
     path, linear = [], node
     while packet_of(linear) is not _aten.linear:
-        known = PERMUTATIONS | COPIES | SIZED | SPLITS | {operator.getitem, _aten.select}
+        known = PERMUTATIONS | COPIES | SIZED | SPLITS | _PARTS
         if packet_of(linear) not in known or not isinstance(linear.args[0], fx.Node):
             return None
         path.append(linear)

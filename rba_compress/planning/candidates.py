@@ -25,9 +25,18 @@ from rba_compress.core.plan import (
     Site,
     SolvedRefit,
 )
+from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments, Total
-from rba_compress.planning.fit_statistics import SpanRows, Walk, batch_statistics, probed, span_rows
+from rba_compress.planning.fit_statistics import (
+    SpanRows,
+    Walk,
+    Wanted,
+    batch_statistics,
+    layer_moments,
+    probed,
+    span_rows,
+)
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.state import (
     Candidate,
@@ -35,13 +44,17 @@ from rba_compress.planning.state import (
     Solution,
     changed,
     keyed,
+    narrowed_blocks,
     replaced_blocks,
     with_candidate,
 )
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.base import IDENTITY, Level
+from rba_compress.units.block_variants import Thinned, thin
 from rba_compress.units.registry import unit_of
 from rba_compress.units.splice import forms_of, splice_shared
+from rba_compress.units.token_merge import SIZED
+from rba_compress.units.width import Seen, WidthUnit
 
 
 class CandidateFitter:
@@ -79,7 +92,7 @@ class CandidateFitter:
     def cost(self, plan: Plan) -> Cost:
         """Return the cost of the network under a plan; the share of latency is an estimate."""
         parts = frozenset(
-            (r.chain, r.start, r.stop, r.unit, r.map.kind, r.map.rank, r.level, r.exact)
+            (r.chain, r.start, r.stop, r.unit, r.map.kind, r.map.rank, r.level, r.kept, r.exact)
             for r in plan.replacements
         )
         key = parts, bool(self.times)
@@ -102,13 +115,17 @@ class CandidateFitter:
             wanted = [site for site in sites if site.chain == c]
             if not wanted:
                 continue
-            taken, folds = replaced_blocks(state.solution.plan, chain), {}
+            plan = state.solution.plan
+            taken = replaced_blocks(plan, chain) | narrowed_blocks(plan, chain)
+            folds: dict[float, Branch] = {}
             if "folded" in self.config.maps:
                 folds = {
                     float(b + 1): block.branches[-1]
                     for b, block in enumerate(chain.blocks)
                     if block.branches and b not in taken
                 }
+            found += self._narrower(state.solution, c, [s for s in wanted if unit_of(s.unit).inner])
+            wanted = [s for s in wanted if not unit_of(s.unit).inner]
             for site in (s for s in wanted if not unit_of(s.unit).fitted):
                 levels = unit_of(site.unit).levels(self.config, chain)
                 found += [Candidate(c, self.unfitted(site, level)) for level in levels]
@@ -124,6 +141,48 @@ class CandidateFitter:
             for each, cost in zip(found, costs, strict=True)
             if cost.macs < UNREACHABLE.macs
         ]
+
+    def _narrower(self, solution: Solution, c: int, sites: Sequence[Site]) -> list[Candidate]:
+        """Fit every level of sites inside the blocks of one chain, in one pass of the network."""
+        chain = self.chains[c]
+        units = [unit for unit in (unit_of(s.unit) for s in sites) if isinstance(unit, WidthUnit)]
+        if not units:
+            return []
+        model, wanted = self.compressed(solution), Wanted([], {})
+        for unit, site in zip(units, sites, strict=True):
+            block = chain.blocks[site.start]
+            wanted.inputs.extend(unit.observed(block))
+            wanted.heads.update({f"{block.path}.{rows.layer}": rows for rows in unit.head_rows(block)})
+        observed = self._by_graph(model, solution, c, sites)
+        weight = self.class_weight(c)
+        rows, heads = layer_moments(observed, c, self.chains, wanted, self.batches, weight=weight)
+        seen = Seen(
+            {path: r.merged(self.total, self.weight).weighted(weight) for path, r in rows.items()},
+            {path: h.merged(self.total, self.weight) for path, h in heads.items()},
+        )
+        self.samples += self.held * max(site.stop for site in sites) / len(chain)
+        return [
+            Candidate(c, new, keyed(new, tensors))
+            for unit, site in zip(units, sites, strict=True)
+            for new, tensors in unit.fits(model, chain, site.start, seen, multiple=self.config.multiple)
+        ]
+
+    def _by_graph(
+        self, model: nn.Module, solution: Solution, c: int, sites: Sequence[Site]
+    ) -> nn.Module:
+        """Return the same network, with the blocks whose attention is observed run by their graphs: the
+        code of some calls no modules of its layers.
+        """
+        chain = self.chains[c]
+        at = {site.start for site in sites if _of_attention(chain, site)}
+        done = {r.start for r in solution.plan.replacements if r.chain == chain.name and not r.inner}
+        copy = copy_model(model, share=True)
+        for b in sorted(at - done):
+            block = chain.blocks[b]
+            if not isinstance(copy.get_submodule(block.path), Thinned):
+                thinned = thin(copy, block, nn.Identity(), self.traces, unit=SIZED)
+                replace_blocks(copy, [block], thinned)
+        return copy
 
     def _of_chain(
         self, solution: Solution, c: int, sites: Sequence[Site], folds: dict[float, Branch]
@@ -234,6 +293,25 @@ class CandidateFitter:
                 tensors = _corrected(model, refit, gap)
                 yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
+    def narrowed_again(self, solution: Solution, c: int) -> Solution:
+        """Return the solution with all layers that read narrowed channels of a chain solved anew,
+        towards the original's stream, each behind those before it.
+        """
+        chain = self.chains[c]
+        own = [r for r in solution.plan.in_order if r.chain == chain.name and r.inner]
+        walk = self.walk(c, solution.plan)
+        for new in own:
+            unit, block = unit_of(new.unit), chain.blocks[new.start]
+            assert isinstance(unit, WidthUnit)
+            for reader in unit.readers(block):
+                model = self.compressed(solution)
+                walk.to(model, new.start)
+                (rows,) = walk.gaps(model, [reader])
+                gap = rows.merged(self.total, self.weight).weighted(self.class_weight(c))
+                solution = changed(solution, tensors=unit.solved(model, block, reader, gap))
+        self.samples += walk.passes * self.held * len(chain) / sum(map(len, self.chains))
+        return solution
+
     def statistics(self, solution: Solution, path: str) -> Iterator[Solution]:
         """Yield the solution with re-estimated statistics of the BatchNorms behind the block at `path`,
         one for each step size; yield nothing without BatchNorms.
@@ -254,6 +332,11 @@ class CandidateFitter:
                     tensors[f"{refit.key}{key}"] = old + step * (new - old)
                 refits.append(refit)
             yield changed(solution, drop=before, add=refits, tensors=tensors)
+
+
+def _of_attention(chain: Chain, site: Site) -> bool:
+    width = chain.blocks[site.start].width(site.unit)
+    return width is not None and width.attention is not None
 
 
 def _merges(chain: Chain, plan: Plan) -> list[int]:

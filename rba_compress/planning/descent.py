@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ActivationError, BudgetError
+from rba_compress.core.plan import Action
 from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.progress import SearchProgress
-from rba_compress.planning.refinement import refit, statistics
+from rba_compress.planning.refinement import SOLVED, narrowed, refit, settled, statistics
 from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.solver import rounded
 from rba_compress.planning.stages import GRID, Verified, expected, stage
@@ -82,7 +83,7 @@ def _refined(context: SearchContext, before: Verified, *, result: bool) -> Searc
     """Refine a network: the kept layers behind its maps, and of the result also those behind merges,
     which are most of the network; then its BatchNorms.
     """
-    state = before.state
+    state = before.state if before.settled else narrowed(context, before.state)
     for c, chain in enumerate(context.chains if context.refits else ()):
         own = [r for r in state.solution.plan.replacements if r.chain == chain.name]
         starts = [r.start for r in own if result or unit_of(r.unit).fitted]
@@ -143,9 +144,9 @@ class Descent:
             k, log = self._index(state), self.context.log
             if len(first) > 1 and not self.verified[k].settled:
                 steps, log.steps = log.steps, []
-                settled = statistics(self.context, state)
+                new = settled(self.context, state)
                 log.steps = steps
-                self.verified[k] = replace(self.verified[k], state=settled, settled=True)
+                self.verified[k] = replace(self.verified[k], state=new, settled=True)
             best.append(self.verified[k].state)
         return min(best, key=order)
 
@@ -299,7 +300,10 @@ class Descent:
         context.log.decided("stage", taken.solution.plan, taken, margin, chosen.predicted)
         if chosen.state is not taken:
             gain = taken.mean - chosen.state.mean
-            context.log.decided("statistics", chosen.state.solution.plan.refits[-1], chosen.state, gain)
+            refits = chosen.state.solution.plan.refits
+            normed = refits != taken.solution.plan.refits
+            action: Action = "statistics" if normed else "solve"
+            context.log.decided(action, refits[-1] if normed else SOLVED, chosen.state, gain)
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)

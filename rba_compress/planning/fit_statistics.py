@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.inference import evaluating
-from rba_compress.core.plan import Block, Branch, Chain
+from rba_compress.core.plan import Block, Branch, Chain, HeadRows
+from rba_compress.core.schema import nested
 from rba_compress.graph.activations import Observed, attention_mask, observe
 from rba_compress.graph.rewrite import MERGE, copy_model, replace_blocks
 from rba_compress.graph.token_merging import merge
@@ -29,6 +31,10 @@ from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.planning.state import Solution
 from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.whole import WHOLE
+from rba_compress.units.width import HeadMoments, Reader
+
+ROWS = 32
+"""Rows for each feature that moments of features are taken from, where there are more."""
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 """The input and the output of each layer that was observed."""
@@ -141,9 +147,12 @@ def _lacking(model: nn.Module, branch: Branch, layers: Layers, gap: Tensor) -> T
     return gap / torch.where(scale.abs() > 1e-6, scale, torch.inf)
 
 
-def observed(branches: Iterable[Branch]) -> list[str]:
+def observed(branches: Iterable[Branch | Reader]) -> list[str]:
     """Return the layers whose inputs and outputs are needed to compute what branches lack."""
-    return [path for branch in branches for path in (branch.path, branch.norm) if path is not None]
+    named = [
+        (each.path, each.norm, each.skip if isinstance(each, Reader) else None) for each in branches
+    ]
+    return [path for paths in named for path in paths if path is not None]
 
 
 def probed(
@@ -223,6 +232,119 @@ def span_rows(
                 new = SpanRows(ends, chain.width, maps, gaps)
                 found[i] = found[i] + new if i in found else new
     return found
+
+
+class Wanted(NamedTuple):
+    """Layers of which moments are wanted, by path in the network."""
+
+    inputs: list[str]
+    heads: dict[str, HeadRows]
+    """Layers with heads, of whose outputs the moments are wanted."""
+
+
+def layer_moments(
+    model: nn.Module,
+    c: int,
+    chains: Sequence[Chain],
+    wanted: Wanted,
+    batches: Sequence[Batch],
+    *,
+    weight: float,
+) -> tuple[dict[str, Rows], dict[str, HeadMoments]]:
+    """Return the moments of inputs and outputs of layers in one chain, in one pass of a network.
+
+    Of a convolution's input the rows are patches. Of more rows than the moments need, some positions
+    are left out.
+
+    Args:
+        c: index of the chain.
+        weight: weight of a class token among the outputs.
+    """
+    chain, samples = chains[c], sum(map(len, batches))
+    rows: dict[str, Rows] = {}
+    heads: dict[str, HeadMoments] = {}
+    # A part of a layer is a layer of its own where it is narrowed already.
+    sources: dict[str, list[str]] = {}
+    for path, part in wanted.heads.items():
+        sources.setdefault(_source(model, path, part), []).append(path)
+    inputs, modules = set(wanted.inputs), dict(model.named_modules())
+    layers = [*dict.fromkeys([*wanted.inputs, *sources])]
+    last = max(b for b, block in enumerate(chain.blocks) if any(nested(p, block.path) for p in layers))
+    classes = sorted({*chain.class_tokens, *range(chain.reads)})
+    mask: Tensor | None = None
+
+    def add(path: str, given: Tensor, output: Tensor) -> None:
+        if path in inputs:
+            new = _rows(_features(modules.get(path), given), classes, mask, samples)
+            rows[path] = rows[path] + new if path in rows else new
+        for name in sources.get(path, ()):
+            part = wanted.heads[name]
+            own = output if path == name else output[..., part.rows]
+            moments = _head_moments(own, part, classes, weight, mask)
+            heads[name] = heads[name] + moments if name in heads else moments
+
+    with evaluating(model):
+        for batch in batches:
+            mask = attention_mask(batch, chain)
+            observe(model, chains, batch, layers=layers, stop=(c, last + 1), on_layer=add)
+    return rows, heads
+
+
+def _source(model: nn.Module, path: str, part: HeadRows) -> str:
+    """Return the path of the layer that computes some heads in a network as it is."""
+    if not part.part or isinstance(dict(model.named_modules()).get(path), nn.Linear):
+        return path
+    return path.removesuffix(part.layer) + part.source.removesuffix(".weight")
+
+
+def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int) -> Rows:
+    """Return the moments of rows (..., features), class tokens apart; of many rows, those of some.
+
+    Args:
+        samples: number of samples of all batches.
+    """
+    counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
+    apart = x[:, classes] if classes and x.ndim == 3 else None
+    if apart is not None:
+        others = [t for t in range(x.shape[1]) if t not in classes]
+        x = x[:, others]
+        counted = None if counted is None else counted[:, others]
+    rows = x.flatten(0, -2) if counted is None else x[counted]
+    step = max(len(rows) * samples // (len(x) * ROWS * rows.shape[1]), 1)
+    tokens = None if apart is None else _moments(apart.flatten(0, 1))
+    return Rows(_moments(rows[::step]).weighted(step), tokens)
+
+
+def _head_moments(
+    y: Tensor, part: HeadRows, classes: Sequence[int], weight: float, mask: Tensor | None
+) -> HeadMoments:
+    """Return the moments of the heads of a layer's output (N, T, rows), or with positions first."""
+    y = y.movedim(1, 0) if part.positions_first else y
+    y = y.unflatten(-1, (part.heads, -1)).double()  # (N, T, heads, d)
+    counts = torch.ones(y.shape[:2], dtype=y.dtype, device=y.device)
+    if mask is not None and mask.shape == counts.shape:
+        counts = mask.to(counts)
+    total = counts.sum(1).clamp_min(1)[:, None, None]
+    centred = y - torch.einsum("nt,nthd->nhd", counts, y)[:, None] / total[:, None]
+    within = torch.einsum("nt,nthd,nthe->hde", counts, centred, centred)
+    counts[:, [t for t in classes if t < y.shape[1]]] *= weight
+    return HeadMoments(torch.einsum("nt,nthd,nthe->hde", counts, y, y), within)
+
+
+def _moments(rows: Tensor) -> PairMoments:
+    return PairMoments.from_rows(rows, rows[:, :0])
+
+
+def _features(layer: Any, x: Tensor) -> Tensor:
+    """Return the rows that a layer multiplies, (..., features); of a convolution its patches."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return x
+    if prod(layer.kernel_size) == 1 and prod(layer.stride) == 1:
+        return x.movedim(1, -1)
+    assert isinstance(layer, nn.Conv2d), "hidden_width offers no other"
+    padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
+    patches = nn.functional.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return patches.movedim(1, -1)
 
 
 def batch_statistics(model: nn.Module, path: str, batches: Iterable[Batch]) -> dict[str, Spread]:
@@ -386,11 +508,12 @@ class Walk:
         resumed = Resumed(copy, self.chains, self.index, first, streams[0])
         return _Pass(resumed, streams, self.chains, self.batches, (self.index, stop), layers)
 
-    def gaps(self, compressed: nn.Module, branches: Sequence[Branch]) -> list[Rows]:
+    def gaps(self, compressed: nn.Module, branches: Sequence[Branch | Reader]) -> list[Rows]:
         """Return for each branch of the block at the boundary the moments of (features of its last
         layer, what that layer's output lacks), in one pass of the block.
 
-        The gap is the original stream behind the branch minus the current stream there.
+        The gap is the original stream behind the branch minus the current stream there; for a reader of
+        channels that ends no branch, that of its own output.
         """
         found: list[list[Rows]] = [[] for _ in branches]
         stop, b = self.boundary + 1, self.boundary
@@ -407,7 +530,12 @@ class Walk:
                 mask = attention_mask(batch, self.chain)
                 for index, branch in enumerate(branches):
                     # A merge of this block lies between its sublayers: behind its first branch.
-                    gap = self._gap(k, theirs.layers, ours.layers, branches[: index + 1], new)
+                    if isinstance(branch, Reader):
+                        seen = theirs.layers, ours.layers
+                        found[index].append(self._local(k, compressed, *seen, branch))
+                        continue
+                    own = [b for b in branches[: index + 1] if isinstance(b, Branch)]
+                    gap = self._gap(k, theirs.layers, ours.layers, own, new)
                     lacking = _lacking(compressed, branch, ours.layers, gap)
                     features = ours.layers[branch.path][0]
                     found[index].append(Rows.of(self.chain, features, lacking, mask))
@@ -418,8 +546,42 @@ class Walk:
         self._ahead = ahead
         return [sum(rows[1:], start=rows[0]) for rows in found]
 
+    def _local(
+        self, k: int, compressed: nn.Module, theirs: Layers, ours: Layers, reader: Reader
+    ) -> Rows:
+        """Return the moments of a reader's input rows and of what its output lacks.
+
+        Where a BatchNorm's output is added to a stream, the sum is compared, and the gap divided by the
+        norm's factor.
+        """
+        layer: Any = compressed.get_submodule(reader.path)
+        if reader.norm is None:
+            gap = theirs[reader.path][1] - ours[reader.path][1]
+        else:
+            gap = theirs[reader.norm][1] - ours[reader.norm][1]
+            if reader.skip is not None:
+                gap = gap + theirs[reader.skip][1] - ours[reader.skip][1]
+            elif reader.summed:
+                held = self._now.original, self._now.compressed
+                h, g = (streams[k][self.index][self.boundary] for streams in held)
+                gap = gap + h - g
+            norm: Any = compressed.get_submodule(reader.norm)
+            factor = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+            factor = torch.where(factor.abs() > 1e-6, factor, torch.inf)
+            gap = gap / factor.view(1, -1, *[1] * (gap.ndim - 2))
+        channels = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+        features = _features(layer, ours[reader.path][0]).flatten(0, -2)
+        y = gap.movedim(channels, -1).flatten(0, -2)
+        step = max(len(features) * len(self.batches) // (ROWS * features.shape[1]), 1)
+        return Rows(PairMoments.from_rows(features[::step], y[::step]))
+
     def _gap(
-        self, k: int, theirs: Layers, ours: Layers, branches: Sequence[Branch], new: Merge | None
+        self,
+        k: int,
+        theirs: Layers,
+        ours: Layers,
+        branches: Sequence[Branch],
+        new: Merge | None,
     ) -> Tensor:
         """Return the original stream behind the last of some branches minus the current one."""
         held = self._now.original, self._now.compressed

@@ -5,10 +5,10 @@ the cached stream of its boundary on the screened validation samples. Of its out
 products with the other options' changes are kept, so that the table does not grow with the samples.
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
-that is not folded. Other levels follow for the sites of interest, those whose rise is the least for
-what they save, and for those that are replaced already; a unit whose levels are set by schedules needs
-one of each site. A span that is longer by a block follows where both of its shorter ones belong to the
-better half and are not far from being of interest.
+that is not folded; of what narrows a block the one that takes least. Other levels follow for the sites
+of interest, those whose rise is the least for what they save, and for those that are replaced already;
+a unit whose levels are set by schedules needs one of each site. A span that is longer by a block
+follows where both of its shorter ones belong to the better half and are not far from being of interest.
 """
 
 from __future__ import annotations
@@ -324,7 +324,11 @@ def _shorter(site: Site) -> Iterable[Site]:
 
 
 def _first(levels: Sequence[Candidate]) -> Candidate:
-    """Return the level of a site to run first: the middle one of the last kind that is not folded."""
+    """Return the level of a site to run first: the middle one of the last kind that is not folded, or
+    the one that takes least, where a block is narrowed: it may be free.
+    """
+    if levels[0].replacement.inner:
+        return min(levels, key=lambda level: level.saving.macs)
     own = [level for level in levels if level.refit is None] or levels
     kind = own[-1].replacement.map.kind
     alike = [level for level in own if level.replacement.map.kind == kind]

@@ -12,6 +12,7 @@ from rba_compress.core.plan import Chain, Plan, Replacement, macs_at
 from rba_compress.planning.state import Solution, without_unread
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.registry import unit_of
+from rba_compress.units.width import WidthUnit
 
 
 def chain_cost(
@@ -26,10 +27,12 @@ def chain_cost(
         times: the share of each block in the network's time; a block that is left in part is assumed to
             take as long, per MAC, as the whole block.
     """
-    starts = {r.start: r for r in replacements if r.chain == chain.name}
+    own = [r for r in replacements if r.chain == chain.name]
+    starts = {r.start: r for r in own if not r.inner}
     positions, b, total = chain.positions, 0, np.zeros(3)
     while b < len(chain):
-        cost, b, positions = step_cost(chain, starts.get(b), b, positions, times=times)
+        inner = [r for r in own if r.inner and r.start == b]
+        cost, b, positions = step_cost(chain, starts.get(b), b, positions, inner=inner, times=times)
         total += cost
     return Cost(macs=int(total[0]), params=int(total[1]), latency=float(total[2]))
 
@@ -40,19 +43,27 @@ def step_cost(
     b: int,
     positions: int,
     *,
+    inner: Sequence[Replacement] = (),
     times: Sequence[float] = (),
 ) -> tuple[NDArray[np.float64], int, int]:
     """Return the cost of one step of the walk, the block behind it, and the positions left there.
 
     Args:
         new: the replacement that starts at block `b`; None leaves the block as it is.
+        inner: what narrows the block from the inside.
         times: as in `chain_cost`.
     """
     merged = chain.merged(positions)
     macs = macs_at(chain.blocks[b].by_positions, positions) if merged else chain.macs[b]
     costs = [Cost(macs=macs, params=chain.params[b])]
+    before, narrow = positions, new is not None and new.exact
     if new is not None:
         costs, positions = unit_of(new.unit).cost(chain, new, positions)
+    for each in inner:
+        costs[0] -= saving(chain, each, before, positions, narrow=narrow)
+    if narrow:
+        widths = (chain.blocks[b].width(each.unit) for each in inner)
+        costs[0] -= Cost(params=max((w.narrow_bias for w in widths if w is not None), default=0))
     stop = b + len(costs)
     latency = 0.0
     if times:
@@ -60,6 +71,20 @@ def step_cost(
         latency = sum(t * c.macs / m for t, c, m in per_mac if m)
     total = [sum(c.macs for c in costs), sum(c.params for c in costs), latency]
     return np.array(total, dtype=np.float64), stop, positions
+
+
+def saving(chain: Chain, new: Replacement, before: int, behind: int, *, narrow: bool) -> Cost:
+    """Return the cost that narrowing a block from the inside saves.
+
+    Args:
+        before, behind: number of positions before the block and behind it; a merge lies between its
+            sublayers.
+        narrow: True where the block computes the read positions alone.
+    """
+    unit = unit_of(new.unit)
+    assert isinstance(unit, WidthUnit)
+    positions = behind if unit.second and not narrow else before
+    return unit.saving(chain, new, positions, narrow=narrow)
 
 
 def plan_saving(

@@ -10,6 +10,9 @@ from rba_compress.planning.fit_statistics import Walk
 from rba_compress.planning.state import SearchState, Solution, replaced_blocks
 from rba_compress.units.registry import unit_of
 
+SOLVED = "layers that read narrowed channels"
+"""Change of the action "solve"."""
+
 
 def wins(context: SearchContext, after: Tensor, before: Tensor) -> bool:
     """Return whether `after` is below `before` on the same samples: by more than the tolerance, and by
@@ -73,6 +76,30 @@ def _resolved(
         return state
     before, state = state.mean, context.state(best[1], state.cost, at)
     return context.log.decided("refit", best[0], state, before - state.mean)
+
+
+def settled(context: SearchContext, state: SearchState) -> SearchState:
+    """Solve the layers that read narrowed channels anew, then re-estimate BatchNorms."""
+    return statistics(context, narrowed(context, state))
+
+
+def narrowed(context: SearchContext, state: SearchState) -> SearchState:
+    """Solve the layers that read narrowed channels anew, one behind the other.
+
+    Each was fitted to a network in which it alone is narrower.
+    """
+    solution = state.solution
+    own = [r for r in solution.plan.replacements if r.inner]
+    if not own:
+        return state
+    for c in sorted({context.order[r.chain] for r in own}):
+        solution = context.fitter.narrowed_again(solution, c)
+    at = min((context.order[r.chain], r.start) for r in own)
+    divergences = context.divergences(state, solution, at)
+    if not wins(context, divergences, state.evaluation.divergence):
+        return state
+    before, state = state.mean, context.state(solution, state.cost, at)
+    return context.log.decided("solve", SOLVED, state, before - state.mean)
 
 
 def statistics(context: SearchContext, state: SearchState) -> SearchState:

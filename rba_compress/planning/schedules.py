@@ -46,7 +46,8 @@ class _Schedules:
     def __init__(self, context: SearchContext, state: SearchState, c: int, unit: Unit) -> None:
         self.context, self.state, self.c, self.unit = context, state, c, unit
         self.chain = context.chains[c]
-        own = [r for r in state.solution.plan.replacements if r.chain == self.chain.name]
+        name, plan = self.chain.name, state.solution.plan
+        own = [r for r in plan.replacements if r.chain == name and not r.inner]
         self.old = [r for r in own if r.unit == unit.name]
         others = {b for r in own if r not in self.old for b in range(r.start, r.stop)}
         free = [b for b, _ in unit.sites(self.chain, None) if b not in others]

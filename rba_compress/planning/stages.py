@@ -8,7 +8,7 @@ validation samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +18,11 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Replacement
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.output_changes import OutputChanges, output_changes
-from rba_compress.planning.plan_cost import chain_cost, step_cost
+from rba_compress.planning.plan_cost import chain_cost, saving, step_cost
 from rba_compress.planning.sites import sites
 from rba_compress.planning.solver import Combination, Floats, Move, Walked, combinations, rounded
 from rba_compress.planning.state import (
+    Candidate,
     SearchState,
     Solution,
     removed_length,
@@ -31,7 +32,9 @@ from rba_compress.planning.state import (
     without_unread,
 )
 from rba_compress.profiling.search_record import Refined
+from rba_compress.units.base import keeps_layers
 from rba_compress.units.registry import unit_of
+from rba_compress.units.width import WidthUnit
 
 GRID = 0.02
 """Distance of sizes that count as alike."""
@@ -174,7 +177,11 @@ def _picked(
 def _moves(
     context: SearchContext, table: OutputChanges, own: Sequence[Replacement]
 ) -> tuple[list[Move], list[int]]:
-    """Return the steps over the blocks of all chains, and the positions before them.
+    """Return the steps of the solver's walk, and the positions before each of its places.
+
+    A block is a place for itself, with one more before it or behind it for each unit that may narrow
+    the block besides: there the walk takes one of the unit's options, or none. Whatever cuts the block
+    or removes it goes past all of these.
 
     Args:
         own: the replacements of the state as it is handed out, with exact read-outs, which save less
@@ -182,25 +189,97 @@ def _moves(
     """
     moves: list[Move] = []
     positions: list[int] = []
-    first, n = 0, len(table.options)
+    n = len(table.options)
     for c, chain in enumerate(context.chains):
         walk = partial(_walked, chain, context.fitter.times[c] if context.fitter.times else ())
-        positions += [chain.positions, *[-1] * (len(chain) - 1)]
-        old = {r.start: (k, r) for k, r in enumerate(table.undone, n) if r.chain == chain.name}
-        handed = {r.start: r for r in own if r.chain == chain.name}
-        for b in range(len(chain)):
-            row, replaced = old.get(b, (None, None))
+        options = [(k, o) for k, o in enumerate(table.options) if o.chain == c]
+        old = [(k, r) for k, r in enumerate(table.undone, n) if r.chain == chain.name]
+        outer = {r.start: (k, r) for k, r in old if not r.inner}
+        handed = {r.start: r for r in own if r.chain == chain.name and not r.inner}
+        slots = [_Slots.of(b, options, old) for b in range(len(chain))]
+        first = [len(positions)]
+        for each in slots:
+            first.append(first[-1] + each.places)
+        positions += [chain.positions, *[-1] * (first[-1] - first[0] - 1)]
+        for b, each in enumerate(slots):
+            main = first[b] + len(each.before)
+            row, replaced = outer.get(b, (None, None))
+            stop = b + 1 if replaced is None else replaced.stop
+            end = main + 1 if stop == b + 1 else first[stop]
             keep = partial(walk, b, handed.get(b))
             if replaced is not None:
-                moves.append(Move(first + b, first + replaced.stop, None, keep, taken=False))
+                moves.append(Move(main, end, None, keep, taken=False))
                 keep = partial(walk, b, None)
-            moves.append(Move(first + b, first + b + 1, row, keep, taken=False))
-        for k, option in enumerate(table.options):
-            if option.chain == c:
-                new, begin = option.replacement, option.boundary
-                moves.append(Move(first + begin, first + new.stop, k, partial(walk, begin, new)))
-        first += len(chain)
+            moves.append(Move(main, main + 1, row, keep, taken=False))
+            narrow = b in handed and handed[b].exact
+            for k, slot in enumerate((*each.before, *each.behind)):
+                at = first[b] + k + (k >= len(each.before))
+                moves += slot.moves(at, chain, narrow=narrow)
+        for k, option in options:
+            new, begin = option.replacement, option.boundary
+            if not new.inner:
+                cost = partial(walk, begin, new)
+                beside = keeps_layers(new)
+                start = first[begin] + (len(slots[begin].before) if beside else 0)
+                end = start + 1 if beside else first[new.stop]
+                moves.append(Move(start, end, k, cost))
     return moves, [*positions, -1]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Place of a walk at which a block is narrowed, or not."""
+
+    options: list[tuple[int, Replacement]]
+    """Options, with the rows of the quadratic form."""
+    old: tuple[int, Replacement] | None = None
+    """Replacement that narrows the block in the network as it is, with the row of undoing it."""
+
+    def moves(self, at: int, chain: Chain, *, narrow: bool) -> Iterator[Move]:
+        """Yield the steps from a place to the next one; arguments as in `saving`."""
+        now = None if self.old is None else self.old[1]
+        cost = partial(_saved, chain, narrow=narrow)
+        yield Move(at, at + 1, None, partial(cost, now), taken=False)
+        if self.old is not None:
+            yield Move(at, at + 1, self.old[0], partial(cost, None))
+        for row, new in self.options:
+            yield Move(at, at + 1, row, partial(cost, new))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Places of a walk beside a block, before it and behind it."""
+
+    before: list[_Slot]
+    behind: list[_Slot]
+
+    @classmethod
+    def of(
+        cls, b: int, options: Iterable[tuple[int, Candidate]], old: Iterable[tuple[int, Replacement]]
+    ) -> _Slots:
+        """Return the slots of a block: one for each unit, or for units that exclude each other."""
+        new = [(k, o.replacement) for k, o in options]
+        inner = {r.unit: None for _, r in (*old, *new) if r.inner and r.start == b}
+        found: dict[bool, list[_Slot]] = {False: [], True: []}
+        for name in inner:
+            unit = unit_of(name)
+            assert isinstance(unit, WidthUnit)
+            taken = next(((k, r) for k, r in old if r.start == b and r.unit == name), None)
+            slot = _Slot([(k, r) for k, r in new if r.start == b and r.unit == name], taken)
+            found[unit.second].append(slot)
+        return cls(found[False], found[True])
+
+    @property
+    def places(self) -> int:
+        return len(self.before) + 1 + len(self.behind)
+
+
+def _saved(chain: Chain, new: Replacement | None, positions: int, *, narrow: bool) -> Walked:
+    """Return minus the saving of what narrows a block."""
+    if new is None:
+        return np.zeros(3), positions
+    saved = saving(chain, new, positions, positions, narrow=narrow)
+    return -np.array([saved.macs, saved.params, saved.latency], dtype=np.float64), positions
 
 
 def _walked(

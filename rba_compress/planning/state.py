@@ -11,7 +11,7 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, FoldRefit, Plan, Refit, Replacement, Site
 from rba_compress.planning.evaluator import Evaluation
 from rba_compress.profiling.profiler import Profile
-from rba_compress.units.base import IDENTITY
+from rba_compress.units.base import IDENTITY, beside
 from rba_compress.units.read_out import READ_OUT
 from rba_compress.units.registry import unit_of
 
@@ -75,7 +75,7 @@ def with_read_outs(solution: Solution, chains: Sequence[Chain]) -> Solution:
     behind it treat each position separately.
     """
     for chain in chains:
-        own = [r for r in solution.plan.replacements if r.chain == chain.name]
+        own = [r for r in solution.plan.replacements if r.chain == chain.name and not r.inner]
         at = {b: r for r in own for b in range(r.start, r.stop)}
         for b in reversed(range(len(chain)) if chain.reads else ()):
             old = at.get(b)
@@ -99,8 +99,13 @@ def without_unread(solution: Solution, profile: Profile) -> Solution:
 
 def replaced_blocks(plan: Plan, chain: Chain, *, cut: bool = True) -> set[int]:
     """Return the blocks of a chain that are removed; with `cut`, also those that are left in part."""
-    wanted = [r for r in plan.replacements if r.chain == chain.name]
+    wanted = [r for r in plan.replacements if r.chain == chain.name and not r.inner]
     return {b for r in wanted if cut or unit_of(r.unit).removes for b in range(r.start, r.stop)}
+
+
+def narrowed_blocks(plan: Plan, chain: Chain) -> set[int]:
+    """Return the blocks of a chain whose layers are narrower than the original's."""
+    return {r.start for r in plan.replacements if r.chain == chain.name and r.inner}
 
 
 def changed(
@@ -110,10 +115,24 @@ def changed(
     add: Sequence[Replacement | Refit] = (),
     tensors: dict[str, Tensor] | None = None,
 ) -> Solution:
-    """Return the solution without some of its parts and their tensors, and with others."""
-    plan, keys = solution.plan, tuple(part.key for part in drop)
-    parts = [p for p in (*plan.replacements, *plan.refits) if p not in drop] + list(add)
-    kept = {k: v for k, v in solution.tensors.items() if not k.startswith(keys)}
+    """Return the solution without some of its parts and their tensors, and with others.
+
+    Refits of layers that get their former size back are dropped as well. Where a refit of a narrowed
+    layer is dropped, the layer keeps the refit's tensors.
+    """
+    plan = solution.plan
+    sizes = [r for r in drop if isinstance(r, Replacement) and r.inner]
+    lost = [r for r in plan.refits if any(_sets(r, new) for new in sizes)]
+    drop = [*drop, *(r for r in lost if r not in drop)]
+    parts: list[Replacement | Refit] = [*plan.replacements, *plan.refits]
+    parts = [p for p in parts if p not in drop]
+    narrow = [p for p in parts if isinstance(p, Replacement) and p.inner]
+    parts = [*parts, *add]
+    kept = {
+        k: v
+        for k, v in solution.tensors.items()
+        if any(p.owns(k) for p in narrow) or not any(part.owns(k) for part in drop)
+    }
     plan = plan.model_copy(
         update={
             "replacements": tuple(p for p in parts if isinstance(p, Replacement)),
@@ -123,12 +142,19 @@ def changed(
     return Solution(plan, kept | (tensors or {}))
 
 
+def _sets(refit: Refit, new: Replacement) -> bool:
+    """Return whether a refit sets tensors that a replacement narrows."""
+    return any(refit.owns(f"{new.key}{name}") for name in new.narrowed)
+
+
 def overlapping(plan: Plan, new: Replacement) -> list[Replacement]:
-    """Return the replacements of a plan that share a block with another replacement."""
+    """Return the replacements of a plan that share a block with another replacement, and cannot stand
+    beside it.
+    """
     return [
         r
         for r in plan.replacements
-        if r.chain == new.chain and r.start < new.stop and new.start < r.stop
+        if r.chain == new.chain and r.start < new.stop and new.start < r.stop and not beside(new, r)
     ]
 
 

@@ -62,7 +62,7 @@ def traded(context: SearchContext, state: SearchState, most: int) -> SearchState
 def _trades(context: SearchContext, state: SearchState) -> Iterator[Trade]:
     """Yield every trade between blocks that nothing but the unit itself replaces."""
     for c, chain in enumerate(context.chains):
-        own = [r for r in state.solution.plan.in_order if r.chain == chain.name]
+        own = [r for r in state.solution.plan.in_order if r.chain == chain.name and not r.inner]
         for unit in map(unit_of, context.config.units):
             if unit.fitted:  # another level asks for another fit
                 continue

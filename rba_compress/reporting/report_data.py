@@ -144,7 +144,9 @@ def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
             state[refit.block] = ("re-solved", str(refit))
     for new in plan.replacements:
         for b in range(new.start, new.stop) if new.chain == chain.name else ():
-            state[b] = ("replaced" if unit_of(new.unit).removes else "thinned", str(new))
+            kind = "replaced" if unit_of(new.unit).removes else "thinned"
+            before = [state[b][1]] if b in state and state[b][0] == kind else []
+            state[b] = kind, "; ".join((*before, str(new)))
     return tuple(
         DrawnBlock(
             path=block.path,

@@ -27,7 +27,15 @@ from rba_compress.graph.rewrite import copy_model
 from rba_compress.graph.tracer import record
 from rba_compress.linalg.maps import build_map, fit_map, map_macs, map_parameters, map_shapes
 from rba_compress.linalg.moments import PairMoments
-from rba_compress.units.block_variants import BlockGraph, Cut, Form, Traces, example_inputs, thin
+from rba_compress.units.block_variants import (
+    BlockGraph,
+    Cut,
+    Form,
+    Thinned,
+    Traces,
+    example_inputs,
+    thin,
+)
 
 IDENTITY = MapSpec(kind="identity")
 Level = MapSpec | float
@@ -54,10 +62,10 @@ class Trial:
             narrow: only the positions that the output reads are computed.
             exact: the unit itself leaves the other positions out; otherwise the blocks before did.
         """
-        copy, reads = copy_model(self.model, share=True), self.chain.reads
+        reads = self.chain.reads
+        form = Form(reads=reads, exact=exact)
         try:
-            form = Form(reads=reads, exact=exact)
-            thinned = thin(copy, self.block, nn.Identity(), self.traces, unit=unit, form=form)
+            thinned = self.cut(unit, form)
         except ModelError:
             return
         tensors = example_inputs(thinned, self.block.signature)
@@ -76,15 +84,34 @@ class Trial:
         # The stream of the signature may have several rows for each sample.
         return round(recording.macs * recording.samples / len(self.batch))
 
+    def places(self, unit: Cut, form: Form) -> ByPositions:
+        """Count the MACs of a cut block where its chain may leave it some numbers of positions.
+
+        Raises:
+            ModelError: the block cannot be cut.
+        """
+        if self.block.by_positions:
+            return self.counted(unit, form)
+        thinned = self.cut(unit, form)
+        macs = self._macs(thinned, example_inputs(thinned, self.block.signature))
+        return ((self.chain.positions, macs),)
+
+    def cut(self, unit: Cut, form: Form) -> Thinned:
+        """Return the cut block.
+
+        Raises:
+            ModelError: the block cannot be cut.
+        """
+        copy = copy_model(self.model, share=True)
+        return thin(copy, self.block, nn.Identity(), self.traces, unit=unit, form=form)
+
     def counted(self, unit: Cut, form: Form) -> ByPositions:
         """Count the MACs of a cut block at three numbers of positions, with sizes in the stream.
 
         Raises:
             ModelError: the block cannot be cut, or takes no other number of positions.
         """
-        copy = copy_model(self.model, share=True)
-        sized = replace(form, sized=True, hands_sizes=not form.exact)
-        thinned = thin(copy, self.block, nn.Identity(), self.traces, unit=unit, form=sized)
+        thinned = self.cut(unit, replace(form, sized=True, hands_sizes=not form.exact))
         tensors = example_inputs(thinned, self.block.signature)
         k, counts = self.block.signature.stream_index, []
         n, whole, width = tensors[k].shape
@@ -104,6 +131,8 @@ class Unit(ABC):
     """True where nothing is left of the blocks."""
     mixes: ClassVar[bool] = True
     """True where the rest of the block lets a position read others."""
+    inner: ClassVar[bool] = False
+    """True where a block keeps its form, and its layers get fewer channels: see `units.width`."""
     fitted: ClassVar[bool] = True
     """True where the unit holds a map, which is fitted to the original streams."""
     scheduled: ClassVar[bool] = False
@@ -126,7 +155,7 @@ class Unit(ABC):
     def excludes(self, site: Site, other: Replacement) -> bool:
         """Return whether the unit cannot replace `other`, which is at the same blocks already."""
         # The stream between the sublayers of a cut block cannot be read any more.
-        between = self.source(site.start) % 1 > 0
+        between = self.source(site.start) % 1 > 0 and not other.inner
         return between or UNITS[other.unit].removes
 
     # --- with which settings
@@ -267,6 +296,20 @@ class Unit(ABC):
     @abstractmethod
     def describe(self, new: Replacement) -> str:
         """Return the decision as one line of text."""
+
+
+def keeps_layers(new: Replacement) -> bool:
+    """Return whether a replacement keeps all layers of its block, so that they may be narrowed."""
+    return new.exact or not UNITS[new.unit].fitted
+
+
+def beside(new: Replacement, other: Replacement) -> bool:
+    """Return whether two replacements may be at the same block: one narrows its layers, and the other
+    keeps them or narrows others.
+    """
+    if new.inner and other.inner:
+        return new.unit != other.unit
+    return (new.inner and keeps_layers(other)) or (other.inner and keeps_layers(new))
 
 
 def built(unit: Unit, new: Replacement) -> nn.Module:

@@ -18,7 +18,8 @@ from rba_compress.core.call_signature import Signature
 from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
-from rba_compress.core.plan import Block
+from rba_compress.core.plan import Attention, Block
+from rba_compress.graph.attention_heads import HeadSizes, attention_of, resize_heads
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import MERGE, BlockModule
 from rba_compress.graph.slice_propagation import narrow
@@ -70,6 +71,8 @@ class Form:
     """Number of positions that were merged and are repeated in the output."""
     by_attention: bool = False
     """True where positions merge by the attention of the read ones, and not by their sizes alone."""
+    heads: HeadSizes | None = None
+    """Sizes of the block's attention, where its layers have others than the block's code knows."""
 
 
 class Cut(Protocol):
@@ -264,8 +267,8 @@ class Traced:
         """
         key = unit.name, form
         if key not in self._bodies:
-            graph = self._cut(unit, form)
-            weights = list(zip(list(graph.nodes), self.names, strict=False))
+            graph, names = self._cut(unit, form)
+            weights = list(zip(list(graph.nodes), names, strict=False))
             for placeholder, _ in weights:
                 if not placeholder.users:
                     graph.erase_node(placeholder)
@@ -273,9 +276,10 @@ class Traced:
             self._bodies[key] = Body(self.signature, used, graph)
         return self._bodies[key]
 
-    def _cut(self, unit: Cut, form: Form) -> fx.Graph:
+    def _cut(self, unit: Cut, form: Form) -> tuple[fx.Graph, Sequence[str]]:
         graph, values, output = copy_graph(self.graph)
         assert isinstance(output, fx.Node)
+        names = self.names if form.heads is None else resize_heads(graph, self.names, form.heads)
         named = {old.name: new for old, new in values.items()}
         middle = named[self.middle] if self.middle else None
         block = BlockGraph(graph, named[self.entry], middle, output)
@@ -287,7 +291,16 @@ class Traced:
             shape = result.meta["shape"]
             result = block.call(restored, result, block.sizes, form.restored, like=shape)
         graph.output(block.joined_sizes(result) if form.hands_sizes else result)
-        return narrow(graph)
+        return narrow(graph), names
+
+    @property
+    def attention(self) -> Attention:
+        """Attention of the block.
+
+        Raises:
+            ModelError: it has none that is understood.
+        """
+        return attention_of(self.graph, self.names)
 
 
 class BlockGraph:
@@ -467,7 +480,7 @@ class Traces:
     """Cache of traced blocks: a trace takes tenths of a second, and a search splices often."""
 
     def __init__(self) -> None:
-        self._known: dict[str, list[Traced]] = {}
+        self._known: dict[Any, list[Traced]] = {}
         self._kinds: dict[str, list[list[Traced]]] = {}
 
     def __reduce__(self) -> Any:
@@ -475,20 +488,24 @@ class Traces:
         return Traces, ()
 
     def of(self, model: nn.Module, block: Block) -> list[Traced]:
-        """Return the traces of a block, one for each signature; the model must not be rewritten there.
+        """Return the traces of a block, one for each signature; the model must not be rewritten there,
+        but for the sizes of its layers.
 
         Raises:
             ModelError: the block cannot be traced, or it writes into tensors.
         """
-        if block.path not in self._known:
+        # A graph runs with layers of other sizes, but for the groups of depthwise convolutions.
+        groups = (getattr(module, "groups", 1) for module in model.get_submodule(block.path).modules())
+        key = block.path, tuple(count for count in groups if count != 1)
+        if key not in self._known:
             ways = (block.signature, *block.variants)
             alike = self._kinds.setdefault(f"{block.type} {ways}", [])
             found = next((t for t in alike if _is_of(model, block, t)), None)
             if found is None:
                 found = [_trace(model, block, way, f"constant_{k}") for k, way in enumerate(ways)]
                 alike.append(found)
-            self._known[block.path] = found
-        return self._known[block.path]
+            self._known[key] = found
+        return self._known[key]
 
 
 @torch.inference_mode(False)

@@ -6,6 +6,7 @@ Nothing is decided here, and nothing is changed before every check has passed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,19 +14,22 @@ from torch import Tensor, fx, nn
 from rba_compress.core.errors import ModelError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.offload import execution_device, hold, take_place
-from rba_compress.core.plan import STATISTICS, Block, NormRefit, Plan, Refit, Replacement
+from rba_compress.core.plan import STATISTICS, Attention, Block, NormRefit, Plan, Refit, Replacement
 from rba_compress.core.schema import nested
+from rba_compress.graph.attention_heads import PARTS, part_layers
 from rba_compress.graph.rewrite import (
     copy_model,
     keep_cache_length,
     refuse_writers,
     replace_blocks,
     replace_parameters,
+    resize,
 )
-from rba_compress.units.base import built
+from rba_compress.units.base import beside, built
 from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.registry import unit_of
 from rba_compress.units.token_merge import SIZED
+from rba_compress.units.width import head_sizes
 
 
 @torch.inference_mode(False)
@@ -72,7 +76,13 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     _check(model, plan, tensors)
     # Every module is made before the first block is replaced: a unit may refuse.
     forms, sized = forms_of(plan)
-    made = [(new, _module(model, new, tensors, traces, forms[new.key])) for new in plan.replacements]
+    for block, attention in _attentions(plan):
+        traces.of(model, block)  # while the block's code still runs
+        part_layers(model, block.path, attention)
+    for new in (r for r in plan.replacements if r.inner):
+        resize(model, {f"{new.key}{name}": tensors[f"{new.key}{name}"] for name in new.narrowed})
+    outer = [new for new in plan.replacements if not new.inner]
+    made = [(new, _module(model, new, tensors, traces, forms[new.key])) for new in outer]
     carrying = [
         (block, thin(model, block, nn.Identity(), traces, unit=SIZED, form=form))
         for block, form in sized
@@ -96,14 +106,28 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     return model
 
 
+def _attentions(plan: Plan) -> list[tuple[Block, Attention]]:
+    """Return the blocks whose attention is narrowed, each once."""
+    found = {}
+    for new in plan.replacements:
+        width = new.blocks[0].width(new.unit)
+        if new.inner and width is not None and width.attention is not None:
+            found[new.blocks[0].path] = new.blocks[0], width.attention
+    return list(found.values())
+
+
 def forms_of(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
     """Return the form of each replacement by key, and the other blocks whose stream carries sizes."""
     forms, others = {}, []
     for chain in dict.fromkeys(r.chain for r in plan.replacements):
-        own = [r for r in plan.in_order if r.chain == chain]
+        inner: dict[int, list[Replacement]] = {}
+        for r in (r for r in plan.in_order if r.chain == chain and r.inner):
+            inner.setdefault(r.start, []).append(r)
+        heads = {b: head_sizes(rs[0].blocks[0], rs) for b, rs in inner.items()}
+        own = [r for r in plan.in_order if r.chain == chain and not r.inner]
         first = next((r for r in own if r.behind), None)
         at = {b: r for r in own for b in range(r.start, r.stop)}
-        last = max(at) if first is None else first.start + len(first.behind)
+        last = max(at, default=-1) if first is None else first.start + len(first.behind)
         # Behind an exact read-out the stream has the read positions alone, and no sizes.
         end = next((r.start for r in own if r.exact), last + 1)
         taken = sum(int(r.level or 0) for r in own if r.behind)
@@ -119,14 +143,18 @@ def forms_of(plan: Plan) -> tuple[dict[str, Form], list[tuple[Block, Form]]]:
                 hands_sizes=hands,
                 restored=gone * (carried and r.stop - 1 == last),
                 by_attention=bool(r.behind) and not r.restores,
+                heads=heads.get(r.start),
             )
-        if first is None:
-            continue
-        for b, block in enumerate(first.behind, first.start + 1):
+        sized = {} if first is None else dict(enumerate(first.behind, first.start + 1))
+        for b, block in sized.items():
             if b not in at and b <= end:
+                assert first is not None
                 ends = b == last
                 form = Form(first.reads, sized=True, hands_sizes=not ends, restored=gone * ends)
-                others.append((block, form))
+                others.append((block, replace(form, heads=heads.get(b))))
+        for b, sizes in heads.items():
+            if sizes is not None and b not in at and not (b in sized and b <= end):
+                others.append((inner[b][0].blocks[0], Form(heads=sizes)))
     return forms, others
 
 
@@ -164,25 +192,19 @@ def _module(
 
 def _refit(model: nn.Module, refit: Refit, tensors: Mapping[str, Tensor]) -> None:
     """Give a kept layer its re-solved tensors."""
-    hold(model, refit.path)
-    layer = model.get_submodule(refit.path)
-    for name, old in _moved(layer, refit):
-        # A new tensor: the old one may be shared with the original.
-        value = tensors[f"{refit.key}{name}"].to(old.device, old.dtype).clone()
-        if isinstance(old, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=old.requires_grad)
-        setattr(layer, name, value)
+    names = [f"{refit.key}{name}" for name, _ in _moved(model.get_submodule(refit.path), refit)]
+    resize(model, {name: tensors[name] for name in names})
 
 
 def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    taken: dict[str, Replacement] = {}
+    taken: list[tuple[str, Replacement]] = []
     wanted: set[str] = set()
     for replacement in plan.replacements:
         for block in replacement.blocks:
-            other = next((path for path in taken if nested(path, block.path)), None)
-            if other is not None:
-                raise PlanError(f"{replacement} and {taken[other]} share the block {block.path}")
-            taken[block.path] = replacement
+            for path, other in taken:
+                if nested(path, block.path) and not (path == block.path and beside(replacement, other)):
+                    raise PlanError(f"{replacement} and {other} share the block {block.path}")
+            taken.append((block.path, replacement))
             module = _submodule(model, block.path)
             if module is None:
                 raise PlanError(
@@ -203,11 +225,53 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 raise PlanError(
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
+            if replacement.inner:
+                _require_narrower(model, replacement, name, tensors[name])
         wanted |= set(expected)
     wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)
     stray = sorted(set(tensors) - wanted)
     if stray:
         raise PlanError(f"the tensors {stray[:3]} belong to no replacement of the plan")
+
+
+def _require_narrower(model: nn.Module, new: Replacement, name: str, tensor: Tensor) -> None:
+    """Require that a model has a tensor that is at least as large as the narrowed one.
+
+    Raises:
+        PlanError: it has none.
+    """
+    module, attribute = _submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]
+    old = getattr(module, attribute, None)
+    source = _parts(new).get(name)
+    if source is not None:
+        module, attribute = (
+            _submodule(model, source[0].rpartition(".")[0]),
+            source[0].rpartition(".")[2],
+        )
+        whole = getattr(module, attribute, None)
+        old = whole[source[1]] if isinstance(whole, Tensor) else None
+    if not isinstance(old, Tensor):
+        raise PlanError(f"{new}: {type(model).__name__} has no tensor {name!r}")
+    pairs = zip(tensor.shape, old.shape, strict=False)
+    if tensor.ndim != old.ndim or any(size > before for size, before in pairs):
+        raise PlanError(
+            f"{new}: {name!r} has shape {tuple(tensor.shape)}, and {tuple(old.shape)} in this "
+            f"{type(model).__name__}: the plan is of another architecture"
+        )
+
+
+def _parts(new: Replacement) -> dict[str, tuple[str, slice]]:
+    """Return the tensors of layers that are a part of another one in the original block, with the name
+    and the rows of that one's tensor.
+    """
+    width, found = new.blocks[0].width(new.unit), {}
+    attention = None if width is None else width.attention
+    for rows in (getattr(attention, part) for part in PARTS) if attention else ():
+        if rows is not None and rows.part:
+            found[f"{new.key}{rows.layer}.weight"] = f"{new.key}{rows.source}", rows.rows
+            if rows.bias:
+                found[f"{new.key}{rows.layer}.bias"] = f"{new.key}{rows.bias}", rows.rows
+    return found
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -222,6 +286,7 @@ def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     """Check the refits, and return the keys of their tensors."""
     wanted: set[str] = set()
     spans = [block.path for r in plan.replacements if unit_of(r.unit).removes for block in r.blocks]
+    shapes = _narrowed_shapes(plan)
     for refit in plan.refits:
         if any(f"{refit.path}.".startswith(f"{path}.") for path in spans):
             raise PlanError(f"{refit}: it is inside of a block that is replaced")
@@ -230,7 +295,7 @@ def _check_refits(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
             raise PlanError(f"{type(model).__name__} has no layer {refit.path!r} to refit")
         for name, value in _moved(layer, refit):
             given = tensors.get(f"{refit.key}{name}")
-            if given is None or given.shape != value.shape:
+            if given is None or given.shape != shapes.get(f"{refit.key}{name}", value.shape):
                 raise PlanError(f"{refit}: its tensor {name!r} is missing or of another shape")
             wanted.add(f"{refit.key}{name}")
     return wanted
@@ -241,15 +306,25 @@ def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     if plan.healed is None:
         return set()
     own = dict(model.named_parameters())
-    maps = tuple(r.key for r in plan.replacements)
+    outer = [r for r in plan.replacements if not r.inner]
     trained = dict.fromkeys(plan.healed.keys)
-    wanted = {key for key in trained if not maps or not key.startswith(maps)}
+    wanted = {key for key in trained if not any(r.owns(key) for r in outer)}
+    shapes = {name: value.shape for name, value in own.items()} | _narrowed_shapes(plan)
     for key in sorted(wanted):
-        if key not in own or key not in tensors or tensors[key].shape != own[key].shape:
+        if key not in own or key not in tensors or tensors[key].shape != shapes[key]:
             raise PlanError(
                 f"the trained tensor {key!r} is missing, or is not of this {type(model).__name__}"
             )
     return wanted
+
+
+def _narrowed_shapes(plan: Plan) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors that the plan narrows, by their names in a state dict."""
+    return {
+        f"{r.key}{name}": torch.Size(shape)
+        for r in plan.replacements
+        for name, shape in r.narrowed.items()
+    }
 
 
 def _refittable(layer: nn.Module, refit: Refit) -> bool:

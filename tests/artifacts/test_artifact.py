@@ -307,7 +307,8 @@ def test_buffers_that_no_state_dict_holds_keep_their_dtype(tmp_path: Path) -> No
 
 def test_a_fit_without_a_finite_condition_is_saved_and_read(tmp_path: Path) -> None:
     model = seeded(Chain, width=32)  # fewer rows than channels: the plain Gram matrix is singular
-    found = compress(model, loader(20), budget=Budget(macs=0.8), config=Config(maps=("linear",)))
+    config = Config(maps=("linear",), units=("span",))
+    found = compress(model, loader(20), budget=Budget(macs=0.8), config=config)
     conditions = [r.diagnostics.condition for r in found.plan.replacements if r.diagnostics]
     assert float("inf") in conditions
     found.save(tmp_path / "compressed")

@@ -134,7 +134,7 @@ def test_it_stands_beside_the_units_of_the_package(shift: Shift) -> None:
     """Every registered unit is searched by default."""
     assert "shift" in Config().units
     found = compress(seeded(Chain), loader(), budget=Budget(macs=0.3))
-    assert {c.unit for c in found.plan.candidates} == {"span", "shift"}
+    assert {c.unit for c in found.plan.candidates} == {"span", "hidden_width", "shift"}
 
 
 def test_a_unit_that_is_not_registered_is_refused_by_name(tmp_path: Path) -> None:

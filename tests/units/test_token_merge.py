@@ -359,6 +359,7 @@ def test_every_unit_behind_a_merge_costs_what_is_counted(read_out: bool) -> None
     run, state, found = behind_merges(model, data, (0, 4), (1, 3))
     tried, seen = {c.site: c for c in found}, run.fitter.profile
     units = {"span", "attention_free", "mlp_free", "token_merge"}
+    units |= {"hidden_width", "head_width", "qk_rank", "vo_rank"}
     assert {site.unit for site in tried} == units | (
         {"read_out", "read_out_mlp"} if read_out else set()
     )
