@@ -89,7 +89,11 @@ class ChannelGroup(Frozen):
 
 
 class HeadRows(Frozen):
-    """Channels of heads, one head after the other, that a linear layer computes."""
+    """Channels of heads, one head after the other, that a linear layer computes.
+
+    Keys have no bias here: it adds the same to a query's product with every key, and cancels in the
+    softmax.
+    """
 
     layer: ModulePath
     """Path of the layer from the block. A part of `source` gets one of its own when channels are taken.
@@ -152,17 +156,17 @@ class Width(Frozen):
     """`macs` where the block computes the read positions alone."""
     params: int = 0
     params_squared: int = 0
-    narrow_params: int = 0
-    """Parameters of one channel that such a block lacks anyway: biases of keys."""
+    bias: int = 0
+    """Parameters that go with the first channel: the bias of the keys, which cancels in the softmax."""
     narrow_bias: int = 0
-    """Parameters that such a block lacks as soon as the layers of its attention are apart."""
+    """`bias` where the block computes the read positions alone, and may have none anyway."""
 
     def saving(self, taken: int, positions: int, *, narrow: bool = False) -> Cost:
         """Return the cost that is saved without some channels."""
         macs = macs_at(self.narrow if narrow else self.macs, positions)
         return Cost(
             macs=taken * macs - taken**2 * self.macs_squared,
-            params=taken * (self.params - narrow * self.narrow_params) - taken**2 * self.params_squared,
+            params=taken * self.params - taken**2 * self.params_squared,
         )
 
 

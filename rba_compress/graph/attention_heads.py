@@ -108,7 +108,7 @@ def attention_of(graph: fx.Graph, names: Sequence[str]) -> Attention:
         return HeadRows(
             layer=layer if whole and source.endswith(".weight") else f"{layer}.{part}",
             source=source,
-            bias="" if bias is None else named[bias],
+            bias="" if bias is None or part == "key" else named[bias],
             first=seen.first,
             heads=seen.heads,
             width=seen.width,
@@ -287,6 +287,8 @@ def resize_heads(graph: fx.Graph, names: Sequence[str], sizes: HeadSizes) -> lis
             with graph.inserting_before(layer):
                 shape = (*shape_of(layer)[:-1], own[name][0] * own[name][1])
                 layer = _call(graph, _aten.linear.default, (layer.args[0], *arguments), shape)
+        elif name == "key":
+            layer.args = layer.args[:2]
         layer.meta["shape"] = (*shape_of(layer)[:-1], own[name][0] * own[name][1])
         with graph.inserting_before(found.node):
             split = _split(graph, layer, part.positions_first, *own[name])

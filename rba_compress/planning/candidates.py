@@ -54,7 +54,7 @@ from rba_compress.units.block_variants import Thinned, thin
 from rba_compress.units.registry import unit_of
 from rba_compress.units.splice import forms_of, splice_shared
 from rba_compress.units.token_merge import SIZED
-from rba_compress.units.width import Seen, WidthUnit
+from rba_compress.units.width import Reader, Seen, WidthUnit
 
 
 class CandidateFitter:
@@ -306,7 +306,9 @@ class CandidateFitter:
             for reader in unit.readers(block):
                 model = self.compressed(solution)
                 walk.to(model, new.start)
-                (rows,) = walk.gaps(model, [reader])
+                branches: list[Branch | Reader] = [*block.branches]
+                at = branches.index(reader) if reader in branches else -1
+                rows = walk.gaps(model, branches[: at + 1] or [reader])[-1]
                 gap = rows.merged(self.total, self.weight).weighted(self.class_weight(c))
                 solution = changed(solution, tensors=unit.solved(model, block, reader, gap))
         self.samples += walk.passes * self.held * len(chain) / sum(map(len, self.chains))

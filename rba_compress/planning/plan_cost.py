@@ -61,9 +61,9 @@ def step_cost(
         costs, positions = unit_of(new.unit).cost(chain, new, positions)
     for each in inner:
         costs[0] -= saving(chain, each, before, positions, narrow=narrow)
-    if narrow:
-        widths = (chain.blocks[b].width(each.unit) for each in inner)
-        costs[0] -= Cost(params=max((w.narrow_bias for w in widths if w is not None), default=0))
+    widths = [width for width in (chain.blocks[b].width(each.unit) for each in inner) if width]
+    lost = [width.narrow_bias if narrow else width.bias for width in widths]
+    costs[0] -= Cost(params=max(lost, default=0))
     stop = b + len(costs)
     latency = 0.0
     if times:

@@ -40,6 +40,8 @@ GRID = 0.02
 """Distance of sizes that count as alike."""
 STEPS = 5
 """Sizes of a stage at which plans are evaluated, apart from its end."""
+PROHIBITIVE = 1e12
+"""Rise of the divergence by which a combination is never chosen."""
 CAUTION = 0.1
 """Share of a change's own second-order term that the solver adds to its rise: the larger a change, the
 less its interactions are known, and a solver finds those that are predicted too well."""
@@ -111,15 +113,30 @@ def _solved(
 
     cautious = table.linear + CAUTION * np.diagonal(table.gram)
     of_size: dict[int, list[Combination]] = {}
+    gram = table.gram + _conflicts(table)
     for combination in combinations(
-        moves, cautious, table.gram, size=size, positions=positions, lowest=lowest
+        moves, cautious, gram, size=size, positions=positions, lowest=lowest
     ):
-        of_size.setdefault(int(combination.size / GRID + 1e-9), []).append(combination)
+        if combination.rise < PROHIBITIVE / 2:
+            of_size.setdefault(int(combination.size / GRID + 1e-9), []).append(combination)
     found = []
     for alike in of_size.values():
         for combination in sorted(alike, key=lambda c: (rounded(c.rise), c.rows))[:6]:
             solution = _with(state.solution, table, combination)
             found.append((combination, solution, fitter.cost(solution.plan)))
+    return found
+
+
+def _conflicts(table: OutputChanges) -> Floats:
+    """Return a prohibitive rise for pairs of options that narrow the same channels of a block."""
+    found = np.zeros_like(table.gram)
+    inner = [(k, o) for k, o in enumerate(table.options) if o.replacement.inner]
+    for k, one in inner:
+        unit = unit_of(one.site.unit)
+        for j, other in inner:
+            same = (one.chain, one.site.start) == (other.chain, other.site.start)
+            if same and unit.excludes(one.site, other.replacement):
+                found[j, k] = found[k, j] = PROHIBITIVE
     return found
 
 
@@ -257,7 +274,7 @@ class _Slots:
     def of(
         cls, b: int, options: Iterable[tuple[int, Candidate]], old: Iterable[tuple[int, Replacement]]
     ) -> _Slots:
-        """Return the slots of a block: one for each unit, or for units that exclude each other."""
+        """Return the slots of a block, one for each unit."""
         new = [(k, o.replacement) for k, o in options]
         inner = {r.unit: None for _, r in (*old, *new) if r.inner and r.start == b}
         found: dict[bool, list[_Slot]] = {False: [], True: []}

@@ -47,23 +47,19 @@ def counted(unit: WidthUnit, inside: Inside, b: int, width: Width) -> Width:
         pairs = zip(before, after, strict=True)
         return tuple((at, round(Fraction(a - c, taken))) for (at, a), (_, c) in pairs)
 
-    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-    before = {name: original(inside.model, block, attention, name).numel() for name in sizes}
-    fields: dict[str, Any] = {
-        "macs": saved(SIZED, Form()),
-        "params": (sum(before.values()) - sum(sizes.values())) // taken,
-    }
+    sizes = sum(tensor.numel() for tensor in tensors.values())
+    each = sum(original(inside.model, block, attention, name).numel() for name in tensors) - sizes
+    each //= taken
+
+    def bias(cut: Cut, form: Form) -> int:
+        cuts = whole.cut(cut, form), less.cut(cut, replace(form, heads=fewer))
+        before, after = (sum(p.numel() for p in block.parameters()) for block in cuts)
+        return before - after - each * taken
+
+    fields: dict[str, Any] = {"macs": saved(SIZED, Form()), "params": each, "bias": bias(SIZED, Form())}
     if chain.reads and block.offer(READ_OUT.name, narrow=True) is not None:
         exact = Form(reads=chain.reads, exact=True)
-        fields["narrow"] = saved(READ_OUT, exact)
-        # Few queries are multiplied with keys without their bias, which would cancel in the softmax.
-        left = less.cut(READ_OUT, replace(exact, heads=fewer)).state_dict()
-        name = "" if attention.key is None else f"{attention.key.layer}.bias"
-        if attention.key is not None and attention.key.bias and name not in left:
-            each = (before.get(name, 0) - sizes.get(name, 0)) // taken
-            all_of = sum(tensor.numel() for tensor in whole.cut(READ_OUT, exact).parameters())
-            extra = all_of - sum(t.numel() for t in left.values()) - fields["params"] * taken
-            fields |= {"narrow_params": each, "narrow_bias": extra + each * taken}
+        fields |= {"narrow": saved(READ_OUT, exact), "narrow_bias": bias(READ_OUT, exact)}
     inside.counts[key] = width.model_copy(update=fields)
     return inside.counts[key]
 
