@@ -252,6 +252,9 @@ class Chain(Frozen):
     """Multiply-accumulates of each block, for one sample."""
     params: tuple[int, ...] = ()
     """Parameters of each block."""
+    after: int | None = None
+    """Number of chains of replaceable blocks that run before, for a block that changes the shape of the
+    stream and can only be narrowed; None where blocks are replaceable."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -273,6 +276,13 @@ class Chain(Frozen):
             for start in range(len(self))
             for stop in range(start + 1, min(start + longest, len(self)) + 1)
         ]
+
+
+def in_order(chains: Sequence[Chain], fixed: Sequence[Chain]) -> list[Chain]:
+    """Return chains of replaceable blocks and others in the order in which they run."""
+    places = [(k, 1, chain) for k, chain in enumerate(chains)]
+    places += [(chain.after or 0, 0, chain) for chain in fixed]
+    return [chain for *_, chain in sorted(places, key=lambda place: place[:2])]
 
 
 def listed(paths: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ value. Refusals carry their reason.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -407,6 +407,42 @@ def _chain(model: nn.Module, recording: Recording, run: list[_Candidate]) -> Cha
         macs=tuple(recording.macs_of(b.path) for b in blocks),
         params=tuple(sum(p.numel() for p in model.get_submodule(b.path).parameters()) for b in blocks),
     )
+
+
+def fixed_chains(
+    model: nn.Module, recording: Recording, analysis: Analysis, chains: Sequence[Chain]
+) -> list[Chain]:
+    """Return the blocks of the classes of chains' blocks that change the shape of the stream, each as a
+    chain for itself.
+    """
+    kinds = {block.type for chain in chains for block in chain.blocks}
+    starts = [chain.blocks[0].path for chain in chains]
+    order = [call.path for call in recording.calls]
+    found = []
+    for member in analysis.candidates:
+        path, inputs = member.call.path, [n for n in member.reads if n.op != "get_attr"]
+        taken = any(nested(path, block.path) for chain in chains for block in chain.blocks)
+        if member.call.type not in kinds or taken or member.stream is None or len(inputs) != 1:
+            continue
+        member.entry = inputs[0]
+        axis, block = _channel_axis(member), _block(model, recording, member)
+        if axis is None or isinstance(block, str):
+            continue
+        shape = member.entry.meta["shape"]
+        found.append(
+            Chain(
+                name=path,
+                blocks=(block,),
+                width=shape[axis],
+                ndim=len(shape),
+                axis=axis,
+                positions=int(torch.Size(shape).numel()) // shape[axis] // recording.samples,
+                macs=(recording.macs_of(path),),
+                params=(sum(p.numel() for p in model.get_submodule(path).parameters()),),
+                after=sum(order.index(start) < order.index(path) for start in starts),
+            )
+        )
+    return found
 
 
 def _named(chains: list[Chain]) -> tuple[Chain, ...]:

@@ -23,7 +23,7 @@ from rba_compress.core.plan import Block, Chain, Refusal, listed
 from rba_compress.core.schema import nested
 from rba_compress.core.weight_types import require_plain_weights
 from rba_compress.graph.activations import run_with_streams
-from rba_compress.graph.block_analysis import analyse
+from rba_compress.graph.block_analysis import analyse, fixed_chains
 from rba_compress.graph.independence import require_independent
 from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording, graph_arguments, record
@@ -35,6 +35,8 @@ class Support:
 
     chains: tuple[Chain, ...]
     refusals: tuple[Refusal, ...]
+    fixed: tuple[Chain, ...] = ()
+    """Blocks that change the shape of the stream, each as a chain for itself: they can be narrowed."""
 
     def __str__(self) -> str:
         lines = []
@@ -57,6 +59,8 @@ class Support:
             offers += [width.unit for block in chain.blocks for width in block.widths]
             units = dict.fromkeys(offers)
             lines.append(f"  units: {', '.join(('span', *units))}")
+        if self.fixed:
+            lines.append(f"narrowed alone: {', '.join(chain.name for chain in self.fixed)}")
         lines += [f"refused {refusal}" for refusal in self.refusals]
         return "\n".join(lines) or "no module maps a tensor to one of the same shape"
 
@@ -102,7 +106,9 @@ def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Bat
     if found:
         require_independent(model, batch)
         found = _with_samples(model, found, batch, first)
-    support = Support(tuple(found), (*refusals, *analysis.refusals([*seen, *told])))
+    fixed = fixed_chains(model, recording, analysis, found)
+    refusals += analysis.refusals([*seen, *told])
+    support = Support(tuple(found), tuple(refusals), tuple(fixed))
     return support, recording, first
 
 

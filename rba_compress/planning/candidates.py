@@ -72,7 +72,7 @@ class CandidateFitter:
         # A rank without samples joins collectives with a zero-weight batch.
         self.batches = batches or [profile.example.select([0]).to(model)]
         self.config = profile.config
-        self.chains = [entry.chain for entry in profile.chains]
+        self.chains = profile.in_order
         self.samples = 0.0
         self.traces = profile.traces
         self.times: list[list[float]] = []

@@ -35,7 +35,7 @@ class SearchContext:
         self, model: nn.Module, profile: Profile, dealt: Iterable[Dealt], budget: Budget
     ) -> None:
         self.model, self.profile, self.config = model, profile, profile.config
-        self.chains = [entry.chain for entry in profile.chains]
+        self.chains = profile.in_order
         self.order = {chain.name: k for k, chain in enumerate(self.chains)}
         self.limits, self.log = Limits(profile, budget), SearchLog()
         self.ranks, self.spent = current(), SPENT[self.config.effort]

@@ -34,9 +34,13 @@ class Limits:
 
     @property
     def floor(self) -> Cost:
-        """Cost with every block skipped."""
+        """Cost with every block skipped, and those that cannot be skipped as narrow as they may be."""
         skips = [SPAN.choice(c.chain, 0, len(c.chain)) for c in self.profile.chains]
-        return network_cost(self.profile, Plan(replacements=tuple(skips)))
+        floor = network_cost(self.profile, Plan(replacements=tuple(skips)))
+        for chain in self.profile.fixed:
+            for width in chain.blocks[0].widths:
+                floor -= width.saving(width.channels * 3 // 4, chain.positions)
+        return floor
 
     def _require_reachable(self) -> None:
         """Require that the limits of cost can be met.

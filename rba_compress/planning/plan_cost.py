@@ -109,4 +109,4 @@ def network_cost(profile: Profile, plan: Plan, *, times: Sequence[Sequence[float
     """Return the cost of the network under a plan; the share of latency is an estimate."""
     replacements = without_unread(Solution(plan, {}), profile).plan.replacements
     original = profile.original.model_copy(update={"latency": 1.0})
-    return original - plan_saving([p.chain for p in profile.chains], replacements, times=times)
+    return original - plan_saving(profile.in_order, replacements, times=times)

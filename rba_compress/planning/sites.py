@@ -16,10 +16,11 @@ def sites(context: SearchContext, plan: Plan) -> list[Site]:
     found: list[Site] = []
     for c, chain in enumerate(context.chains):
         gone = replaced_blocks(plan, chain, cut=False)
-        for name in context.config.units:
-            unit = unit_of(name)
+        for unit in map(unit_of, context.config.units):
+            if chain.after is not None and not unit.inner:
+                continue
             for start, stop in unit.sites(chain, context.config.window):
-                site = Site(c, start, stop, name)
+                site = Site(c, start, stop, unit.name)
                 over = overlapping(plan, unit.choice(chain, start, stop))
                 new = sum(b not in gone for b in range(start, stop))
                 if unit.removes:  # what is removed may become longer, and is not cut through

@@ -25,7 +25,7 @@ from rba_compress.core.loader import Split, workers_named
 from rba_compress.core.loader_form import form_of
 from rba_compress.core.memory import device_bytes, within_memory
 from rba_compress.core.offload import device_of, loaded, undispatched
-from rba_compress.core.plan import Chain, ComparedOutput, Divergence, Refusal
+from rba_compress.core.plan import Chain, ComparedOutput, Divergence, Refusal, in_order
 from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table
 from rba_compress.core.weight_types import require_plain_weights
@@ -52,6 +52,7 @@ class SavedProfile(Frozen):
     model: str
     weights: str
     chains: tuple[Chain, ...]
+    fixed: tuple[Chain, ...] = ()
     window: int | None
     refusals: tuple[Refusal, ...]
     original: Cost
@@ -114,6 +115,13 @@ class Profile:
     """Traced blocks of the model, for the search; no file holds them."""
     record: SearchRecord = field(default_factory=SearchRecord, repr=False)
     """Networks that searches of this profile evaluated: a search for another budget continues there."""
+    fixed: tuple[Chain, ...] = ()
+    """Blocks that can only be narrowed, each as a chain for itself."""
+
+    @property
+    def in_order(self) -> list[Chain]:
+        """All chains in the order in which they run."""
+        return in_order([profiled.chain for profiled in self.chains], self.fixed)
 
     def split(self, loader: Iterable[Any]) -> Split:
         """Return the parts of the profiled loader; of a sum, pass its loaders one behind the other."""
@@ -297,6 +305,7 @@ def profile(
         model=type(model).__name__,
         weights=weights,
         chains=states,
+        fixed=support.fixed,
         refusals=support.refusals,
         original=Cost(macs=recording.macs, params=sum(p.numel() for p in model.parameters())),
         criterion=scales.merged(),

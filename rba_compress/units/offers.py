@@ -86,7 +86,15 @@ def discover(
             chain, refused = _with_widths(inside, inner)
         chains.append(chain)
         refusals += refused
-    return Support(tuple(chains), tuple(refusals)), recording
+    fixed = []
+    for bare in support.fixed:
+        if groups is None:
+            break
+        chain, refused = _with_widths(Inside(model, bare, two, groups, traces), inner)
+        refusals += refused
+        if chain.blocks[0].widths:
+            fixed.append(chain)
+    return Support(tuple(chains), tuple(refusals), tuple(fixed)), recording
 
 
 def _with_widths(inside: Inside, units: Sequence[WidthUnit]) -> tuple[Chain, list[Refusal]]:
