@@ -138,6 +138,15 @@ class Attention(Frozen):
     """Channels of a head's queries and keys."""
 
 
+class Count(Frozen):
+    """Attribute of a module that says a size, as a multiple of the number of channels."""
+
+    module: str
+    """Path from the block; empty for the block itself."""
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    each: int = Field(gt=0)
+
+
 class Width(Frozen):
     """Channels of a block that a unit may take away, and the saving: for t channels
     t * macs - t^2 * macs_squared, and likewise for the parameters.
@@ -148,7 +157,10 @@ class Width(Frozen):
     groups: tuple[ChannelGroup, ...] = ()
     """Groups of so many channels each, narrowed alike."""
     attention: Attention | None = None
-    """Attention whose sizes the unit changes."""
+    """Attention whose sizes the unit changes, so that the block runs by its graph; None where the
+    block's own code runs."""
+    counts: tuple[Count, ...] = ()
+    """Attributes from which the block's code takes sizes."""
     macs: ByPositions
     """MACs of one channel; one pair where positions cannot be merged."""
     macs_squared: int = 0

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from rba_compress.core.errors import ModelError
 from rba_compress.core.plan import ChannelGroup, Slice
 from rba_compress.graph.liveness import COPIES, PERMUTATIONS, SIZED, argument, packet_of, permuted
 from rba_compress.graph.tracer import Recording
@@ -34,6 +35,7 @@ _NORMS = {
     _aten.cudnn_batch_norm,
     _aten.miopen_batch_norm,
 }
+_ATTENTION = "scaled_dot_product"
 _SPLITS = {_aten.split, _aten.chunk, _aten.split_with_sizes}
 
 
@@ -86,6 +88,96 @@ class ChannelGroups:
             except _RefusedError as refused:
                 reasons.append(f"{_layer(node)}: {refused}")
         return groups, reasons
+
+    def heads(self, path: str) -> tuple[ChannelGroup, int]:
+        """Return the heads of attention inside the block at `path` as a group, those that share keys as
+        one channel, and the multiply-accumulates of attention for one sample.
+
+        Only the layers are found here: that heads are rows one after the other has to be tried.
+
+        Raises:
+            ModelError: the attention is not understood, with the reason.
+        """
+        nodes = [n for n in self._graph.nodes if _ATTENTION in str(n.target) and _inside(n, path)]
+        if len(nodes) != 1:
+            raise ModelError(f"it has {len(nodes)} calls of scaled_dot_product_attention, not one")
+        (node,) = nodes
+        width = node.args[0].meta["shape"][-1]
+        query, key, value = (self._maker(each, path) for each in node.args[:3])
+        output = self._reader(node, path)
+        made = {layer: self._model.get_submodule(layer) for layer in (query, key, value, output)}
+        rows = {layer: _outputs(module) for layer, module in made.items()}
+        heads, groups = node.args[0].meta["shape"][1], rows[value] // width
+        if len({query, key, value}) == 1:
+            groups, parts = rows[value] // (3 * width), 3
+        else:
+            parts = 1
+        if groups < 1 or heads % groups or rows[query] != parts * heads * width:
+            raise ModelError("its layers do not compute the heads one after the other")
+        slices: dict[str, Slice] = {}
+        for layer, times in ((query, heads // groups), (key, 1), (value, 1)):
+            dim = _outputs_first(made[self.require_heads(layer)])
+            for name, _ in made[layer].named_parameters(recurse=False):
+                own = Slice(
+                    tensor=f"{layer}.{name}".removeprefix(f"{path}."),
+                    dim=dim if name == "weight" else 0,
+                    parts=parts,
+                    size=width * times,
+                )
+                slices.setdefault(own.tensor, own)
+        reader = self.require_heads(output).removeprefix(f"{path}.")
+        dim = 1 - _outputs_first(made[output])
+        size = width * heads // groups
+        slices[f"{reader}.weight"] = Slice(tensor=f"{reader}.weight", dim=dim, size=size)
+        bias = getattr(made[output], "bias", None) is not None
+        group = ChannelGroup(
+            reader=reader,
+            channels=groups,
+            slices=tuple(slices.values()),
+            shift=f"{reader}.bias" if bias else "",
+        )
+        return group, round(node.meta["macs"] / self._recording.samples)
+
+    def require_heads(self, layer: str) -> str:
+        """Return a layer whose heads may be taken.
+
+        Raises:
+            ModelError: they may not.
+        """
+        try:
+            self.require_own(layer)
+        except _RefusedError as error:
+            raise ModelError(str(error)) from error
+        return layer
+
+    def _maker(self, node: fx.Node, path: str) -> str:
+        """Return the one layer from which an operand of attention comes."""
+        waiting, seen, found = [node], set(), set()
+        while waiting:
+            at = waiting.pop()
+            if at in seen or not _inside(at, path):
+                continue
+            seen.add(at)
+            if packet_of(at) in _PRODUCTS:
+                found.add(_layer(at))
+            else:
+                waiting += at.all_input_nodes
+        if len(found) != 1:
+            raise ModelError(f"queries, keys or values come from {len(found)} layers, not from one")
+        return found.pop()
+
+    def _reader(self, node: fx.Node, path: str) -> str:
+        """Return the one layer that reads what attention computes."""
+        waiting, found = [*node.users], set()
+        while waiting:
+            at = waiting.pop()
+            if packet_of(at) in _PRODUCTS:
+                found.add(_layer(at))
+            elif _inside(at, path):
+                waiting += at.users
+        if len(found) != 1:
+            raise ModelError(f"{len(found)} layers read what its attention computes, not one")
+        return found.pop()
 
     def require_own(self, layer: str) -> nn.Module:
         """Return a layer whose tensors can be replaced by smaller ones.
@@ -327,6 +419,21 @@ class _Walk:
             if call.path.startswith(f"{self._block}.") and others[0] in call.outputs.values():
                 return self._relative(call.path)
         return None
+
+
+def _inside(node: fx.Node, path: str) -> bool:
+    return any(call.path == path for call in node.meta.get("calls", ()))
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Return the number of outputs of a linear layer."""
+    weight: Any = layer.weight
+    return int(weight.shape[_outputs_first(layer)])
+
+
+def _outputs_first(layer: nn.Module) -> int:
+    """Return the dimension of a weight that counts outputs: 1 for Conv1D of transformers."""
+    return 0 if isinstance(layer, nn.Linear) else 1
 
 
 def _counts(node: fx.Node) -> bool:

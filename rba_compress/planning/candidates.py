@@ -294,23 +294,18 @@ class CandidateFitter:
                 yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
     def narrowed_again(self, solution: Solution, c: int) -> Solution:
-        """Return the solution with all layers that read narrowed channels of a chain solved anew,
-        towards the original's stream, each behind those before it.
+        """Return the solution with the layers that read narrowed channels of a chain and end no branch
+        solved anew, towards the original's stream, each behind those before it.
         """
         chain = self.chains[c]
-        own = [r for r in solution.plan.in_order if r.chain == chain.name and r.inner]
         walk = self.walk(c, solution.plan)
-        for new in own:
-            unit, block = unit_of(new.unit), chain.blocks[new.start]
-            assert isinstance(unit, WidthUnit)
-            for reader in unit.readers(block):
-                model = self.compressed(solution)
-                walk.to(model, new.start)
-                branches: list[Branch | Reader] = [*block.branches]
-                at = branches.index(reader) if reader in branches else -1
-                rows = walk.gaps(model, branches[: at + 1] or [reader])[-1]
-                gap = rows.merged(self.total, self.weight).weighted(self.class_weight(c))
-                solution = changed(solution, tensors=unit.solved(model, block, reader, gap))
+        for b, unit, reader in readers(solution.plan, chain):
+            model = self.compressed(solution)
+            walk.to(model, b)
+            (rows,) = walk.gaps(model, [reader])
+            gap = rows.merged(self.total, self.weight).weighted(self.class_weight(c))
+            tensors = unit.solved(model, chain.blocks[b], reader, gap)
+            solution = changed(solution, tensors=tensors)
         self.samples += walk.passes * self.held * len(chain) / sum(map(len, self.chains))
         return solution
 
@@ -334,6 +329,17 @@ class CandidateFitter:
                     tensors[f"{refit.key}{key}"] = old + step * (new - old)
                 refits.append(refit)
             yield changed(solution, drop=before, add=refits, tensors=tensors)
+
+
+def readers(plan: Plan, chain: Chain) -> list[tuple[int, WidthUnit, Reader]]:
+    """Return the layers of a chain that read narrowed channels and end no branch, in order."""
+    found = []
+    for new in plan.in_order:
+        unit = unit_of(new.unit)
+        if new.chain == chain.name and isinstance(unit, WidthUnit):
+            block = chain.blocks[new.start]
+            found += [(new.start, unit, reader) for reader in unit.readers(block)]
+    return found
 
 
 def _of_attention(chain: Chain, site: Site) -> bool:

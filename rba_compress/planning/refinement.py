@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rba_compress.core.plan import FoldRefit, Refit
+from rba_compress.planning.candidates import readers
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Walk
 from rba_compress.planning.state import SearchState, Solution, replaced_blocks
@@ -84,17 +85,19 @@ def settled(context: SearchContext, state: SearchState) -> SearchState:
 
 
 def narrowed(context: SearchContext, state: SearchState) -> SearchState:
-    """Solve the layers that read narrowed channels anew, one behind the other.
+    """Solve the layers that read narrowed channels and end no branch anew, one behind the other.
 
     Each was fitted to a network in which it alone is narrower.
     """
-    solution = state.solution
-    own = [r for r in solution.plan.replacements if r.inner]
-    if not own:
+    solution, starts = state.solution, []
+    for c, chain in enumerate(context.chains):
+        found = readers(solution.plan, chain)
+        if found:
+            starts.append((c, found[0][0]))
+            solution = context.fitter.narrowed_again(solution, c)
+    if not starts:
         return state
-    for c in sorted({context.order[r.chain] for r in own}):
-        solution = context.fitter.narrowed_again(solution, c)
-    at = min((context.order[r.chain], r.start) for r in own)
+    at = min(starts)
     divergences = context.divergences(state, solution, at)
     if not wins(context, divergences, state.evaluation.divergence):
         return state

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rba_compress.core.plan import Attention, Block, ByPositions, HeadRows, Replacement, Width
+from rba_compress.core.registry import UNITS
 from rba_compress.graph.attention_heads import HeadSizes, NoAttentionError, part_layers
 from rba_compress.graph.rewrite import copy_model, resize, tensor_of
 from rba_compress.linalg.narrowing import Compensation
 from rba_compress.units.base import Trial
 from rba_compress.units.block_variants import Cut, Form
-from rba_compress.units.channel_width import ChannelWidth
 from rba_compress.units.read_out import READ_OUT
 from rba_compress.units.token_merge import SIZED
 from rba_compress.units.width import Inside, WidthUnit
@@ -68,10 +68,10 @@ def excluded(unit: WidthUnit, other: Replacement) -> bool:
     """Return whether one of a unit and another replacement takes whole heads, and the other one some of
     their channels.
     """
-    width = other.blocks[0].width(other.unit) if other.inner else None
-    if width is None or width.attention is None or other.unit == unit.name:
+    if not other.inner or other.unit == unit.name:
         return False
-    return isinstance(unit, ChannelWidth) or bool(width.groups)
+    theirs = UNITS[other.unit]
+    return isinstance(theirs, WidthUnit) and theirs.of_heads and (unit.whole or theirs.whole)
 
 
 def refused(reason: object) -> tuple[None, list[str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.core.plan import Block, Branch, Chain, ChannelGroup, Replacement, Width
+from rba_compress.core.plan import Block, Chain, ChannelGroup, Replacement, Width
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments
@@ -74,20 +74,19 @@ class ChannelWidth(WidthUnit):
             found.append((narrowed(new, kept, tensors, diagnostics), tensors))
         return found
 
-    def readers(self, block: Block) -> list[Branch | Reader]:
-        """Return the layers that read the channels: ends of branches, or others."""
-        width, branches = width_of(self, block), {branch.path: branch for branch in block.branches}
-        found: list[Branch | Reader] = []
-        for group in width.groups:
+    def readers(self, block: Block) -> list[Reader]:
+        """Return the layers that read the channels and end no branch."""
+        found, ends = [], {branch.path for branch in block.branches}
+        for group in width_of(self, block).groups:
             path = f"{block.path}.{group.reader}"
             norm = f"{block.path}.{group.norm}" if group.norm else None
             skip = f"{block.path}.{group.skip}" if group.skip else None
-            summed = group.skip is not None
-            found.append(branches.get(path) or Reader(path, norm, summed, skip))
+            if path not in ends:
+                found.append(Reader(path, norm, group.skip is not None, skip))
         return found
 
     def solved(
-        self, model: nn.Module, block: Block, reader: Branch | Reader, gap: PairMoments
+        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
     ) -> dict[str, Tensor]:
         """Return the reader's weight and constant, moved by the whole correction."""
         width = width_of(self, block)

@@ -5,14 +5,29 @@ The heads to take are those without which the output layer, solved anew, loses l
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
-from rba_compress.core.plan import Block, ChannelGroup, Replacement, Site, Slice, Width
-from rba_compress.graph.attention_heads import HeadSizes
+from rba_compress.core.plan import Block, ChannelGroup, Count, Replacement, Site, Slice, Width
+from rba_compress.graph.attention_heads import HeadSizes, NoAttentionError
 from rba_compress.units.attention_width import counted, excluded, original, refused
 from rba_compress.units.channel_width import ChannelWidth
 from rba_compress.units.width import Inside, width_of
+
+_COUNTS = {
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attn_dim",
+    "all_head_size",
+    "embed_dim",
+    "split_size",
+    "inner_dim",
+}
+"""Names of attributes from which libraries' attention takes its sizes."""
+_SHARED = "all of its heads share their keys and values"
 
 
 class HeadWidth(ChannelWidth):
@@ -20,36 +35,96 @@ class HeadWidth(ChannelWidth):
 
     name = "head_width"
     rounded = False
+    of_heads = True
+    whole = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the heads, or groups of heads, that the output layer reads."""
         try:
-            attention = inside.attention(b)
-            if attention.query is None or attention.key is None:
-                raise ModelError("its queries and keys are not heads of a linear layer alone")
-            value, times = attention.value, attention.repeated
-            if value.heads == 1:
-                raise ModelError("all of its heads share their keys and values")
-            slices = []
-            for rows, count in ((attention.query, times), (attention.key, 1), (value, 1)):
-                size = rows.width * count
-                slices.append(Slice(tensor=f"{rows.layer}.weight", dim=0, size=size))
-                if rows.bias:
-                    slices.append(Slice(tensor=f"{rows.layer}.bias", dim=0, size=size))
-            output = f"{attention.output}.weight"
-            slices.append(Slice(tensor=output, dim=1, size=value.width * times))
-            group = ChannelGroup(
-                reader=attention.output,
-                channels=value.heads,
-                slices=tuple(slices),
-                shift=f"{attention.output}.bias" if attention.bias else "",
-            )
-            width = Width(
-                unit=self.name, channels=value.heads, groups=(group,), attention=attention, macs=()
-            )
-            return counted(self, inside, b, width), []
+            return counted(self, inside, b, self._by_graph(inside, b)), []
+        except NoAttentionError:
+            return None, []
         except ModelError as error:
-            return refused(error)
+            by_graph = error
+        try:
+            return self._by_code(inside, b), []
+        except ModelError as error:
+            return refused(error if "calls of" not in str(error) else by_graph)
+
+    def _by_code(self, inside: Inside, b: int) -> Width:
+        """Return the heads of a block whose own code may run with fewer.
+
+        Raises:
+            ModelError: the attention is not understood.
+        """
+        chain, block = inside.chain, inside.chain.blocks[b]
+        group, macs = inside.groups.heads(block.path)
+        if group.channels == 1:
+            raise ModelError(_SHARED)
+        model, times = inside.model, Counter(each.tensor for each in group.slices)
+        for layer in {name.rpartition(".")[0] for name in times if name.endswith("weight")}:
+            macs += inside.groups.macs_of(f"{block.path}.{layer}")
+        width = Width(
+            unit=self.name,
+            channels=group.channels,
+            groups=(group,),
+            macs=((chain.positions, macs // group.channels),),
+            params=sum(inside.groups.size(f"{block.path}.{n}") for n in times) // group.channels,
+        )
+        above = f"{block.path}.{group.reader}".rpartition(".")[0]
+        found = vars(model.get_submodule(above))
+        counts = tuple(
+            Count(
+                module=above.removeprefix(block.path).removeprefix("."),
+                name=name,
+                each=value // group.channels,
+            )
+            for name, value in found.items()
+            if name in _COUNTS and type(value) is int and value % group.channels == 0 and value
+        )
+        return width.model_copy(update={"counts": counts})
+
+    def _by_graph(self, inside: Inside, b: int) -> Width:
+        """Return the heads of a block that runs by its graph.
+
+        Raises:
+            ModelError: the block cannot be traced, or its attention is not understood.
+        """
+        attention = inside.attention(b)
+        if attention.query is None or attention.key is None:
+            raise ModelError("its queries and keys are not heads of a linear layer alone")
+        value, times = attention.value, attention.repeated
+        if value.heads == 1:
+            raise ModelError(_SHARED)
+        slices = []
+        for rows, count in ((attention.query, times), (attention.key, 1), (value, 1)):
+            size = rows.width * count
+            slices.append(Slice(tensor=f"{rows.layer}.weight", dim=0, size=size))
+            if rows.bias:
+                slices.append(Slice(tensor=f"{rows.layer}.bias", dim=0, size=size))
+        output = f"{attention.output}.weight"
+        slices.append(Slice(tensor=output, dim=1, size=value.width * times))
+        group = ChannelGroup(
+            reader=attention.output,
+            channels=value.heads,
+            slices=tuple(slices),
+            shift=f"{attention.output}.bias" if attention.bias else "",
+        )
+        return Width(
+            unit=self.name, channels=value.heads, groups=(group,), attention=attention, macs=()
+        )
+
+    def require(self, new: Replacement) -> None:
+        """Check that the decision is of one block and sets no attributes but those of sizes.
+
+        Raises:
+            ValueError: it is not.
+        """
+        super().require(new)
+        width = new.blocks[0].width(self.name)
+        stray = [count.name for count in (width.counts if width else ()) if count.name not in _COUNTS]
+        if stray:
+            raise ValueError(f"{self.name} sets no attribute {stray[0]!r}")
 
     def excludes(self, site: Site, other: Replacement) -> bool:
         """Return whether the other replacement changes the channels of the heads."""
@@ -58,7 +133,8 @@ class HeadWidth(ChannelWidth):
     def tensor(self, model: nn.Module, block: Block, name: str) -> Tensor:
         """Return a tensor of a block, also of a layer that is a part of another one so far."""
         attention = width_of(self, block).attention
-        assert attention is not None
+        if attention is None:
+            return super().tensor(model, block, name)
         return original(model, block, attention, name)
 
     def resized(self, sizes: HeadSizes, kept: int) -> HeadSizes:
@@ -70,5 +146,6 @@ class HeadWidth(ChannelWidth):
         """Return the block and the number of heads that are kept."""
         width = new.blocks[0].width(self.name)
         of = f" of {width.channels}" if width else ""
-        grouped = width is not None and width.attention is not None and width.attention.repeated > 1
+        sizes = {each.size for group in (width.groups if width else ()) for each in group.slices}
+        grouped = len(sizes) > 1
         return f"{new.blocks[0].path} keeps {new.kept}{of} {'groups of heads' if grouped else 'heads'}"

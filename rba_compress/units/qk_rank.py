@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.core.plan import Attention, Block, Branch, Chain, HeadRows, Replacement, Site, Width
+from rba_compress.core.plan import Attention, Block, Chain, HeadRows, Replacement, Site, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.moments import PairMoments
@@ -32,6 +32,7 @@ class QkRank(WidthUnit):
     """Block whose queries and keys have fewer channels a head."""
 
     name = "qk_rank"
+    of_heads = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the channels of a head's queries and keys."""
@@ -118,12 +119,12 @@ class QkRank(WidthUnit):
             masked[source] = tensor.index_fill(0, (query.first + gone.flatten()).to(tensor.device), 0)
         return kept, new, masked
 
-    def readers(self, block: Block) -> list[Branch | Reader]:
+    def readers(self, block: Block) -> list[Reader]:
         """Return no layers: nothing reads the channels but their product."""
         return []
 
     def solved(
-        self, model: nn.Module, block: Block, reader: Branch | Reader, gap: PairMoments
+        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
     ) -> dict[str, Tensor]:
         """Return nothing."""
         return {}

@@ -14,7 +14,16 @@ from torch import Tensor, fx, nn
 from rba_compress.core.errors import ModelError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.offload import execution_device, hold, take_place
-from rba_compress.core.plan import STATISTICS, Attention, Block, NormRefit, Plan, Refit, Replacement
+from rba_compress.core.plan import (
+    STATISTICS,
+    Attention,
+    Block,
+    Count,
+    NormRefit,
+    Plan,
+    Refit,
+    Replacement,
+)
 from rba_compress.core.schema import nested
 from rba_compress.graph.attention_heads import PARTS, part_layers
 from rba_compress.graph.rewrite import (
@@ -81,6 +90,9 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         part_layers(model, block.path, attention)
     for new in (r for r in plan.replacements if r.inner):
         resize(model, {f"{new.key}{name}": tensors[f"{new.key}{name}"] for name in new.narrowed})
+        for count in _counts(new):
+            module = model.get_submodule(f"{new.key}{count.module}".rstrip("."))
+            setattr(module, count.name, count.each * new.kept)
     outer = [new for new in plan.replacements if not new.inner]
     made = [(new, _module(model, new, tensors, traces, forms[new.key])) for new in outer]
     carrying = [
@@ -104,6 +116,11 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         replace_parameters(model, {key: tensors[key] for key in plan.healed.keys})
     refuse_writers(model, plan)
     return model
+
+
+def _counts(new: Replacement) -> tuple[Count, ...]:
+    width = new.blocks[0].width(new.unit)
+    return () if width is None else width.counts
 
 
 def _attentions(plan: Plan) -> list[tuple[Block, Attention]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
-from rba_compress.core.plan import Attention, Block, Branch, Chain, Replacement, Site, Width
+from rba_compress.core.plan import Attention, Block, Chain, Replacement, Site, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.maps import correction
@@ -40,6 +40,7 @@ class VoRank(WidthUnit):
     """Block whose values have fewer channels a head."""
 
     name = "vo_rank"
+    of_heads = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the channels of a head's values."""
@@ -114,7 +115,7 @@ class VoRank(WidthUnit):
         zeroed[..., kept:] = 0
         return kept, new, {f"{attention.output}.weight": zeroed.flatten(1)}
 
-    def readers(self, block: Block) -> list[Branch | Reader]:
+    def readers(self, block: Block) -> list[Reader]:
         """Return the layer that reads all heads."""
         path = f"{block.path}.{_attention(width_of(self, block)).output}"
         return [
@@ -122,7 +123,7 @@ class VoRank(WidthUnit):
         ]
 
     def solved(
-        self, model: nn.Module, block: Block, reader: Branch | Reader, gap: PairMoments
+        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
     ) -> dict[str, Tensor]:
         """Return the output layer's tensors, moved by the whole correction."""
         attention = _attention(width_of(self, block))

@@ -23,7 +23,6 @@ from rba_compress.core.map_spec import Diagnostics
 from rba_compress.core.plan import (
     Attention,
     Block,
-    Branch,
     Chain,
     HeadRows,
     Offer,
@@ -88,6 +87,10 @@ class WidthUnit(Unit):
     """Unit that takes channels away inside one block."""
 
     inner = True
+    of_heads: ClassVar[bool] = False
+    """True where heads of attention are narrowed."""
+    whole: ClassVar[bool] = False
+    """True where they are taken as a whole."""
     second: ClassVar[bool] = False
     """True where the channels lie in the second of two sublayers, behind a merge of positions."""
 
@@ -154,12 +157,14 @@ class WidthUnit(Unit):
         return sizes
 
     @abstractmethod
-    def readers(self, block: Block) -> list[Branch | Reader]:
-        """Return the layers that a narrowed block's channels are read by, in order."""
+    def readers(self, block: Block) -> list[Reader]:
+        """Return the layers that read the channels and end no branch, in order. Those that end one are
+        re-solved like those of any kept block.
+        """
 
     @abstractmethod
     def solved(
-        self, model: nn.Module, block: Block, reader: Branch | Reader, gap: PairMoments
+        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
     ) -> dict[str, Tensor]:
         """Return the tensors of a reading layer, solved anew.
 
