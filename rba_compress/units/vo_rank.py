@@ -116,11 +116,9 @@ class VoRank(WidthUnit):
         return kept, new, {f"{attention.output}.weight": zeroed.flatten(1)}
 
     def readers(self, block: Block) -> list[Reader]:
-        """Return the layer that reads all heads."""
+        """Return the layer that reads all heads, unless it ends a branch."""
         path = f"{block.path}.{_attention(width_of(self, block)).output}"
-        return [
-            next((branch for branch in block.branches if branch.path == path), None) or Reader(path)
-        ]
+        return [] if any(branch.path == path for branch in block.branches) else [Reader(path)]
 
     def solved(
         self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
