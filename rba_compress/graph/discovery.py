@@ -22,10 +22,10 @@ from rba_compress.core.outputs import main_output
 from rba_compress.core.plan import Block, Chain, Refusal, listed
 from rba_compress.core.schema import nested
 from rba_compress.core.weight_types import require_plain_weights
-from rba_compress.graph.activations import run_with_streams
+from rba_compress.graph.activations import observe, run_with_streams
 from rba_compress.graph.block_analysis import analyse, fixed_chains
 from rba_compress.graph.independence import require_independent
-from rba_compress.graph.rewrite import copy_model, replace_blocks
+from rba_compress.graph.rewrite import Held, copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording, graph_arguments, record
 
 
@@ -106,7 +106,7 @@ def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Bat
     if found:
         require_independent(model, batch)
         found = _with_samples(model, found, batch, first)
-    fixed = fixed_chains(model, recording, analysis, found)
+    fixed = [c for c in fixed_chains(model, recording, analysis, found) if _resumable(model, c, first)]
     refusals += analysis.refusals([*seen, *told])
     support = Support(tuple(found), tuple(refusals), tuple(fixed))
     return support, recording, first
@@ -251,6 +251,21 @@ def require_chains(support: Support, model: nn.Module) -> None:
 
 def _refuse(chain: Chain, reason: str) -> Refusal:
     return Refusal(paths=tuple(b.path for b in chain.blocks), type=chain.blocks[0].type, reason=reason)
+
+
+def _resumable(model: nn.Module, chain: Chain, batch: Batch) -> bool:
+    """Return whether a network runs from the stream behind a chain, to the same output."""
+    copy, held = copy_model(model, share=True), Held()
+    try:
+        seen = observe(model, [chain], batch)
+        held.value = seen.streams[0][len(chain)]
+        replace_blocks(copy, chain.blocks, held)
+        with evaluating(copy):
+            output = batch.run(copy)
+    except Exception:  # noqa: BLE001  whatever fails, the blocks are left as they are
+        return False
+    pairs = zip(pytree.tree_leaves(seen.output), pytree.tree_leaves(output), strict=False)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
 # --- verification by rewriting ---------------------------------------------------------------

@@ -51,6 +51,18 @@ class Spliced(nn.Module):
         return found
 
 
+class Held(nn.Module):
+    """Module that ignores its input and returns `value`, a cached stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, _: Tensor) -> Tensor:
+        assert self.value is not None, "set before every pass"
+        return self.value
+
+
 class RefusedWriter:
     """Replacement for a method that writes a stock network, set on an instance that is none any more.
 

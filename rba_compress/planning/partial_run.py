@@ -7,20 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from rba_compress.core.plan import Chain
-from rba_compress.graph.rewrite import replace_blocks
-
-
-class _Held(nn.Module):
-    """Module that ignores its input and returns `value`, a cached stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value: Tensor | None = None
-
-    def forward(self, _: Tensor) -> Tensor:
-        assert self.value is not None, "set before every pass"
-        return self.value
-
+from rba_compress.graph.rewrite import Held, replace_blocks
 
 Streams = Sequence[dict[int, Tensor]]
 """Streams of each chain by boundary, as in `Observed`."""
@@ -44,11 +31,11 @@ class Resumed:
         self, model: nn.Module, chains: Sequence[Chain], chain: int, boundary: int, known: Streams
     ) -> None:
         self.model = model
-        self._held: list[tuple[int, int, _Held]] = []
+        self._held: list[tuple[int, int, Held]] = []
         places = [(c, len(chains[c])) for c in range(chain) if len(chains[c]) in known[c]]
         for c, stop in [*places, (chain, boundary)]:
             if stop:
-                held = _Held()
+                held = Held()
                 replace_blocks(model, chains[c].blocks[:stop], held)
                 self._held.append((c, stop, held))
 

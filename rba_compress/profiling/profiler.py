@@ -268,10 +268,9 @@ def profile(
         ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
     config = Config.of(config) or Config()
-    model = undispatched(unwrap(model))
+    model, traces = undispatched(unwrap(model)), Traces()
     split = Split(loader, config.seed)
     example = split.first(form_of(model))
-    traces = Traces()
     support, recording = discover(
         model, example, traces, config.units, read_outs=not config.keep_features
     )
