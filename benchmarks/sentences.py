@@ -193,7 +193,7 @@ def main(how: Run) -> None:
 
     searches = {
         "ours": Config(units=("span",), window=1),
-        "stock": Config(foldable=True, window=1),
+        "stock": Config(stock=True, window=1),
     }
     for method, config in searches.items():
         seen = profile(model, calibration, config=config, divergence=embedding_divergence)

@@ -543,7 +543,7 @@ def save(
     Raises:
         ArtifactError: the directory is taken or cannot be written; `delta` was combined with `fold` or
             `hub`.
-        PlanError: the plan cannot be folded; search with `Config(foldable=True)`.
+        PlanError: the plan cannot be folded; search with `Config(stock=True)`.
         WeightsError: `architecture` does not build this network.
     """
     if not current().leads:

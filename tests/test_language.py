@@ -117,7 +117,7 @@ def test_the_divergence_is_of_real_tokens_alone() -> None:
 
 def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
-    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(foldable=True))
+    result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(stock=True))
     result.save(tmp_path / "stock", fold=True, hub=True)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
     assert again.config.num_hidden_layers < 4

@@ -136,7 +136,7 @@ def test_a_network_without_a_replaced_block_is_written(tmp_path: Path) -> None:
 
 
 def test_a_folded_network_is_written(tmp_path: Path) -> None:
-    result = result_of(llama, Config(foldable=True))
+    result = result_of(llama, Config(stock=True))
     result.save(tmp_path / "folded", fold=True, hub=True)
     again: Any = load(tmp_path / "folded")
     again.save_pretrained(tmp_path / "stock")

@@ -39,7 +39,7 @@ def test_a_sentence_encoder_loses_a_layer_and_loads_everywhere(tmp_path: Path) -
     transformers = pytest.importorskip("transformers")
     model, tokenizer = packaged(sentences.encoder)
     calibration = sentences.loader(tokenizer, sentences.sentences("calibration", 120), 20)
-    how = Config(foldable=True, window=1, refit=False)
+    how = Config(stock=True, window=1, refit=False)
     seen = profile(model, calibration, config=how, divergence=sentences.embedding_divergence)
     found = search(model, seen, calibration, budget=Budget(macs=0.85))
     compressed = splice(model, found.plan, found.tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
@@ -13,10 +14,13 @@ from pydantic import Field, JsonValue, model_validator
 from torch import fx, nn
 
 from rba_compress.core.errors import WeightsError
+from rba_compress.core.plan import Replacement
 from rba_compress.core.schema import Frozen
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Names that configs of transformers have for the number of layers."""
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+"""Names that configs of transformers have for the numbers of heads."""
 _BACKENDS = ("attn_implementation", "experts_implementation")
 """Keywords of a transformers model that its config keeps but does not write."""
 
@@ -111,6 +115,28 @@ class Architecture(Frozen):
                 fields[name] = [value[i] for i in indices]
         found = [name for name in _DEPTHS if self.arguments.get(name) == length]
         return [self._with(**fields, **{name: counts[0]}) for name in found]
+
+    def with_width(self, new: Replacement, channels: int) -> list[Architecture]:
+        """Return candidates for the architecture with narrower blocks; the caller must check them.
+
+        Args:
+            new: the decision for one of the blocks.
+            channels: the number of channels that the original's blocks have.
+        """
+        known = [(n, v) for n, v in self.arguments.items() if type(v) is int and v % channels == 0]
+        found = [self._with(**{name: new.kept}) for name, value in known if value == channels and value]
+        # Heads and their groups together.
+        heads = {
+            name: value // channels * new.kept for name, value in known if name in _HEADS and value
+        }
+        if heads:
+            found.append(self._with(**heads))
+        if self.library == "timm":
+            ratio = new.kept / new.width
+            while int(new.width * ratio) < new.kept:  # the library rounds down
+                ratio = math.nextafter(ratio, math.inf)
+            found.append(self._with(mlp_ratio=ratio))
+        return found
 
     def _with(self, **changes: JsonValue) -> Architecture:
         return self.model_copy(update={"arguments": {**self.arguments, **changes}})

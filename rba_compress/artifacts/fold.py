@@ -15,7 +15,7 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.errors import PlanError, WeightsError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Plan
+from rba_compress.core.plan import Plan, Replacement
 from rba_compress.profiling.fidelity import gap
 from rba_compress.units.registry import unit_of
 
@@ -49,7 +49,7 @@ def folded(
     """
     reason = unfoldable(plan)
     if reason is not None:
-        raise PlanError(f"{reason}: search with Config(foldable=True)")
+        raise PlanError(f"{reason}: search with Config(stock=True)")
     if architecture is None:
         raise PlanError(
             f"a {type(model).__name__} is neither timm's nor transformers', so none with fewer blocks "
@@ -58,7 +58,10 @@ def folded(
     kept = _kept(model, plan)
     state = _renumbered(model.state_dict(), kept)
     flaws = []
-    for candidate in architecture.with_blocks(kept) if kept else [architecture]:
+    candidates = architecture.with_blocks(kept) if kept else [architecture]
+    for width, count in _widths(plan):
+        candidates = [wider for each in candidates for wider in each.with_width(width, count)]
+    for candidate in candidates:
         try:
             stock = candidate.build()
         except WeightsError as error:
@@ -75,9 +78,23 @@ def folded(
     )
 
 
+def _widths(plan: Plan) -> list[tuple[Replacement, int]]:
+    """Return one of the narrowed blocks for each width, with the number of channels of the original.
+
+    That all blocks have the same is checked by loading the weights.
+    """
+    found: dict[str, tuple[Replacement, int]] = {}
+    for new in plan.replacements:
+        width = new.blocks[0].width(new.unit)
+        if new.inner and width is not None:
+            found.setdefault(new.unit, (new, width.channels))
+    return list(found.values())
+
+
 def _kept(model: nn.Module, plan: Plan) -> dict[str, tuple[int, list[int]]]:
     """Return the length and the kept indices of each list of blocks, in the network's order."""
-    gone = {block.path for replacement in plan.replacements for block in replacement.blocks}
+    removed = [r for r in plan.replacements if unit_of(r.unit).removes]
+    gone = {block.path for replacement in removed for block in replacement.blocks}
     lists = dict.fromkeys(
         name for path in sorted(gone) for name in siblings(model, path.rpartition(".")[0])
     )

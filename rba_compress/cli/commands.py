@@ -167,8 +167,8 @@ class _Job(_Images):
     """Compute every position, also those that the output does not read."""
     effort: Effort = "default"
     """Work that the search does: quick tries fewer options on fewer images, thorough more on more."""
-    foldable: bool = False
-    """Search for a stock network with fewer blocks, which timm loads without this package."""
+    stock: bool = False
+    """Search for a stock network of fewer, narrower blocks, which timm loads without this package."""
     seed: int = 0
     """Seed that deals the images to fit, validation and test samples."""
     checkpoint: Path | None = None
@@ -183,7 +183,7 @@ class _Job(_Images):
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        own = ("maps", "shrinks", "refit", "keep_features", "effort", "foldable", "seed")
+        own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
@@ -220,7 +220,7 @@ class Compress(_Job):
             checkpoint=self.checkpoint,
         )
         result = job.data.reported(result, job.original)
-        result.save(self.out, architecture=job.architecture, fold=self.foldable, hub=self.hub)
+        result.save(self.out, architecture=job.architecture, fold=self.stock, hub=self.hub)
         if current().leads:
             _plot(result.profile.chains, self.out)
             if self.html:

@@ -22,7 +22,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from rba_compress.core.errors import BudgetError, ConfigError, RBAError
 from rba_compress.core.map_spec import Kind, MapSpec
-from rba_compress.core.registry import SearchedUnit, searched_units
+from rba_compress.core.registry import SearchedUnit, searched_units, stock_units
 from rba_compress.core.schema import Frozen, Share
 
 Trained = Literal["maps", "norms", "adapters", "all"]
@@ -180,9 +180,10 @@ class Config(Asked):
     """Compute every position of every stream, also those that the output does not read."""
     effort: Effort = "default"
     """Work that the search does: samples to screen on, levels to try, plans to evaluate, refits."""
-    foldable: bool = False
-    """Search only for what `save(fold=True)` can write as a stock network with fewer blocks: identities
-    and folded maps over spans, every position computed; overrides maps, units and keep_features."""
+    stock: bool = False
+    """Search only for what `save(fold=True)` can write as a stock network, which loads without this
+    package: fewer blocks, and one hidden width and one number of heads for all blocks of a chain. Maps
+    are identities or folded, every position is computed; overrides maps, units and keep_features."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """Coefficients a of shrunk maps (1 - a) I + a T, and of folded corrections, to try."""
     fold_damping: float = Field(0.01, ge=0)
@@ -224,9 +225,13 @@ class Config(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _foldable_alone(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("foldable"):
-            return data | {"maps": ("identity", "folded"), "units": ("span",), "keep_features": True}
+    def _stock_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("stock"):
+            return data | {
+                "maps": ("identity", "folded"),
+                "units": stock_units(),
+                "keep_features": True,
+            }
         return data
 
     def specs(self, width: int) -> list[MapSpec]:
@@ -242,8 +247,10 @@ class Config(Asked):
 
 
 def _without_former(value: Any) -> Any:
-    """Return stored settings without those that earlier schemas had."""
-    return {k: v for k, v in value.items() if k != "swaps"} if isinstance(value, dict) else value
+    """Return stored settings by their present names, without those that only earlier schemas had."""
+    if not isinstance(value, dict):
+        return value
+    return {"stock" if k == "foldable" else k: v for k, v in value.items() if k != "swaps"}
 
 
 StoredConfig = Annotated[Config, BeforeValidator(_without_former)]

@@ -19,6 +19,8 @@ class PlannedUnit(Protocol):
     """True where a block keeps its form, and its layers get fewer channels."""
     fitted: ClassVar[bool]
     """True where the unit holds fitted tensors."""
+    stock: ClassVar[bool]
+    """True where stock networks may come out of it."""
 
     def require(self, replacement: Any) -> None:
         """Check that a replacement is one of this unit.
@@ -55,6 +57,11 @@ def register(unit: _U) -> _U:
 def searched_units() -> tuple[str, ...]:
     """Return the names of all units that a search may choose."""
     return tuple(name for name, unit in UNITS.items() if unit.searched)
+
+
+def stock_units() -> tuple[str, ...]:
+    """Return the names of the units from which stock networks may come."""
+    return tuple(name for name, unit in UNITS.items() if unit.searched and unit.stock)
 
 
 def _known(name: str) -> str:

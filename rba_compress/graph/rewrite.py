@@ -85,7 +85,7 @@ class RefusedWriter:
             f"{self.method} writes no compressed {kind.__name__}: from_pretrained would build the "
             f"stock network, with random weights in {listed(self.replaced)}. Write the result with "
             "result.save(directory, hub=True) and read it with rba_compress.load(directory); a result "
-            "of Config(foldable=True) becomes a stock network by result.save(..., fold=True, hub=True)"
+            "of Config(stock=True) becomes a stock network by result.save(..., fold=True, hub=True)"
         )
 
 

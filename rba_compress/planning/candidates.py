@@ -124,7 +124,9 @@ class CandidateFitter:
                     for b, block in enumerate(chain.blocks)
                     if block.branches and b not in taken
                 }
-            found += self._narrower(state.solution, c, [s for s in wanted if unit_of(s.unit).inner])
+            inner = [site for site in wanted if unit_of(site.unit).inner]
+            narrower = self._uniform if self.config.stock else self._narrower
+            found += narrower(state.solution, c, inner)
             wanted = [s for s in wanted if not unit_of(s.unit).inner]
             for site in (s for s in wanted if not unit_of(s.unit).fitted):
                 levels = unit_of(site.unit).levels(self.config, chain)
@@ -166,6 +168,27 @@ class CandidateFitter:
             for unit, site in zip(units, sites, strict=True)
             for new, tensors in unit.fits(model, chain, site.start, seen, multiple=self.config.multiple)
         ]
+
+    def _uniform(self, solution: Solution, c: int, sites: Sequence[Site]) -> list[Candidate]:
+        """Fit every width that all kept blocks of a chain may have."""
+        chain, found = self.chains[c], []
+        left = set(range(len(chain))) - replaced_blocks(solution.plan, chain)
+        for site in sites:
+            unit = unit_of(site.unit)
+            single = [Site(c, b, b + 1, site.unit) for b, _ in unit.sites(chain, None) if b in left]
+            of_block: dict[int, dict[int, Candidate]] = {s.start: {} for s in single}
+            for each in self._narrower(solution, c, single):
+                new = each.replacement
+                if unit.unfoldable(new) is None:
+                    of_block[new.start][new.kept] = each
+            if len(single) < len(left):
+                continue
+            for kept in set.intersection(*(set(levels) for levels in of_block.values())):
+                first, *others = (levels[kept] for _, levels in sorted(of_block.items()))
+                tensors = {k: v for each in (first, *others) for k, v in each.tensors.items()}
+                also = tuple(each.replacement for each in others)
+                found.append(replace(first, tensors=tensors, also=also))
+        return sorted(found, key=lambda each: (each.site, -each.replacement.kept))
 
     def _by_graph(
         self, model: nn.Module, solution: Solution, c: int, sites: Sequence[Site]

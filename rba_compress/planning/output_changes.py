@@ -161,6 +161,8 @@ def output_changes(
     runs = _Runs(context, state)
     options = _run(context, state, candidates, runs)
     replaced = tuple(state.solution.plan.in_order)
+    if context.config.stock:  # one block alone would get another width than the others
+        replaced = tuple(old for old in replaced if not old.inner)
     taken = [index for _, index in options if math.isfinite(runs.rises[index])]
     for old in replaced:
         taken.append(runs.add(undone(state.solution, old), context.before(old)))

@@ -17,7 +17,10 @@ def sites(context: SearchContext, plan: Plan) -> list[Site]:
     for c, chain in enumerate(context.chains):
         gone = replaced_blocks(plan, chain, cut=False)
         for unit in map(unit_of, context.config.units):
-            if chain.after is not None and not unit.inner:
+            if chain.after is not None and (context.config.stock or not unit.inner):
+                continue
+            if context.config.stock and unit.inner:
+                found += [Site(c, 0, len(chain), unit.name)] * bool(unit.sites(chain, None))
                 continue
             for start, stop in unit.sites(chain, context.config.window):
                 site = Site(c, start, stop, unit.name)

@@ -212,8 +212,10 @@ def _moves(
         options = [(k, o) for k, o in enumerate(table.options) if o.chain == c]
         old = [(k, r) for k, r in enumerate(table.undone, n) if r.chain == chain.name]
         outer = {r.start: (k, r) for k, r in old if not r.inner}
+        rows = {id(r): k for k, r in old}
+        inner = [(rows.get(id(r)), r) for r in own if r.chain == chain.name and r.inner]
         handed = {r.start: r for r in own if r.chain == chain.name and not r.inner}
-        slots = [_Slots.of(b, options, old) for b in range(len(chain))]
+        slots = [_Slots.of(b, options, inner) for b in range(len(chain))]
         first = [len(positions)]
         for each in slots:
             first.append(first[-1] + each.places)
@@ -234,7 +236,12 @@ def _moves(
                 moves += slot.moves(at, chain, narrow=narrow)
         for k, option in options:
             new, begin = option.replacement, option.boundary
-            if not new.inner:
+            if option.also:
+                news = [new, *option.also]
+                others = [r for r in own if r.chain == chain.name and r.unit != new.unit]
+                cost = partial(_of_chain, chain, [*others, *news])
+                moves.append(Move(first[0], first[-1], k, cost))
+            elif not new.inner:
                 cost = partial(walk, begin, new)
                 beside = keeps_layers(new)
                 start = first[begin] + (len(slots[begin].before) if beside else 0)
@@ -249,15 +256,16 @@ class _Slot:
 
     options: list[tuple[int, Replacement]]
     """Options, with the rows of the quadratic form."""
-    old: tuple[int, Replacement] | None = None
-    """Replacement that narrows the block in the network as it is, with the row of undoing it."""
+    old: tuple[int | None, Replacement] | None = None
+    """Replacement that narrows the block in the network as it is, with the row of undoing it, or None.
+    """
 
     def moves(self, at: int, chain: Chain, *, narrow: bool) -> Iterator[Move]:
         """Yield the steps from a place to the next one; arguments as in `saving`."""
         now = None if self.old is None else self.old[1]
         cost = partial(_saved, chain, narrow=narrow)
         yield Move(at, at + 1, None, partial(cost, now), taken=False)
-        if self.old is not None:
+        if self.old is not None and self.old[0] is not None:
             yield Move(at, at + 1, self.old[0], partial(cost, None))
         for row, new in self.options:
             yield Move(at, at + 1, row, partial(cost, new))
@@ -272,10 +280,13 @@ class _Slots:
 
     @classmethod
     def of(
-        cls, b: int, options: Iterable[tuple[int, Candidate]], old: Iterable[tuple[int, Replacement]]
+        cls,
+        b: int,
+        options: Iterable[tuple[int, Candidate]],
+        old: Sequence[tuple[int | None, Replacement]],
     ) -> _Slots:
         """Return the slots of a block, one for each unit."""
-        new = [(k, o.replacement) for k, o in options]
+        new = [(k, o.replacement) for k, o in options if not o.also]
         inner = {r.unit: None for _, r in (*old, *new) if r.inner and r.start == b}
         found: dict[bool, list[_Slot]] = {False: [], True: []}
         for name in inner:
@@ -289,6 +300,12 @@ class _Slots:
     @property
     def places(self) -> int:
         return len(self.before) + 1 + len(self.behind)
+
+
+def _of_chain(chain: Chain, replacements: Sequence[Replacement], positions: int) -> Walked:
+    """Return the cost of a whole chain under some replacements."""
+    cost = chain_cost(chain, replacements)
+    return np.array([cost.macs, cost.params, cost.latency], dtype=np.float64), positions
 
 
 def _saved(chain: Chain, new: Replacement | None, positions: int, *, narrow: bool) -> Walked:

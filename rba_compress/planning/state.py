@@ -50,12 +50,14 @@ class Candidate:
     saving: Cost = field(default_factory=Cost)
     refit: Refit | None = None
     """Correction of the layer before the span, where the map is folded into that layer."""
+    also: tuple[Replacement, ...] = ()
+    """Replacements of the other blocks of a chain, where all get one width."""
 
     @property
     def site(self) -> Site:
         """Place and unit of the candidate."""
         new = self.replacement
-        return Site(self.chain, new.start, new.stop, new.unit)
+        return Site(self.chain, new.start, (new, *self.also)[-1].stop, new.unit)
 
     @property
     def boundary(self) -> int:
@@ -164,17 +166,17 @@ def with_candidate(solution: Solution, candidate: Candidate) -> Solution:
     Cuts and re-solved layers of the blocks that the candidate replaces are dropped. A span that was
     folded into such a layer becomes the identity.
     """
-    new, plan = candidate.replacement, solution.plan
-    over = overlapping(plan, new)
+    plan, news = solution.plan, (candidate.replacement, *candidate.also)
+    over = [r for new in news for r in overlapping(plan, new)]
     gone = [
         r
         for r in plan.refits
-        if any(r.path.startswith(f"{block.path}.") for block in new.blocks)
+        if any(r.path.startswith(f"{block.path}.") for new in news for block in new.blocks)
         or (candidate.refit is not None and r.path == candidate.refit.path)
     ]
     bare = {"map": IDENTITY, "diagnostics": None}
     lost = [r for r in plan.replacements if r not in over and {*folded_for(plan, r)}.intersection(gone)]
-    added: list[Replacement | Refit] = [new, *(r.model_copy(update=bare) for r in lost)]
+    added: list[Replacement | Refit] = [*news, *(r.model_copy(update=bare) for r in lost)]
     if candidate.refit is not None:
         added.append(candidate.refit)
     return changed(solution, drop=[*gone, *lost, *over], add=added, tensors=candidate.tensors)

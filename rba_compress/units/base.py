@@ -135,6 +135,8 @@ class Unit(ABC):
     """True where a block keeps its form, and its layers get fewer channels: see `units.width`."""
     fitted: ClassVar[bool] = True
     """True where the unit holds a map, which is fitted to the original streams."""
+    stock: ClassVar[bool] = False
+    """True where stock networks may come out of it, with fewer blocks or of other widths."""
     scheduled: ClassVar[bool] = False
     """True where `schedules` set the levels of all blocks at once, so that the search's table needs one
     level of each site alone.

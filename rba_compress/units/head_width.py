@@ -37,6 +37,7 @@ class HeadWidth(ChannelWidth):
     rounded = False
     of_heads = True
     whole = True
+    stock = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the heads, or groups of heads, that the output layer reads."""

@@ -15,6 +15,7 @@ class HiddenWidth(ChannelWidth):
 
     name = "hidden_width"
     second = True
+    stock = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the channels between layers: of several numbers, the one that costs most."""

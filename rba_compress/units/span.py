@@ -36,6 +36,7 @@ class Span(Unit):
     """Consecutive blocks removed, and one map in their place."""
 
     name = "span"
+    stock = True
     removes = True
     mixes = False
 

@@ -208,8 +208,10 @@ class WidthUnit(Unit):
         return new.narrowed
 
     def unfoldable(self, new: Replacement) -> str | None:
-        """Return why the decision gives no stock network."""
-        return "blocks of several widths are not blocks of the architecture"
+        """Return why the decision gives no stock network; None where the block's own code runs it."""
+        if width_of(self, new.blocks[0]).attention is None:
+            return None
+        return "a block that runs by its graph is not a block of the architecture"
 
 
 class Inside:

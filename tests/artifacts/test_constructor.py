@@ -168,7 +168,7 @@ def test_what_a_network_of_transformers_was_built_with_is_kept(name: str, tmp_pa
 @pytest.mark.slow
 def test_a_compressed_network_takes_other_sizes_after_loading(tmp_path: Path) -> None:
     model = vit(dynamic_img_size=True, depth=3, drop_path_rate=0.1)
-    config = Config(foldable=True, shrinks=(0.6,), refit=False)
+    config = Config(stock=True, shrinks=(0.6,), refit=False)
     found = compress(model, list(images(12).split(4)), budget=Budget(macs=0.8), config=config)
     assert found.plan.replacements
     x = torch.randn(1, 3, 48, 80)

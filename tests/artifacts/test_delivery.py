@@ -58,7 +58,7 @@ def alone(code: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folding(digits: nn.Module, digits_loader: list[Any]) -> Result:
-    config = Config(foldable=True, refit=False, shrinks=(0.6,), window=2)
+    config = Config(stock=True, refit=False, shrinks=(0.6,), window=2)
     return compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
 
 
@@ -160,7 +160,7 @@ def test_a_hugging_face_network_needs_the_directory_alone(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_hugging_face_network_folds(tmp_path: Path) -> None:
-    found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(foldable=True))
+    found = compress(vit(), pixels(), budget=Budget(macs=0.8), config=Config(stock=True))
     found.save(tmp_path / "compressed", fold=True, hub=True)
     torch.save(pixels()[0]["pixel_values"], tmp_path / "x.pt")
     alone(
@@ -189,7 +189,7 @@ with torch.no_grad():
 def test_stages_of_blocks_fold(tmp_path: Path) -> None:
     model = seeded(timm.create_model, "resnet26d", num_classes=5)
     data = list(torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
-    how = Config(foldable=True, effort="quick")
+    how = Config(stock=True, effort="quick")
     found = compress(model, data, budget=Budget(macs=0.97), config=how)
     found.save(tmp_path / "compressed", fold=True)
     stock = read_manifest(tmp_path / "compressed").folded
@@ -204,13 +204,13 @@ def test_stages_of_blocks_fold(tmp_path: Path) -> None:
 def test_what_cannot_be_folded_is_refused_with_the_reason(
     result: Result, folding: Result, tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match=r"thinned block is not a block .* Config\(foldable=True\)"):
+    with pytest.raises(PlanError, match=r"thinned block is not a block .* Config\(stock=True\)"):
         result.save(tmp_path / "compressed", architecture=DIGITS, fold=True)
     mapped = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=Config(maps=("linear",)))
     if any(r.map.kind == "linear" for r in mapped.plan.replacements):
         with pytest.raises(PlanError, match="a linear map on a residual stream has no place"):
             mapped.save(tmp_path / "compressed", fold=True)
-    own = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=Config(foldable=True))
+    own = compress(seeded(Chain), loader(), budget=Budget(macs=0.8), config=Config(stock=True))
     with pytest.raises(PlanError, match="a Chain is neither timm's nor transformers'"):
         own.save(tmp_path / "compressed", fold=True)
     wrong = Architecture(name=ARCHITECTURE, arguments={**ARGUMENTS, "num_heads": 2})

@@ -196,7 +196,7 @@ def test_heal_from_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @reads_folders
 def test_a_stock_network_from_files(folder: Path) -> None:
-    assert main([*arguments(folder, device="cpu", macs="0.9"), "--foldable", "--hub"]) == 0
+    assert main([*arguments(folder, device="cpu", macs="0.9"), "--stock", "--hub"]) == 0
     found = timm.create_model(f"local-dir:{folder / 'compressed'}", pretrained=True)
     assert len(found.blocks) < 6
     x = torch.zeros(1, 3, 160, 160)

@@ -347,7 +347,7 @@ def test_a_small_gap_behind_a_layer_norm_is_closed() -> None:
 
 def test_a_post_norm_network_folds_into_a_stock_one(tmp_path: Any) -> None:
     model = bert()
-    how = Config(foldable=True)
+    how = Config(maps=("identity", "folded"), units=("span",), keep_features=True)
     result = compress(model, texts(), budget=Budget(macs=0.7), config=how)
     result.save(tmp_path / "compressed", fold=True, hub=True)
     again = transformers.AutoModel.from_pretrained(tmp_path / "compressed").eval()
