@@ -424,3 +424,25 @@ except ArtifactError as error:
     printed = script(code, tmp_path)
     assert "cannot write" in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_stock_search_narrows_all_blocks_alike(tmp_path: Path) -> None:
+    """One hidden width and fewer blocks, which timm's own arguments say."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **size, num_classes=5)
+    data = [part["pixel_values"].repeat(1, 1, 2, 2) for part in pixels(40)]
+    found = compress(model, data, budget=Budget(macs=0.6), config=Config(stock=True, effort="quick"))
+    kept = {r.kept for r in found.plan.replacements if r.inner}
+    narrowed = {r.start for r in found.plan.replacements if r.inner}
+    gone = {b for r in found.plan.replacements if not r.inner for b in range(r.start, r.stop)}
+    assert len(kept) == 1
+    assert narrowed | gone == set(range(len(found.profile.chains[0].chain)))
+    found.save(tmp_path / "stock", fold=True)
+    stock = load(tmp_path / "stock")
+    assert type(stock) is type(model)
+    with torch.no_grad():
+        x = data[0]
+        torch.testing.assert_close(stock(x), found.model(x), rtol=1e-4, atol=1e-5)
+    arguments = json.loads((tmp_path / "stock" / "plan.json").read_text())["folded"]["arguments"]
+    assert arguments["mlp_ratio"] * model.embed_dim == pytest.approx(kept.pop())  # type: ignore[operator]
