@@ -138,12 +138,25 @@ class Attention(Frozen):
     """Channels of a head's queries and keys."""
 
 
+CountName = Literal[
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attn_dim",
+    "all_head_size",
+    "embed_dim",
+    "split_size",
+    "inner_dim",
+]
+"""Names of attributes from which libraries' attention takes its sizes."""
+
+
 class Count(Frozen):
     """Attribute of a module that says a size, as a multiple of the number of channels."""
 
     module: str
     """Path from the block; empty for the block itself."""
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: CountName
     each: int = Field(gt=0)
 
 

@@ -115,11 +115,16 @@ def attention_of(graph: fx.Graph, names: Sequence[str]) -> Attention:
             positions_first=seen.positions_first,
         )
 
-    value = rows("value")
+    query, key, value = map(rows, PARTS)
     assert value is not None
+    if value.part and (query is None or key is None):
+        raise ModelError(
+            "the layer of its values makes its queries and keys, too, and norms or rotary embeddings "
+            "lie between"
+        )
     return Attention(
-        query=rows("query"),
-        key=rows("key"),
+        query=query,
+        key=key,
         value=value,
         output=named[found.output.args[1]].removesuffix(".weight"),
         bias=argument(found.output, 2, "bias") is not None,

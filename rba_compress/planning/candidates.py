@@ -54,7 +54,7 @@ from rba_compress.units.block_variants import Thinned, thin
 from rba_compress.units.registry import unit_of
 from rba_compress.units.splice import forms_of, splice_shared
 from rba_compress.units.token_merge import SIZED
-from rba_compress.units.width import Reader, Seen, WidthUnit
+from rba_compress.units.width import SHARES, UNIFORM, Levels, Reader, Seen, WidthUnit
 
 
 class CandidateFitter:
@@ -163,10 +163,11 @@ class CandidateFitter:
             {path: h.merged(self.total, self.weight) for path, h in heads.items()},
         )
         self.samples += self.held * max(site.stop for site in sites) / len(chain)
+        levels = Levels(UNIFORM if self.config.stock else SHARES, self.config.multiple)
         return [
             Candidate(c, new, keyed(new, tensors))
             for unit, site in zip(units, sites, strict=True)
-            for new, tensors in unit.fits(model, chain, site.start, seen, multiple=self.config.multiple)
+            for new, tensors in unit.fits(model, chain, site.start, seen, levels)
         ]
 
     def _uniform(self, solution: Solution, c: int, sites: Sequence[Site]) -> list[Candidate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ from rba_compress.core.call_signature import Signature
 from rba_compress.core.errors import ModelError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.offload import in_memory, undispatched
-from rba_compress.core.plan import Attention, Block
+from rba_compress.core.plan import Attention, Block, CountName
 from rba_compress.graph.attention_heads import HeadSizes, attention_of, resize_heads
 from rba_compress.graph.liveness import copy_graph, liveness, packet_of
 from rba_compress.graph.rewrite import MERGE, BlockModule
@@ -494,9 +494,11 @@ class Traces:
         Raises:
             ModelError: the block cannot be traced, or it writes into tensors.
         """
-        # A graph runs with layers of other sizes, but for the groups of depthwise convolutions.
-        groups = (getattr(module, "groups", 1) for module in model.get_submodule(block.path).modules())
-        key = block.path, tuple(count for count in groups if count != 1)
+        # A graph runs with layers of other sizes, but for numbers that the block's code reads itself.
+        parts = [vars(module) for module in model.get_submodule(block.path).modules()]
+        names = ("groups", *get_args(CountName))
+        sizes = tuple(part[n] for part in parts for n in names if type(part.get(n)) is int)
+        key = block.path, tuple(size for size in sizes if size != 1)
         if key not in self._known:
             ways = (block.signature, *block.variants)
             alike = self._kinds.setdefault(f"{block.type} {ways}", [])

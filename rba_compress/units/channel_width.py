@@ -8,6 +8,7 @@ lowest level takes these alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -21,11 +22,11 @@ from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import compensated, removal
 from rba_compress.units.width import (
+    Levels,
     Reader,
     Seen,
     WidthUnit,
     entries,
-    kept_counts,
     narrowed,
     taken_from,
     width_of,
@@ -47,7 +48,7 @@ class ChannelWidth(WidthUnit):
         return [f"{block.path}.{group.reader}" for group in width.groups]
 
     def fits(
-        self, model: nn.Module, chain: Chain, b: int, seen: Seen, *, multiple: int
+        self, model: nn.Module, chain: Chain, b: int, seen: Seen, levels: Levels
     ) -> list[tuple[Replacement, dict[str, Tensor]]]:
         """Fit every level; all of them share one order of the channels."""
         block = chain.blocks[b]
@@ -55,13 +56,13 @@ class ChannelWidth(WidthUnit):
         readers = [
             _Reader(partial(self.tensor, model, block), block, group, seen) for group in width.groups
         ]
-        multiple = multiple if self.rounded else 1
+        levels = levels if self.rounded else replace(levels, multiple=1)
         now = min(reader.channels for reader in readers)
         for reader in readers:
             reader.rank(most=now - 1)
         free = min(reader.order.free for reader in readers)
         found = []
-        for kept, level in kept_counts(width.channels, now, free, multiple).items():
+        for kept, level in levels.kept(width.channels, now, free).items():
             tensors: dict[str, Tensor] = {}
             for reader in readers:
                 diagnostics = reader.narrow(kept, tensors)

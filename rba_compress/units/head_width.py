@@ -6,27 +6,26 @@ The heads to take are those without which the output layer, solved anew, loses l
 from __future__ import annotations
 
 from collections import Counter
+from typing import get_args
 
 from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
-from rba_compress.core.plan import Block, ChannelGroup, Count, Replacement, Site, Slice, Width
+from rba_compress.core.plan import (
+    Block,
+    ChannelGroup,
+    Count,
+    CountName,
+    Replacement,
+    Site,
+    Slice,
+    Width,
+)
 from rba_compress.graph.attention_heads import HeadSizes, NoAttentionError
 from rba_compress.units.attention_width import counted, excluded, original, refused
 from rba_compress.units.channel_width import ChannelWidth
 from rba_compress.units.width import Inside, width_of
 
-_COUNTS = {
-    "num_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "attn_dim",
-    "all_head_size",
-    "embed_dim",
-    "split_size",
-    "inner_dim",
-}
-"""Names of attributes from which libraries' attention takes its sizes."""
 _SHARED = "all of its heads share their keys and values"
 
 
@@ -78,10 +77,10 @@ class HeadWidth(ChannelWidth):
             Count(
                 module=above.removeprefix(block.path).removeprefix("."),
                 name=name,
-                each=value // group.channels,
+                each=found[name] // group.channels,
             )
-            for name, value in found.items()
-            if name in _COUNTS and type(value) is int and value % group.channels == 0 and value
+            for name in get_args(CountName)
+            if type(found.get(name)) is int and found[name] and not found[name] % group.channels
         )
         return width.model_copy(update={"counts": counts})
 
@@ -114,18 +113,6 @@ class HeadWidth(ChannelWidth):
         return Width(
             unit=self.name, channels=value.heads, groups=(group,), attention=attention, macs=()
         )
-
-    def require(self, new: Replacement) -> None:
-        """Check that the decision is of one block and sets no attributes but those of sizes.
-
-        Raises:
-            ValueError: it is not.
-        """
-        super().require(new)
-        width = new.blocks[0].width(self.name)
-        stray = [count.name for count in (width.counts if width else ()) if count.name not in _COUNTS]
-        if stray:
-            raise ValueError(f"{self.name} sets no attribute {stray[0]!r}")
 
     def excludes(self, site: Site, other: Replacement) -> bool:
         """Return whether the other replacement changes the channels of the heads."""

@@ -19,10 +19,10 @@ from rba_compress.linalg.narrowing import FREE, basis
 from rba_compress.units.attention_width import counted, excluded, refused, rows_of, turned_rows
 from rba_compress.units.width import (
     Inside,
+    Levels,
     Reader,
     Seen,
     WidthUnit,
-    kept_counts,
     narrowed,
     width_of,
 )
@@ -61,7 +61,7 @@ class QkRank(WidthUnit):
         return list(_parts(width_of(self, block)))
 
     def fits(
-        self, model: nn.Module, chain: Chain, b: int, seen: Seen, *, multiple: int
+        self, model: nn.Module, chain: Chain, b: int, seen: Seen, levels: Levels
     ) -> list[tuple[Replacement, dict[str, Tensor]]]:
         """Fit every level; all of them share the directions."""
         block = chain.blocks[b]
@@ -77,7 +77,7 @@ class QkRank(WidthUnit):
         lost = sum((each.lost for each in bases), start=torch.zeros(()))
         free = int((lost <= FREE * lost[0]).sum()) - 1
         found = []
-        for kept, level in kept_counts(width.channels, now, free, multiple).items():
+        for kept, level in levels.kept(width.channels, now, free).items():
             into = torch.stack([each.into[:kept] for each in bases])
             back = torch.stack([each.back[:, :kept].T for each in bases])
             # The product is the same for any scale of the two factors.

@@ -27,10 +27,10 @@ from rba_compress.units.attention_width import (
 from rba_compress.units.channel_width import SOLVED
 from rba_compress.units.width import (
     Inside,
+    Levels,
     Reader,
     Seen,
     WidthUnit,
-    kept_counts,
     narrowed,
     width_of,
 )
@@ -61,7 +61,7 @@ class VoRank(WidthUnit):
         return [f"{block.path}.{_attention(width_of(self, block)).output}"]
 
     def fits(
-        self, model: nn.Module, chain: Chain, b: int, seen: Seen, *, multiple: int
+        self, model: nn.Module, chain: Chain, b: int, seen: Seen, levels: Levels
     ) -> list[tuple[Replacement, dict[str, Tensor]]]:
         """Fit every level; all of them share the directions."""
         block = chain.blocks[b]
@@ -80,7 +80,7 @@ class VoRank(WidthUnit):
         lost = sum((b.lost for b in bases), start=torch.zeros(()))
         free = int((lost <= FREE * lost[0]).sum()) - 1
         found = []
-        for kept, level in kept_counts(width.channels, now, free, multiple).items():
+        for kept, level in levels.kept(width.channels, now, free).items():
             into = torch.stack([b.into[:kept] for b in bases])
             back = torch.stack([b.back[:, :kept] for b in bases])
             all_in, all_back = (

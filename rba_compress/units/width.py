@@ -41,6 +41,33 @@ from rba_compress.units.block_variants import Traces
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.625, 0.75)
 """Levels: shares of the channels that are taken; 0 takes those that cost nothing."""
+UNIFORM = tuple(k / 32 for k in range(25))
+"""Levels where all blocks of a chain get one width: a single level must meet the budget."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Numbers of channels that may be kept."""
+
+    shares: Sequence[float] = SHARES
+    multiple: int = 1
+    """Number of which kept channels are a multiple, rounded up."""
+
+    def kept(self, channels: int, now: int, free: int) -> dict[int, float]:
+        """Return the level of each number of channels to keep, the most first.
+
+        Args:
+            channels: number of channels of the original block.
+            now: number of channels that are left.
+            free: number of channels that cost nothing.
+        """
+        found: dict[int, float] = {}
+        for share in self.shares:
+            kept = (1 - share) * channels if share else now - free
+            count = ceil(kept / self.multiple - 1e-9) * self.multiple
+            if 0 < count < now:
+                found.setdefault(count, share)
+        return dict(sorted(found.items(), reverse=True))
 
 
 @dataclass(frozen=True)
@@ -124,13 +151,12 @@ class WidthUnit(Unit):
 
     @abstractmethod
     def fits(
-        self, model: nn.Module, chain: Chain, b: int, seen: Seen, *, multiple: int
+        self, model: nn.Module, chain: Chain, b: int, seen: Seen, levels: Levels
     ) -> list[tuple[Replacement, dict[str, Tensor]]]:
         """Fit every level of a block in closed form, from one statistic.
 
         Args:
             model: the compressed network as it is.
-            multiple: kept channels are rounded up to a multiple of it.
         """
 
     @abstractmethod
@@ -252,24 +278,6 @@ def head_sizes(block: Block, inner: Iterable[Replacement]) -> HeadSizes | None:
         if isinstance(unit, WidthUnit) and width is not None and width.attention is not None:
             found = unit.resized(found or HeadSizes.of(width.attention), new.kept)
     return found
-
-
-def kept_counts(channels: int, now: int, free: int, multiple: int) -> dict[int, float]:
-    """Return the level of each number of channels to keep, the most first.
-
-    Args:
-        channels: number of channels of the original block.
-        now: number of channels that are left.
-        free: number of channels that cost nothing.
-        multiple: kept channels are rounded up to a multiple of it.
-    """
-    found: dict[int, float] = {}
-    for share in SHARES:
-        kept = (1 - share) * channels if share else now - free
-        count = ceil(kept / multiple - 1e-9) * multiple
-        if 0 < count < now:
-            found.setdefault(count, share)
-    return dict(sorted(found.items(), reverse=True))
 
 
 def entries(channels: Tensor, each: Slice, count: int) -> Tensor:

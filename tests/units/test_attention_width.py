@@ -256,8 +256,9 @@ def test_narrower_attention_is_searched_saved_and_exported(delta: bool, tmp_path
 def test_attention_that_cannot_be_narrowed_is_refused_with_the_reason() -> None:
     x = images(2, 32)
     normed = str(supports(vit(qk_norm=True), x))
-    assert "qk_rank of attention: rotary embeddings, norms or other operations lie between" in normed
-    assert "head_width of attention: its queries and keys are not heads of a linear layer" in normed
+    reason = "the layer of its values makes its queries and keys, too, and norms or rotary embeddings"
+    assert f"qk_rank of attention: {reason} lie between" in normed
+    assert f"vo_rank of attention: {reason} lie between" in normed
     swin = seeded(
         timm.create_model,
         "swin_tiny_patch4_window7_224",
