@@ -125,7 +125,7 @@ class CandidateFitter:
                     if block.branches and b not in taken
                 }
             inner = [site for site in wanted if unit_of(site.unit).inner]
-            narrower = self._uniform if self.config.stock else self._narrower
+            narrower = self._uniform if self.config.stock else self.narrower
             found += narrower(state.solution, c, inner)
             wanted = [s for s in wanted if not unit_of(s.unit).inner]
             for site in (s for s in wanted if not unit_of(s.unit).fitted):
@@ -144,7 +144,7 @@ class CandidateFitter:
             if cost.macs < UNREACHABLE.macs
         ]
 
-    def _narrower(self, solution: Solution, c: int, sites: Sequence[Site]) -> list[Candidate]:
+    def narrower(self, solution: Solution, c: int, sites: Sequence[Site]) -> list[Candidate]:
         """Fit every level of sites inside the blocks of one chain, in one pass of the network."""
         chain = self.chains[c]
         units = [unit for unit in (unit_of(s.unit) for s in sites) if isinstance(unit, WidthUnit)]
@@ -178,7 +178,7 @@ class CandidateFitter:
             unit = unit_of(site.unit)
             single = [Site(c, b, b + 1, site.unit) for b, _ in unit.sites(chain, None) if b in left]
             of_block: dict[int, dict[int, Candidate]] = {s.start: {} for s in single}
-            for each in self._narrower(solution, c, single):
+            for each in self.narrower(solution, c, single):
                 new = each.replacement
                 if unit.unfoldable(new) is None:
                     of_block[new.start][new.kept] = each

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ActivationError, BudgetError
-from rba_compress.core.plan import Action
+from rba_compress.core.plan import Action, Replacement
 from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.progress import SearchProgress
@@ -80,13 +80,13 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
 
 
 def _refined(context: SearchContext, before: Verified, *, result: bool) -> SearchState:
-    """Refine a network: the kept layers behind its maps, and of the result also those behind merges,
-    which are most of the network; then its BatchNorms.
+    """Refine a network: the kept layers behind its maps, and of the result also those behind merges and
+    narrower blocks, which are most of the network; then its BatchNorms.
     """
     state = before.state if before.settled else narrowed(context, before.state)
     for c, chain in enumerate(context.chains if context.refits else ()):
         own = [r for r in state.solution.plan.replacements if r.chain == chain.name]
-        starts = [r.start for r in own if result or unit_of(r.unit).fitted]
+        starts = [r.start for r in own if result or _maps(r)]
         if starts:
             state = refit(context, state, c, min(starts))
     return state if before.settled and state is before.state else statistics(context, state)
@@ -122,7 +122,7 @@ class Descent:
         done, replacements = self.verified[k].refined, state.solution.plan.replacements
         if not replacements or done == "result" or (done == "start" and not result):
             return state
-        whole = result or all(unit_of(r.unit).fitted for r in replacements)
+        whole = result or all(map(_maps, replacements))
         state = _refined(self.context, self.verified[k], result=result)
         new = replace(
             self.verified[k], state=state, settled=True, refined="result" if whole else "start"
@@ -325,6 +325,11 @@ class Descent:
         step = max(len(kept) / most, 1.0)
         places = dict.fromkeys(int(k * step) for k in range(most) if int(k * step) < len(kept))
         return [kept[k].state for k in places]
+
+
+def _maps(new: Replacement) -> bool:
+    """Return whether a replacement holds a map, whose error the layers behind it may correct."""
+    return unit_of(new.unit).fitted and not new.inner
 
 
 def _recorded(verified: Verified) -> EvaluatedNetwork:
