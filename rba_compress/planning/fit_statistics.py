@@ -35,6 +35,8 @@ from rba_compress.units.width import HeadMoments, Reader
 
 ROWS = 32
 """Rows for each feature that moments of features are taken from, where there are more."""
+PATCHES = 256
+"""The same for patches of images, of which neighbours are much alike."""
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 """The input and the output of each layer that was observed."""
@@ -275,7 +277,8 @@ def layer_moments(
 
     def add(path: str, given: Tensor, output: Tensor) -> None:
         if path in inputs:
-            new = _rows(_features(modules.get(path), given), classes, mask, samples)
+            most = PATCHES if given.ndim == 4 else ROWS
+            new = _rows(_features(modules.get(path), given), classes, mask, samples, most=most)
             rows[path] = rows[path] + new if path in rows else new
         for name in sources.get(path, ()):
             part = wanted.heads[name]
@@ -297,11 +300,12 @@ def _source(model: nn.Module, path: str, part: HeadRows) -> str:
     return path.removesuffix(part.layer) + part.source.removesuffix(".weight")
 
 
-def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int) -> Rows:
+def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int, *, most: int) -> Rows:
     """Return the moments of rows (..., features), class tokens apart; of many rows, those of some.
 
     Args:
         samples: number of samples of all batches.
+        most: rows for each feature.
     """
     counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
     apart = x[:, classes] if classes and x.ndim == 3 else None
@@ -310,9 +314,19 @@ def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int) 
         x = x[:, others]
         counted = None if counted is None else counted[:, others]
     rows = x.flatten(0, -2) if counted is None else x[counted]
-    step = max(len(rows) * samples // (len(x) * ROWS * rows.shape[1]), 1)
+    step = _step(len(rows) * samples // len(x), rows.shape[1], most)
     tokens = None if apart is None else _moments(apart.flatten(0, 1))
     return Rows(_moments(rows[::step]).weighted(step), tokens)
+
+
+def _step(rows: int, features: int, most: int) -> int:
+    """Return the stride over rows of which there are many.
+
+    Args:
+        rows: number of rows in all batches.
+        most: rows for each feature.
+    """
+    return max(rows // (most * features), 1)
 
 
 def _head_moments(
@@ -572,7 +586,8 @@ class Walk:
         channels = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
         features = _features(layer, ours[reader.path][0]).flatten(0, -2)
         y = gap.movedim(channels, -1).flatten(0, -2)
-        step = max(len(features) * len(self.batches) // (ROWS * features.shape[1]), 1)
+        most = PATCHES if channels == 1 else ROWS
+        step = _step(len(features) * len(self.batches), features.shape[1], most)
         return Rows(PairMoments.from_rows(features[::step], y[::step]))
 
     def _gap(
