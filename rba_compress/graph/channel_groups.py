@@ -105,7 +105,8 @@ class ChannelGroups:
         width = node.args[0].meta["shape"][-1]
         query, key, value = (self._maker(each, path) for each in node.args[:3])
         output = self._reader(node, path)
-        made = {layer: self._model.get_submodule(layer) for layer in (query, key, value, output)}
+        layers = [self.require_heads(layer) for layer in (query, key, value, output)]
+        made = {layer: self._model.get_submodule(layer) for layer in layers}
         rows = {layer: _outputs(module) for layer, module in made.items()}
         heads, groups = node.args[0].meta["shape"][1], rows[value] // width
         if len({query, key, value}) == 1:
@@ -116,7 +117,7 @@ class ChannelGroups:
             raise ModelError("its layers do not compute the heads one after the other")
         slices: dict[str, Slice] = {}
         for layer, times in ((query, heads // groups), (key, 1), (value, 1)):
-            dim = _outputs_first(made[self.require_heads(layer)])
+            dim = _outputs_first(made[layer])
             for name, _ in made[layer].named_parameters(recurse=False):
                 own = Slice(
                     tensor=f"{layer}.{name}".removeprefix(f"{path}."),
@@ -125,7 +126,7 @@ class ChannelGroups:
                     size=width * times,
                 )
                 slices.setdefault(own.tensor, own)
-        reader = self.require_heads(output).removeprefix(f"{path}.")
+        reader = output.removeprefix(f"{path}.")
         dim = 1 - _outputs_first(made[output])
         size = width * heads // groups
         slices[f"{reader}.weight"] = Slice(tensor=f"{reader}.weight", dim=dim, size=size)

@@ -151,7 +151,7 @@ class _Runs:
 def output_changes(
     context: SearchContext, state: SearchState, candidates: Sequence[Candidate]
 ) -> OutputChanges:
-    """Measure the output changes of candidates, and of every replacement undone, each alone.
+    """Measure the output changes of candidates, and of replacements undone, each alone.
 
     Candidates whose output holds NaN or infinity are left out, and so are those that are not run.
 
@@ -160,9 +160,8 @@ def output_changes(
     """
     runs = _Runs(context, state)
     options = _run(context, state, candidates, runs)
-    replaced = tuple(state.solution.plan.in_order)
-    if context.config.stock:  # one block alone would get another width than the others
-        replaced = tuple(old for old in replaced if not old.inner)
+    # Channels that were taken, being cheap, are hardly ever worth their cost later.
+    replaced = tuple(old for old in state.solution.plan.in_order if not old.inner)
     taken = [index for _, index in options if math.isfinite(runs.rises[index])]
     for old in replaced:
         taken.append(runs.add(undone(state.solution, old), context.before(old)))
@@ -235,13 +234,17 @@ def _run(
 def _run_again(
     levels: Sequence[Candidate], old: Replacement, run: Callable[[Candidate], float], *, further: bool
 ) -> None:
-    """Run levels of a site that is replaced already: of a number, those next to it, or the highest of
-    them where schedules set it; of a map, which is fitted anew, the first one and with `further`
+    """Run levels of a site that is replaced already: of a number, those next to it, the next one where
+    it is a width, or the highest of them where schedules set it; of a map, which is fitted anew, the first one and with `further`
     others.
     """
     if old.level is not None:
-        near, scheduled = _near(levels, old.level), unit_of(old.unit).scheduled
-        for level in near[-1:] if scheduled else near:
+        near = _near(levels, old.level)
+        if old.inner:  # a narrowed block is narrowed further
+            near = near[:1]
+        elif unit_of(old.unit).scheduled:
+            near = near[-1:]
+        for level in near:
             run(level)
         return
     price = run(_first(levels))
