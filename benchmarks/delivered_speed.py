@@ -2,7 +2,8 @@
 
 The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode,
 compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of replacement, and
-a ViT-B/16 with random weights and all kinds at once; both with merged positions at three costs.
+a ViT-B/16 with random weights and all kinds at once; both with merged positions at three costs, and with
+narrower blocks.
 `excess` is the ratio of latencies over the share of MACs that is kept; 1 is ideal. The plans are
 written by hand: time does not depend on weights.
 
@@ -33,6 +34,7 @@ from rba_compress.core.plan import Chain, Replacement
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.latency import benchmark
 from rba_compress.units.registry import unit_of
+from rba_compress.units.width import WidthUnit, narrowed
 
 MERGES = {
     "25 % off by merges": {4: 25, 7: 33, 8: 25, 9: 33},
@@ -40,6 +42,12 @@ MERGES = {
     "50 % off by merges": {1: 16, 2: 25, 3: 33, 4: 33, 5: 25, 7: 16},
 }
 """Positions that blocks merge; the last block computes the read positions alone."""
+WIDTHS = {
+    "hidden channels halved": ("hidden_width",),
+    "ranks of attention halved": ("qk_rank", "vo_rank"),
+    "heads taken": ("head_width",),
+}
+"""Units that narrow every block, about by half."""
 
 
 @dataclass
@@ -92,8 +100,25 @@ def plans(chain: Chain) -> dict[str, Plan]:
     } | {name: merged(counts) for name, counts in MERGES.items()}
 
 
+def narrower(model: nn.Module, chain: Chain, units: tuple[str, ...]) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan that narrows every block by some units, and its tensors, parts of the original's."""
+    replacements, tensors = [], {}
+    for b, block in enumerate(chain.blocks):
+        for name in units:
+            unit, width = unit_of(name), block.width(name)
+            assert isinstance(unit, WidthUnit)
+            assert width is not None
+            kept, parts, _ = unit.tried(model, block, width)
+            new = narrowed(unit.choice(chain, b, b + 1), kept, parts, None)
+            replacements.append(new)
+            tensors |= {f"{new.key}{part}": tensor for part, tensor in parts.items()}
+    return Plan(replacements=tuple(replacements)), tensors
+
+
 def goals(plan: str, form: str) -> dict[int, float]:
     """Return the highest `excess` that is wanted, by batch size."""
+    if plan in WIDTHS:
+        return {32: 1.06}
     if plan not in MERGES:
         return {1: 1.08, 32: 1.03}
     return {1: 1.15 if form == "eager" else 1.08, 32: 1.06}
@@ -102,10 +127,11 @@ def goals(plan: str, form: str) -> dict[int, float]:
 def networks(name: str) -> tuple[nn.Module, list[str]]:
     """A network, and the plans to time."""
     if name == "deit_tiny":
-        return deit_tiny().eval(), ["blocks skipped", "spans mapped", "blocks thinned", *MERGES]
+        own = ["blocks skipped", "spans mapped", "blocks thinned"]
+        return deit_tiny().eval(), [*own, *MERGES, *WIDTHS]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.create_model("vit_base_patch16_224").eval(), ["all kinds", *MERGES]
+        return timm.create_model("vit_base_patch16_224").eval(), ["all kinds", *MERGES, *WIDTHS]
 
 
 def spliced(model: nn.Module, plan: Plan) -> nn.Module:
@@ -148,8 +174,10 @@ def main(how: Run) -> None:
                 torch.compiler.reset()
                 original = build(model, f"{network} original")
                 for name in (name for name in wanted if not how.plans or name in how.plans):
-                    plan = plans(chain)[name]
-                    thin = spliced(model, plan)
+                    if name in WIDTHS:
+                        thin = splice(model, *narrower(model, chain, WIDTHS[name]))
+                    else:
+                        thin = spliced(model, plans(chain)[name])
                     kept = cost(thin, as_batch(x[:1])).macs / cost(model, as_batch(x[:1])).macs
                     compressed = build(thin, f"{network} {name}")
                     for batch, goal in goals(name, form).items():

@@ -235,8 +235,8 @@ def _run_again(
     levels: Sequence[Candidate], old: Replacement, run: Callable[[Candidate], float], *, further: bool
 ) -> None:
     """Run levels of a site that is replaced already: of a number, those next to it, the next one where
-    it is a width, or the highest of them where schedules set it; of a map, which is fitted anew, the first one and with `further`
-    others.
+    it is a width, or the highest of them where schedules set it; of a map, which is fitted anew, the
+    first one and with `further` others.
     """
     if old.level is not None:
         near = _near(levels, old.level)
