@@ -2,10 +2,9 @@
 
 The original and the compressed network are timed in turn in one run, at batch 1 and 32, in eager mode,
 compiled, and in ONNX Runtime: the real DeiT-tiny with three plans, each of one kind of replacement, and
-a ViT-B/16 with random weights and all kinds at once; both with merged positions at three costs, and with
-narrower blocks.
-`excess` is the ratio of latencies over the share of MACs that is kept; 1 is ideal. The plans are
-written by hand: time does not depend on weights.
+a ViT-B/16 with random weights and all kinds at once; both with merged positions at three costs, and
+with narrower blocks. `excess` is the ratio of latencies over the share of MACs that is kept; 1 is
+ideal. The plans are written by hand: time does not depend on weights.
 
 `python -m benchmarks.delivered_speed` writes `benchmarks/results/delivered_speed.json`.
 """
@@ -102,7 +101,8 @@ def plans(chain: Chain) -> dict[str, Plan]:
 
 def narrower(model: nn.Module, chain: Chain, units: tuple[str, ...]) -> tuple[Plan, dict[str, Tensor]]:
     """A plan that narrows every block by some units, and its tensors, parts of the original's."""
-    replacements, tensors = [], {}
+    replacements: list[Replacement] = []
+    tensors: dict[str, Tensor] = {}
     for b, block in enumerate(chain.blocks):
         for name in units:
             unit, width = unit_of(name), block.width(name)

@@ -272,3 +272,35 @@ def test_a_plan_of_another_network_is_refused_before_anything_is_changed() -> No
     text = solution.plan.model_dump_json().replace("[16,8]", "[0,8]").replace("[15,8]", "[0,8]")
     with pytest.raises(ValueError, match="leaves nothing of"):
         Plan.model_validate_json(text)
+
+
+@pytest.mark.slow
+def test_redundancy_that_is_planted_in_a_wide_network_is_found_to_the_last_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """300 of 3,072 neurons of blocks as wide as those of a ViT-B/16: copies, constants, unread ones."""
+    model, planted = seeded(timm.create_model, "vit_base_patch16_224", depth=2), 100
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks:  # type: ignore[union-attr]
+        up, down = block.mlp.fc1, block.mlp.fc2
+        places = torch.randperm(3072, generator=generator)
+        copies, constants, unread, others = places.split(
+            [planted, planted, planted, 3072 - 3 * planted]
+        )
+        with torch.no_grad():
+            up.weight[copies], up.bias[copies] = up.weight[others[:planted]], up.bias[others[:planted]]
+            up.weight[constants] = 0
+            up.bias[constants] = torch.randn(planted, generator=generator)
+            down.weight[:, unread] = 0
+    monkeypatch.setattr("rba_compress.planning.candidates.SHARES", (0.0,))
+    run, options = fitted(model, list(images(160, 224).split(8)))
+    solution = run.start.solution
+    for b in range(2):
+        free = next(o for o in options if o.replacement.start == b and o.replacement.level == 0)
+        assert free.replacement.kept == 3072 - 3 * planted
+        solution = with_candidate(solution, free)
+    compressed = splice(model, solution.plan, solution.tensors)
+    x = images(4, 224, seed=1)
+    with torch.no_grad():
+        expected, found = model(x), compressed(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
