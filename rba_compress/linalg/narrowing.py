@@ -18,7 +18,6 @@ one for each place of the kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,25 +70,26 @@ def removal(weight: Tensor, features: PairMoments, channels: int, most: int, *, 
     gram = features.xx if bias else features.raw_xx
     weight = weight.to(gram)
     total = float(((weight @ gram) * weight).sum())
-    whole = _Surgeon(weight, _inverse(gram), list(range(channels)))
+    whole = _Surgeon(weight, _inverse(gram), torch.arange(channels, device=gram.device))
     order: list[int] = []
     lost: list[float] = []
     while len(order) < most:
         ranked = whole.losses().sort()
-        bound = float(ranked.values[_SUBSET]) if channels - len(order) > _SUBSET else math.inf
+        bound = float(ranked.values[_SUBSET]) if len(ranked.values) > _SUBSET else math.inf
         # All others are downdated at once, when the cheapest of the subset is no longer below them.
-        subset = whole.part(sorted(ranked.indices[:_SUBSET].tolist()))
-        taken: list[int] = []
-        while subset.left and len(order) < most:
+        places = ranked.indices[:_SUBSET][ranked.values[:_SUBSET] < math.inf].sort().values
+        subset, taken = whole.part(places), 0
+        while taken < len(places) and len(order) < most:
             losses = subset.losses()
             j = int(losses.argmin())
             if taken and float(losses[j]) > bound:
                 break
-            taken.append(subset.left[j])
-            order.append(subset.left[j])
+            taken += 1
+            order.append(int(subset.channels[j]))
             lost.append(max(float(losses[j]), 0.0))
-            subset.take([j])
-        whole.take([whole.left.index(channel) for channel in taken])
+            subset.take(torch.tensor([j], device=gram.device))
+        whole.take(places[~subset.left])
+        whole = whole.compacted()
     tiny = torch.finfo(gram.dtype).tiny
     shares = torch.tensor(lost, dtype=gram.dtype).cumsum(0) / max(total, tiny)
     return Removal(torch.tensor(order, dtype=torch.long), shares)
@@ -110,44 +110,55 @@ def _ridge(gram: Tensor) -> float:
     return max(RIDGE * float(gram.diagonal().mean()), torch.finfo(gram.dtype).tiny)
 
 
-def _columns(channels: Sequence[int] | Tensor, columns: int, device: torch.device) -> Tensor:
+def _columns(channels: Tensor, columns: int, device: torch.device) -> Tensor:
     """Return the columns of some channels."""
-    first = torch.as_tensor(channels, device=device, dtype=torch.long) * columns
+    first = channels.to(device) * columns
     return (first[:, None] + torch.arange(columns, device=device)).flatten()
 
 
 class _Surgeon:
-    """Weights and the inverse of their features' moments, with the channels that are left."""
+    """Weights and the inverse of their features' moments, changed in place as channels are taken."""
 
-    def __init__(self, weight: Tensor, inverse: Tensor, left: list[int]) -> None:
-        self.weight, self.inverse, self.left = weight, inverse, left
-        self.columns = len(inverse) // len(left)
+    def __init__(self, weight: Tensor, inverse: Tensor, channels: Tensor) -> None:
+        self.weight, self.inverse, self.channels = weight.clone(), inverse, channels
+        self.left = torch.ones(len(channels), dtype=torch.bool, device=channels.device)
+        """True for the channels that are left."""
+        self.columns = len(inverse) // len(channels)
 
     def losses(self) -> Tensor:
-        """Return the increase of the squared error without each channel alone, (channels,)."""
-        if self.columns == 1:
-            return self.weight.square().sum(0) / self.inverse.diagonal()
-        n, columns = len(self.left), self.columns
-        each = self.weight.reshape(-1, n, columns).permute(1, 2, 0)
-        blocks = self.inverse.reshape(n, columns, n, columns).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        found: Tensor = (each * torch.linalg.solve(blocks, each)).sum((1, 2))
-        return found
+        """Return the increase of the squared error without each channel alone, (channels,); infinite
+        for those that are taken.
+        """
+        n, columns = len(self.channels), self.columns
+        if columns == 1:
+            found = self.weight.square().sum(0) / self.inverse.diagonal().where(self.left, 1.0)
+        else:
+            each = self.weight.reshape(-1, n, columns).permute(1, 2, 0)
+            blocks = self.inverse.reshape(n, columns, n, columns).diagonal(dim1=0, dim2=2)
+            eye = torch.eye(columns, dtype=self.inverse.dtype, device=self.inverse.device)
+            blocks = blocks.permute(2, 0, 1).where(self.left[:, None, None], eye)
+            found = (each * torch.linalg.solve(blocks, each)).sum((1, 2))
+        return found.where(self.left, math.inf)
 
-    def part(self, places: list[int]) -> _Surgeon:
+    def part(self, places: Tensor) -> _Surgeon:
         """Return some of the channels, with their share of the weights and of the inverse."""
         at = _columns(places, self.columns, self.inverse.device)
-        return _Surgeon(self.weight[:, at], self.inverse[at][:, at], [self.left[j] for j in places])
+        return _Surgeon(self.weight[:, at], self.inverse[at][:, at], self.channels[places])
 
-    def take(self, places: list[int]) -> None:
+    def take(self, places: Tensor) -> None:
         """Take channels away, and change the others to stand in for them."""
-        gone = set(places)
-        stays = [j for j in range(len(self.left)) if j not in gone]
-        taken, kept = (_columns(part, self.columns, self.inverse.device) for part in (places, stays))
-        across = self.inverse[taken][:, kept]
-        share = torch.linalg.solve(self.inverse[taken][:, taken], across)
-        self.weight = self.weight[:, kept] - self.weight[:, taken] @ share
-        self.inverse = self.inverse[kept][:, kept] - across.T @ share
-        self.left = [self.left[j] for j in stays]
+        at = _columns(places, self.columns, self.inverse.device)
+        across = self.inverse[at]
+        share = torch.linalg.solve(across[:, at], across)
+        self.weight.addmm_(self.weight[:, at], share, alpha=-1)
+        self.inverse.addmm_(across.T.contiguous(), share, alpha=-1)
+        self.left[places] = False
+
+    def compacted(self) -> _Surgeon:
+        """Return the channels that are left alone, where they are few."""
+        if 2 * int(self.left.sum()) > len(self.left):
+            return self
+        return self.part(self.left.nonzero().flatten())
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ class ChannelWidth(WidthUnit):
         ]
         levels = levels if self.rounded else replace(levels, multiple=1)
         now = min(reader.channels for reader in readers)
+        least = min(levels.kept(width.channels, now, 0), default=1)
         for reader in readers:
-            reader.rank(most=now - 1)
+            reader.rank(most=now - least)
         free = min(reader.order.free for reader in readers)
         found = []
         for kept, level in levels.kept(width.channels, now, free).items():
