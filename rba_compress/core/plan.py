@@ -604,6 +604,11 @@ class Plan(Frozen):
         """Replacements in the order of the network, chain by chain."""
         return sorted(self.replacements, key=lambda r: (r.chain, r.start))
 
+    def at(self, chain: Chain, start: int, stop: int) -> list[Replacement]:
+        """Return the replacements that share a block with a span of a chain."""
+        own = [r for r in self.replacements if r.chain == chain.name]
+        return [r for r in own if r.start < stop and start < r.stop]
+
     def __repr__(self) -> str:
         return f"Plan({self})"
 

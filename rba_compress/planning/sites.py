@@ -29,7 +29,8 @@ def sites(context: SearchContext, plan: Plan) -> list[Site]:
                 if unit.removes:  # what is removed may become longer, and is not cut through
                     free = all(start <= other.start and other.stop <= stop for other in over)
                 else:
-                    free = not any(unit.excludes(site, other) for other in over)
+                    at = plan.at(chain, start, stop) if unit.inner else over
+                    free = not any(unit.excludes(site, other) for other in at)
                 if new > LONGEST or not free:
                     continue
                 if over or site not in context.skipped:

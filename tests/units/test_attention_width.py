@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rba_compress import Budget, Config, compress, export_onnx, load, profile, supports
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.sites import sites
 from rba_compress.planning.state import Candidate, undone, with_candidate, without_unread
 from rba_compress.profiling.cost import cost
 from rba_compress.units.splice import splice
@@ -276,3 +277,14 @@ def test_attention_that_cannot_be_narrowed_is_refused_with_the_reason() -> None:
     assert "head_width of attention: all of its heads share their keys and values" in str(
         supports(one, x)
     )
+
+
+def test_whole_heads_and_their_channels_are_not_taken_in_one_block() -> None:
+    """Neither by a later stage, nor together in one."""
+    run, options = fitted(vit(num_heads=4), list(images(40, 32).split(10)))
+    for unit, others in (("head_width", {"qk_rank", "vo_rank"}), ("vo_rank", {"head_width"})):
+        first = next(o for o in options if o.site.unit == unit and o.site.start == 1)
+        plan = with_candidate(run.start.solution, first).plan
+        left = {site.unit for site in sites(run, plan) if site.start == 1}
+        assert not left & others
+        assert left | others == {*UNITS}
