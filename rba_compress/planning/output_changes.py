@@ -47,6 +47,8 @@ FAR = 4
 """Ratio of a site's price to the highest of interest above which no longer span is run for it, nor the
 site itself in the next stage.
 """
+WIDER = 2
+"""Levels of a width that are run beside the first one in one stage."""
 BY_DERIVATIVE = "options were combined by the second derivative of your divergence"
 BY_SUMS = (
     "the rises of options were added up without their interactions, for your divergence cannot be "
@@ -295,7 +297,9 @@ def _levels(
             at = dial.index(first) if first in dial else len(dial) // 2
             found += [] if first in dial else [run(dial[at])]
             cheap = found[-1] <= highest
-            for level in dial[at + 1 :] if cheap else dial[:at][::-1]:
+            # A block that is narrowed by itself is narrowed further in the next stage.
+            last = at + 1 + WIDER if first.replacement.inner and not first.also else len(dial)
+            for level in dial[at + 1 : last] if cheap else dial[:at][::-1]:
                 found.append(run(level))
                 if (found[-1] <= highest) != cheap:
                     break
