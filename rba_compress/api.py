@@ -35,6 +35,7 @@ from rba_compress.core.plan import ComparedOutput, Healed, Plan
 from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
 from rba_compress.healing.loop import distil
+from rba_compress.healing.student import require_shapes
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.search import DEFAULT_BUDGET, searched
 from rba_compress.planning.span_fits import paper_span
@@ -399,6 +400,7 @@ def heal(
     path = None if checkpoint is None else Path(checkpoint)
     if not isinstance(compressed, Result):
         network = unwrap(compressed)
+        require_shapes(original, network)
         split = Split(loader, healing.seed)
         example = split.first(form_of(original))
         recording = record(original, example.to(original))

@@ -111,6 +111,21 @@ def _trained_names(
     return keys, adapted
 
 
+def require_shapes(original: nn.Module, compressed: nn.Module) -> None:
+    """Require that a network of which no plan is known has its original's shapes.
+
+    Raises:
+        PlanError: it does not. A plan says which layers are narrower; without one, any might be.
+    """
+    known = dict(original.named_parameters())
+    for name, p in compressed.named_parameters():
+        if type(compressed) is type(original) and name in known and p.shape != known[name].shape:
+            raise PlanError(
+                f"the {type(compressed).__name__} was not made from this {type(original).__name__}: "
+                f"{name} is of another shape. A network with narrowed layers is healed as a Result"
+            )
+
+
 def require_trainable(
     original: nn.Module, compressed: nn.Module, known: dict[str, nn.Parameter]
 ) -> None:
@@ -120,12 +135,10 @@ def require_trainable(
         PlanError: the compressed network was not made from this original.
         ModelError: its weights are of low precision, or weights of either are offloaded.
     """
-    shared = {name: p for name, p in compressed.named_parameters() if name in known}
-    other = next((n for n, p in shared.items() if p.shape != known[n].shape), None)
-    if type(compressed) is not type(original) or other is not None or not shared:
+    shared = any(name in known for name, _ in compressed.named_parameters())
+    if type(compressed) is not type(original) or not shared:
         raise PlanError(
             f"the {type(compressed).__name__} was not made from this {type(original).__name__}"
-            + (f": {other} is of another shape" if other else "")
         )
     for what, model in (("original", original), ("compressed", compressed)):
         if any(p.is_meta for p in model.parameters()):

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rba_compress.core.plan import Attention, Block, ByPositions, HeadRows, Replacement, Width
-from rba_compress.core.registry import UNITS
+from rba_compress.core.plan import Attention, Block, ByPositions, HeadRows, Width
 from rba_compress.graph.attention_heads import HeadSizes, NoAttentionError, part_layers
 from rba_compress.graph.rewrite import copy_model, resize, tensor_of
 from rba_compress.linalg.narrowing import Compensation
@@ -62,16 +61,6 @@ def counted(unit: WidthUnit, inside: Inside, b: int, width: Width) -> Width:
         fields |= {"narrow": saved(READ_OUT, exact), "narrow_bias": bias(READ_OUT, exact)}
     inside.counts[key] = width.model_copy(update=fields)
     return inside.counts[key]
-
-
-def excluded(unit: WidthUnit, other: Replacement) -> bool:
-    """Return whether one of a unit and another replacement takes whole heads, and the other one some of
-    their channels.
-    """
-    if not other.inner or other.unit == unit.name:
-        return False
-    theirs = UNITS[other.unit]
-    return isinstance(theirs, WidthUnit) and theirs.of_heads and (unit.whole or theirs.whole)
 
 
 def refused(reason: object) -> tuple[None, list[str]]:

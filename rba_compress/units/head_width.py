@@ -17,12 +17,11 @@ from rba_compress.core.plan import (
     Count,
     CountName,
     Replacement,
-    Site,
     Slice,
     Width,
 )
 from rba_compress.graph.attention_heads import HeadSizes, NoAttentionError
-from rba_compress.units.attention_width import counted, excluded, original, refused
+from rba_compress.units.attention_width import counted, original, refused
 from rba_compress.units.channel_width import ChannelWidth
 from rba_compress.units.width import Inside, width_of
 
@@ -113,10 +112,6 @@ class HeadWidth(ChannelWidth):
         return Width(
             unit=self.name, channels=value.heads, groups=(group,), attention=attention, macs=()
         )
-
-    def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether the other replacement changes the channels of the heads."""
-        return excluded(self, other) or super().excludes(site, other)
 
     def tensor(self, model: nn.Module, block: Block, name: str) -> Tensor:
         """Return a tensor of a block, also of a layer that is a part of another one so far."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.core.plan import Attention, Block, Chain, HeadRows, Replacement, Site, Width
+from rba_compress.core.plan import Attention, Block, Chain, HeadRows, Replacement, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import FREE, basis
-from rba_compress.units.attention_width import counted, excluded, refused, rows_of, turned_rows
+from rba_compress.units.attention_width import counted, refused, rows_of, turned_rows
 from rba_compress.units.width import (
     Inside,
     Levels,
@@ -47,10 +47,6 @@ class QkRank(WidthUnit):
             return counted(self, inside, b, width), []
         except ModelError as error:
             return refused(error)
-
-    def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether the other replacement takes whole heads."""
-        return excluded(self, other) or super().excludes(site, other)
 
     def observed(self, block: Block) -> list[str]:
         """Return no layers: no inputs are needed."""

@@ -326,9 +326,12 @@ def _check_healed(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     outer = [r for r in plan.replacements if not r.inner]
     trained = dict.fromkeys(plan.healed.keys)
     wanted = {key for key in trained if not any(r.owns(key) for r in outer)}
-    shapes = {name: value.shape for name, value in own.items()} | _narrowed_shapes(plan)
+    shapes = {name: value.shape for name, value in own.items()}
+    parts = {name: place for r in plan.replacements for name, place in _parts(r).items()}
+    shapes |= {name: own[source][rows].shape for name, (source, rows) in parts.items() if source in own}
+    shapes |= _narrowed_shapes(plan)
     for key in sorted(wanted):
-        if key not in own or key not in tensors or tensors[key].shape != shapes[key]:
+        if key not in shapes or key not in tensors or tensors[key].shape != shapes[key]:
             raise PlanError(
                 f"the trained tensor {key!r} is missing, or is not of this {type(model).__name__}"
             )

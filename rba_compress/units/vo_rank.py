@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.errors import ModelError
-from rba_compress.core.plan import Attention, Block, Chain, Replacement, Site, Width
+from rba_compress.core.plan import Attention, Block, Chain, Replacement, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.maps import correction
@@ -18,7 +18,6 @@ from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import FREE, basis, projected
 from rba_compress.units.attention_width import (
     counted,
-    excluded,
     output_tensors,
     refused,
     rows_of,
@@ -51,10 +50,6 @@ class VoRank(WidthUnit):
             return counted(self, inside, b, width), []
         except ModelError as error:
             return refused(error)
-
-    def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether the other replacement takes whole heads."""
-        return excluded(self, other) or super().excludes(site, other)
 
     def observed(self, block: Block) -> list[str]:
         """Return the layer that reads all heads."""

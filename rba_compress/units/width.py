@@ -134,8 +134,15 @@ class WidthUnit(Unit):
         return [(b, b + 1) for b, block in enumerate(chain.blocks) if block.width(self.name)]
 
     def excludes(self, site: Site, other: Replacement) -> bool:
-        """Return whether the other replacement, at the same block, does not keep its layers."""
-        return not (other.inner or keeps_layers(other))
+        """Return whether the other replacement, at the same block, does not keep its layers, or one of
+        the two takes whole heads and the other one some of their channels.
+        """
+        if not other.inner:
+            return not keeps_layers(other)
+        theirs = UNITS[other.unit]
+        if not (self.of_heads and isinstance(theirs, WidthUnit) and theirs.of_heads):
+            return False
+        return other.unit != self.name and (self.whole or theirs.whole)
 
     def levels(self, config: Config, chain: Chain) -> Sequence[Level]:
         """Return shares of the channels to take."""
@@ -208,8 +215,7 @@ class WidthUnit(Unit):
             positions: number of positions in the sublayer of the channels.
             narrow: True where the block computes the read positions alone.
         """
-        width = chain.blocks[new.start].width(self.name)
-        assert width is not None
+        width = width_of(self, chain.blocks[new.start])
         return width.saving(width.channels - new.kept, positions, narrow=narrow)
 
     def cost(self, chain: Chain, new: Replacement, positions: int) -> tuple[list[Cost], int]:

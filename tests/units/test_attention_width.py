@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rba_compress import Budget, Config, compress, export_onnx, load, profile, supports
+from rba_compress import Budget, Config, Healing, compress, export_onnx, heal, load, profile, supports
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.sites import sites
@@ -288,3 +288,15 @@ def test_whole_heads_and_their_channels_are_not_taken_in_one_block() -> None:
         left = {site.unit for site in sites(run, plan) if site.start == 1}
         assert not left & others
         assert left | others == {*UNITS}
+
+
+def test_a_network_with_narrower_attention_is_healed(tmp_path: Path) -> None:
+    """Also the parts of a divided layer that were not narrowed are trained, saved and read back."""
+    model, data = vit(), list(images(40, 32).split(10))
+    config = Config(units=("vo_rank",), multiple=1, effort="quick", keep_features=True)
+    found = compress(model, data, budget=Budget(macs=0.93), config=config)
+    assert any(r.inner for r in found.plan.replacements)
+    healed = heal(found, data, original=model, healing=Healing(rate=1e-4, epochs=1, augment=()))
+    healed.save(tmp_path / "healed", delta=True)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "healed", original=vit())(data[0]), healed.model(data[0]))
