@@ -16,6 +16,7 @@ from rba_compress import (
     Budget,
     Config,
     PlanError,
+    Result,
     compress,
     export_onnx,
     load,
@@ -184,19 +185,29 @@ def test_a_narrower_block_is_narrowed_further_from_what_it_is() -> None:
     assert all(tuple(row.tolist()) in kept for row in narrow.up.weight)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_a_narrower_network_is_searched_saved_and_reloaded(delta: bool, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def searched() -> Result:
     model, data = vit(), list(images(40, 32).split(10))
     config = Config(units=("hidden_width", "token_merge"), multiple=1, effort="quick")
-    found = compress(model, data, budget=Budget(macs=0.7), config=config)
-    assert {r.unit for r in found.plan.replacements} >= {"hidden_width"}
-    assert found.report.compressed.macs <= 0.7 * found.report.original.macs
-    found.save(tmp_path / "narrow", delta=delta)
+    return compress(model, data, budget=Budget(macs=0.7), config=config)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_narrower_network_is_searched_saved_and_reloaded(
+    searched: Result, delta: bool, tmp_path: Path
+) -> None:
+    assert {r.unit for r in searched.plan.replacements} >= {"hidden_width"}
+    assert searched.report.compressed.macs <= 0.7 * searched.report.original.macs
+    searched.save(tmp_path / "narrow", delta=delta)
     again = load(tmp_path / "narrow", original=vit() if delta else None)
-    x = data[0]
+    x = images(10, 32)
     with torch.no_grad():
-        assert torch.equal(again(x), found.model(x))
-    certificate = export_onnx(found.model, tmp_path / "narrow.onnx", x)
+        assert torch.equal(again(x), searched.model(x))
+
+
+@pytest.mark.slow
+def test_a_narrower_network_is_exported(searched: Result, tmp_path: Path) -> None:
+    certificate = export_onnx(searched.model, tmp_path / "narrow.onnx", images(10, 32))
     assert all(parity.max_rel <= certificate.tolerance for parity in certificate.parity)
 
 
