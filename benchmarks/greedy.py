@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -265,13 +266,19 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
     blocks = context.chains[chain].blocks
     taken = replaced_blocks(state.solution.plan, context.chains[chain])
     walk = context.fitter.walk(chain, state.solution.plan)
+    dampings = sorted(context.config.refit_dampings)
+    middle = dampings[len(dampings) // 2]
+    dampings.sort(key=lambda damping: damping != middle)
     for b in range(boundary, len(blocks)):
         folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
         for k, branch in enumerate(blocks[b].branches if b not in taken else ()):
             if branch.path in folded:
                 continue
             best: tuple[Tensor, Refit, Solution] | None = None
-            for new, solution in context.fitter.refits(walk, state.solution, b, k):
+            for damping, step in product(dampings, sorted(context.config.refit_steps)):
+                new, solution = context.fitter.corrected(
+                    walk, state.solution, (b, k), damping=damping, step=step
+                )
                 divergences = context.divergences(state, solution, (chain, b))
                 if wins(context, divergences, state.evaluation.divergence if best is None else best[0]):
                     best = divergences, new, solution

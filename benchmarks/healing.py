@@ -135,8 +135,8 @@ def resolved(model: nn.Module, calibration: Loader, compressed: Result) -> nn.Mo
         walk = run.fitter.walk(c, solution.plan)
         for b in (b for b in range(min(taken, default=len(chain)), len(chain)) if b not in taken):
             for k in range(len(chain.blocks[b].branches)):
-                # The first that is offered: the middle damping, half a step.
-                solution = next(run.fitter.refits(walk, solution, b, k))[1]
+                # The search tries the middle damping and half a step first.
+                _, solution = run.fitter.corrected(walk, solution, (b, k), damping=1.0, step=0.5)
     solution = without_unread(solution, seen)
     return splice(model, solution.plan, solution.tensors)
 

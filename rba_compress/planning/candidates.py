@@ -20,7 +20,6 @@ from rba_compress.core.plan import (
     LayerRefit,
     NormRefit,
     Plan,
-    Refit,
     Replacement,
     Site,
     SolvedRefit,
@@ -44,7 +43,6 @@ from rba_compress.planning.state import (
     Solution,
     changed,
     keyed,
-    narrowed_blocks,
     replaced_blocks,
     with_candidate,
 )
@@ -115,8 +113,7 @@ class CandidateFitter:
             wanted = [site for site in sites if site.chain == c]
             if not wanted:
                 continue
-            plan = state.solution.plan
-            taken = replaced_blocks(plan, chain) | narrowed_blocks(plan, chain)
+            taken = replaced_blocks(state.solution.plan, chain)
             folds: dict[float, Branch] = {}
             if "folded" in self.config.maps:
                 folds = {
@@ -290,12 +287,16 @@ class CandidateFitter:
         merges = _merges(self.chains[chain], plan)
         return Walk(self.model, self.chains, chain, self.batches, merges)
 
-    def refits(
-        self, walk: Walk, solution: Solution, block: int, branch: int
-    ) -> Iterator[tuple[Refit, Solution]]:
-        """Yield every correction of the last layer of a kept block's branch, on a walk down its chain;
-        the first has the middle damping and the smallest step.
+    def corrected(
+        self, walk: Walk, solution: Solution, of: tuple[int, int], *, damping: float, step: float
+    ) -> tuple[LayerRefit, Solution]:
+        """Correct the last layer of a kept block's branch, on a walk down its chain.
+
+        Args:
+            of: block and branch.
+            damping, step: as in `LayerRefit`.
         """
+        block, branch = of
         chain, c = walk.chain, walk.index
         model, branches = self.compressed(solution), chain.blocks[block].branches
         known, at, rows = walk.known or (None, -1, [])
@@ -309,13 +310,9 @@ class CandidateFitter:
         gap = rows[branch].weighted(self.class_weight(c))
         path = branches[branch].path
         before_it = [r for r in solution.plan.refits if r.path == path]
-        dampings = sorted(self.config.refit_dampings)
-        middle = dampings[len(dampings) // 2]
-        for damping in sorted(dampings, key=lambda damping: damping != middle):
-            for step in sorted(self.config.refit_steps):
-                refit = LayerRefit(chain=chain.name, block=block, path=path, damping=damping, step=step)
-                tensors = _corrected(model, refit, gap)
-                yield refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
+        refit = LayerRefit(chain=chain.name, block=block, path=path, damping=damping, step=step)
+        tensors = _corrected(model, refit, gap)
+        return refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
     def narrowed_again(self, solution: Solution, c: int) -> Solution:
         """Return the solution with the layers that read narrowed channels of a chain and end no branch

@@ -179,7 +179,9 @@ class Descent:
         while True:
             held = [v.state for v in self.verified if not limits.broken(v.state)]
             met = [state for state in held if not limits.lacking(state.cost)]
-            deep = limits.size(self.state.cost) <= limits.goal_size + 1e-9
+            # A whole stage is not worth the rest of the way where a network was evaluated at its end.
+            near = context.spent.stage / 4 if met else 1e-9
+            deep = limits.size(self.state.cost) <= limits.goal_size + near
             if deep and met:
                 self.progress.refine()
                 return self._traded(self._settled(met, _order))
@@ -282,15 +284,17 @@ class Descent:
         finite = [v for v in judged if math.isfinite(v.state.mean)]
         if judged and not finite:
             raise ActivationError("every candidate makes the model's output NaN or infinite")
-        if not finite and skipped:
+        if not finite and not record.every and (skipped or context.skipped):
             context.skipped, record.skipped = set(), set()
             context.prices, record.prices = {}, {}
+            record.every = True
             record.runs.clear()
             return self._stage()
         if not finite:
             return False
         self.verified += finite
-        alike = trusted(before, finite, size - context.spent.stage / 4, context.evaluator.screened)
+        within = [v for v in finite if not v.beyond] or finite
+        alike = trusted(before, within, size - context.spent.stage / 4, context.evaluator.screened)
         order = partial(_price, before, self.limits)
         self._current = self._index(self._settled([v.state for v in alike], order))
         new, chosen = self.verified[-len(finite) :], self.verified[self._current]
@@ -307,6 +311,7 @@ class Descent:
         self.write_record()
         record.current, record.skipped = self._current, set(context.skipped)
         record.prices = dict(context.prices)
+        record.every = False
         record.runs.clear()
         record.steps, record.candidates = list(context.log.steps), list(context.log.candidates)
         return True

@@ -5,16 +5,19 @@ the cached stream of its boundary on the screened validation samples. Of its out
 products with the other options' changes are kept, so that the table does not grow with the samples.
 
 Not every option is run. Of each site one level is run first, the middle one of the last kind of map
-that is not folded; of what narrows a block the one that takes least. Other levels follow for the sites
-of interest, those whose rise is the least for what they save, and for those that are replaced already;
-a unit whose levels are set by schedules needs one of each site. A span that is longer by a block
-follows where both of its shorter ones belong to the better half and are not far from being of interest.
+that is not folded; of what narrows a block the one that takes least. A fit tells the squared error that
+it leaves in the stream. Its ratio to the rise differs little between the options of a block, so that
+those whose error is far too large for what they save are not run at all. Other levels follow for the
+sites of interest, those whose rise is the least for what they save, and for those that are replaced
+already; a unit whose levels are set by schedules needs one of each site. A span that is longer by a
+block follows where both of its shorter ones belong to the better half and are not far from being of
+interest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,7 @@ from rba_compress.planning.state import (
 from rba_compress.profiling.quadratic_form import Change, changes
 from rba_compress.profiling.search_record import OptionRun
 from rba_compress.units.registry import unit_of
+from rba_compress.units.width import WidthUnit
 
 FEWEST = 4
 """Spans of one length of which no half is left out, and sites that are of interest at any price."""
@@ -49,6 +53,8 @@ site itself in the next stage.
 """
 WIDER = 2
 """Levels of a width that are run beside the first one in one stage."""
+MARGIN = 4
+"""Ratio by which a price that was expected by its fit may be too high."""
 BY_DERIVATIVE = "options were combined by the second derivative of your divergence"
 BY_SUMS = (
     "the rises of options were added up without their interactions, for your divergence cannot be "
@@ -161,7 +167,7 @@ def output_changes(
         ActivationError: the output of every candidate holds NaN or infinity.
     """
     runs = _Runs(context, state)
-    options = _run(context, state, candidates, runs)
+    options = _Options(context, state, candidates, runs).measured()
     # Channels that were taken, being cheap, are hardly ever worth their cost later.
     replaced = tuple(old for old in state.solution.plan.in_order if not old.inner)
     taken = [index for _, index in options if math.isfinite(runs.rises[index])]
@@ -172,65 +178,140 @@ def output_changes(
     return OutputChanges(finite, replaced, linear[taken], gram[np.ix_(taken, taken)])
 
 
-def _run(
-    context: SearchContext, state: SearchState, candidates: Sequence[Candidate], runs: _Runs
-) -> list[tuple[Candidate, int]]:
-    """Run candidates, shorter spans first; return what was run, with the index of each run."""
-    of_site: dict[Site, list[Candidate]] = {}
-    for candidate in candidates:
-        of_site.setdefault(candidate.site, []).append(candidate)
-    done: list[tuple[Candidate, int]] = []
-    prices: dict[Site, float] = {}
-    saved: dict[Site, float] = {}
-    poor = set(context.skipped)
-    blocks = sum(map(len, context.chains))
+class _Options:
+    """Candidates of a stage by their sites, of which some are run, shorter spans first."""
 
-    def run(candidate: Candidate) -> float:
-        index = runs.add(
+    def __init__(
+        self,
+        context: SearchContext,
+        state: SearchState,
+        candidates: Sequence[Candidate],
+        runs: _Runs,
+    ) -> None:
+        self.context, self.state, self.runs = context, state, runs
+        self.of_site: dict[Site, list[Candidate]] = {}
+        for candidate in candidates:
+            self.of_site.setdefault(candidate.site, []).append(candidate)
+        self.done: list[tuple[Candidate, int]] = []
+        """Candidates that were run, with the index of each run."""
+        self.prices: dict[Site, float] = {}
+        """Price of each site, expected where no level was run."""
+        self.saved: dict[Site, float] = {}
+        blocks = sum(map(len, context.chains))
+        self.most = max(FEWEST, round(context.spent.finer * blocks))
+        self.again = round(context.spent.again * blocks)
+        self._errors: dict[Hashable, tuple[float, float]] = {}
+        """Largest error of what was run of a block, with its rise."""
+
+    def run(self, candidate: Candidate) -> float:
+        """Run a candidate; return its price."""
+        state = self.state
+        index = self.runs.add(
             with_candidate(state.solution, candidate), (candidate.chain, candidate.boundary)
         )
-        done.append((candidate, index))
-        context.log.measured(state, candidate, state.mean + runs.rises[index])
-        size = context.limits.saved(state.cost, candidate.saving)
-        saved.setdefault(candidate.site, size)
-        price = runs.rises[index] / (size if size > 0 else 1.0)
+        rise = self.runs.rises[index]
+        self.done.append((candidate, index))
+        self.context.log.measured(state, candidate, state.mean + rise)
+        error, place = _error(candidate), _place(candidate)
+        if error is not None and error > self._errors.get(place, (0.0, 0.0))[0] and rise > 0:
+            self._errors[place] = error, rise
+        size = self._size(candidate)
+        self.saved.setdefault(candidate.site, size)
+        price = rise / (size if size > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
 
-    earlier = {site: taken_at(state, levels[0]) for site, levels in of_site.items()}
-    for site, old in earlier.items():
-        if old is not None:
-            context.prices.pop(site, None)
-            _run_again(of_site.pop(site), old, run, further=context.spent.refits)
-    first_new = len(done)
-    rounds: dict[int, list[Site]] = {}
-    for site in of_site:
-        rounds.setdefault(max(removed_length(site), 1), []).append(site)
+    def measured(self) -> list[tuple[Candidate, int]]:
+        """Run candidates; return what was run, with the index of each run."""
+        context, runs = self.context, self.runs
+        earlier = {site: taken_at(self.state, levels[0]) for site, levels in self.of_site.items()}
+        for site, old in earlier.items():
+            if old is not None:
+                context.prices.pop(site, None)
+                levels = self.of_site.pop(site)
+                _run_again(levels, old, self.run, further=context.spent.refits)
+        first_new = len(self.done)
+        rounds: dict[int, list[Site]] = {}
+        for site in self.of_site:
+            rounds.setdefault(max(removed_length(site), 1), []).append(site)
+        poor = set(context.skipped)
+        for _, sites in sorted(rounds.items()):
+            best = self._round([site for site in sites if not poor.intersection(_shorter(site))])
+            spans = [site for site in best if removed_length(site)]
+            better = spans[: max(-(-len(spans) // 2), FEWEST)]
+            far = _far(self.highest())
+            near = [site for site in better if self.prices[site] <= far]
+            poor.update(site for site in sites if site not in near)
+        new_rises = runs.rises[first_new:]
+        if new_rises and not context.skipped and not any(map(math.isfinite, new_rises)):
+            raise ActivationError("every candidate makes the model's output NaN or infinite")
+        context.prices |= self.prices
+        order = sorted(context.prices, key=lambda site: (context.prices[site], site))
+        again, far = order[: self.again], _far(self.highest())
+        kept = {site for site in again if context.prices[site] <= far}
+        context.skipped = set(order) - kept.union(again[:FEWEST])
+        return self.done
 
-    most = max(FEWEST, round(context.spent.finer * blocks))
-    for _, sites in sorted(rounds.items()):
-        wanted = [site for site in sites if not poor.intersection(_shorter(site))]
-        first = {site: _first(of_site[site]) for site in wanted}
-        prices |= {site: run(first[site]) for site in wanted}
-        best = sorted(wanted, key=lambda site: prices[site])
-        highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
-        for site in (site for site in best if prices[site] <= highest):
+    def _round(self, sites: Sequence[Site]) -> list[Site]:
+        """Run sites whose spans are equally long; return those that were run, the cheapest first."""
+        first = {site: _first(self.of_site[site]) for site in sites}
+        best = []
+        for site in sorted(sites, key=lambda site: self._expensive(first[site])):
+            expected = self._expected(first[site])
+            if expected > MARGIN * _far(self.highest(few=math.inf)) and not self.context.record.every:
+                self.prices[site], self.saved[site] = expected, self._size(first[site])
+            else:
+                self.prices[site] = self.run(first[site])
+                best.append(site)
+        best.sort(key=lambda site: self.prices[site])
+        highest = self.highest()
+        for site in (site for site in best if self.prices[site] <= highest):
             if not unit_of(site.unit).scheduled:
-                found = _levels(of_site[site], first[site], prices[site], run, highest)
-                prices[site] = min(found)
-        spans = [site for site in best if removed_length(site)]
-        better = spans[: max(-(-len(spans) // 2), FEWEST)]
-        near = [site for site in better if prices[site] <= _far(highest)]
-        poor.update(site for site in sites if site not in near)
-    new_rises = runs.rises[first_new:]
-    if new_rises and not context.skipped and not any(map(math.isfinite, new_rises)):
-        raise ActivationError("every candidate makes the model's output NaN or infinite")
-    context.prices |= prices
-    order = sorted(context.prices, key=lambda site: (context.prices[site], site))
-    highest = _highest(prices, saved, ENOUGH * context.spent.stage, most)
-    again = order[: round(context.spent.again * blocks)]
-    kept = {site for site in again if context.prices[site] <= _far(highest)}
-    context.skipped = set(order) - kept.union(again[:FEWEST])
-    return done
+                found = _levels(self.of_site[site], first[site], self.prices[site], self.run, highest)
+                self.prices[site] = min(found)
+        return best
+
+    def _size(self, candidate: Candidate) -> float:
+        return self.context.limits.saved(self.state.cost, candidate.saving)
+
+    def _expensive(self, candidate: Candidate) -> float:
+        """Return the error for what is saved; 0 where the fit tells none."""
+        error, size = _error(candidate), self._size(candidate)
+        return error / size if error and size > 0 else 0.0
+
+    def _expected(self, candidate: Candidate) -> float:
+        """Return the price to expect by what was run of the same block; 0 where nothing tells it."""
+        error, rise = self._errors.get(_place(candidate), (1.0, 0.0))
+        return self._expensive(candidate) * rise / error
+
+    def highest(self, few: float | None = None) -> float:
+        """Return the price up to which sites are of interest: the cheapest ones that together save
+        enough, at least `FEWEST` and at most `most` of them.
+
+        Args:
+            few: what to return where all sites are too few; the highest price by default.
+        """
+        prices, enough = self.prices, ENOUGH * self.context.spent.stage
+        total = highest = 0.0
+        for count, site in enumerate(sorted(prices, key=lambda site: prices[site])):
+            if count >= FEWEST and (total >= enough or count >= self.most):
+                return highest
+            total, highest = total + max(self.saved[site], 0.0), prices[site]
+        return highest if few is None else few
+
+
+def _error(candidate: Candidate) -> float | None:
+    """Return the mean squared error of the stream that a fit leaves; None where it tells none."""
+    new, unit = candidate.replacement, unit_of(candidate.site.unit)
+    if new.diagnostics is None or not unit.of_stream or candidate.also:
+        return None
+    if isinstance(unit, WidthUnit) and unit.readers(new.blocks[0]):
+        return None  # the error of a layer inside of the block
+    return new.diagnostics.residual
+
+
+def _place(candidate: Candidate) -> Hashable:
+    """Return what options share whose errors are of one kind: the block, and whether it is narrowed."""
+    return candidate.chain, candidate.replacement.stop, candidate.replacement.inner
 
 
 def _run_again(
@@ -252,20 +333,6 @@ def _run_again(
     price = run(_first(levels))
     if further:
         _levels(levels, _first(levels), price, run)
-
-
-def _highest(
-    prices: Mapping[Site, float], saved: Mapping[Site, float], enough: float, most: int
-) -> float:
-    """Return the price up to which sites are of interest: the cheapest ones that together save enough,
-    at least `FEWEST` and at most `most` of them.
-    """
-    total = highest = 0.0
-    for count, site in enumerate(sorted(prices, key=lambda site: prices[site])):
-        if count >= FEWEST and (total >= enough or count >= most):
-            break
-        total, highest = total + max(saved[site], 0.0), prices[site]
-    return highest
 
 
 def _far(highest: float) -> float:
@@ -299,8 +366,12 @@ def _levels(
             cheap = found[-1] <= highest
             # A block that is narrowed by itself is narrowed further in the next stage.
             last = at + 1 + WIDER if first.replacement.inner and not first.also else len(dial)
+            last_run = dial[at]
             for level in dial[at + 1 : last] if cheap else dial[:at][::-1]:
+                if cheap and _grown(last_run, level) * found[-1] > highest:
+                    break
                 found.append(run(level))
+                last_run = level
                 if (found[-1] <= highest) != cheap:
                     break
             continue
@@ -317,6 +388,15 @@ def _levels(
             if lowest < before:
                 break
     return found
+
+
+def _grown(before: Candidate, after: Candidate) -> float:
+    """Return the ratio of two levels' prices that their fits expect; 0 where they tell none."""
+    fits = before.replacement.diagnostics, after.replacement.diagnostics
+    if fits[0] is None or fits[1] is None or not before.replacement.inner or not fits[0].residual:
+        return 0.0
+    saved = before.saving.macs / max(after.saving.macs, 1)
+    return fits[1].residual / fits[0].residual * saved
 
 
 def _near(levels: Sequence[Candidate], taken: float) -> list[Candidate]:

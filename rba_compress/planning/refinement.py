@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rba_compress.core.plan import FoldRefit, Refit
+from rba_compress.core.plan import FoldRefit, LayerRefit
 from rba_compress.planning.candidates import readers
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Walk
@@ -58,25 +58,33 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
 def _resolved(
     context: SearchContext, state: SearchState, walk: Walk, block: int, branch: int
 ) -> SearchState:
-    """Re-solve one layer: corrections are tried on the screened samples, and the best one of them is
-    evaluated on all.
+    """Re-solve one layer: corrections are tried on the screened samples, first steps with the middle
+    damping, then other dampings with the best step; the best of all is evaluated on all samples.
     """
-    at = walk.index, block
-    lowest = float("inf")
-    best: tuple[Refit, Solution] | None = None
-    for new, solution in context.fitter.refits(walk, state.solution, block, branch):
-        screened = context.divergences(state, solution, at, screen=True)
-        if best is None and not promises(context, screened, state.evaluation.divergence):
-            break  # if the smallest step does not help, the others hardly ever do
-        if float(screened.mean()) < lowest:
-            lowest, best = float(screened.mean()), (new, solution)
-    if best is None:
+    at, before = (walk.index, block), state.evaluation.divergence
+    dampings, steps = sorted(context.config.refit_dampings), sorted(context.config.refit_steps)
+    middle = dampings[len(dampings) // 2]
+
+    def tried(damping: float, step: float) -> tuple[Tensor, LayerRefit, Solution]:
+        of = block, branch
+        refit, solution = context.fitter.corrected(walk, state.solution, of, damping=damping, step=step)
+        return context.divergences(state, solution, at, screen=True), refit, solution
+
+    def mean(each: tuple[Tensor, LayerRefit, Solution]) -> float:
+        return float(each[0].mean())
+
+    found = [tried(middle, steps[0])]
+    if not promises(context, found[0][0], before):
+        return state  # if the smallest step does not help, the others hardly ever do
+    found += [tried(middle, step) for step in steps[1:]]
+    step = min(found, key=mean)[1].step
+    found += [tried(damping, step) for damping in dampings if damping != middle]
+    _, refit, solution = min(found, key=mean)
+    divergences = context.divergences(state, solution, at)
+    if not wins(context, divergences, before):
         return state
-    divergences = context.divergences(state, best[1], at)
-    if not wins(context, divergences, state.evaluation.divergence):
-        return state
-    before, state = state.mean, context.state(best[1], state.cost, at)
-    return context.log.decided("refit", best[0], state, before - state.mean)
+    new = context.state(solution, state.cost, at)
+    return context.log.decided("refit", refit, new, state.mean - new.mean)
 
 
 def settled(context: SearchContext, state: SearchState) -> SearchState:

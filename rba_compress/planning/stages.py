@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from rba_compress.planning.state import (
     SearchState,
     Solution,
     removed_length,
+    sets,
     taken_at,
     undone,
     with_candidate,
@@ -61,6 +63,8 @@ class Verified:
     """True where trades of its levels were tried, or where it came out of them."""
     scheduled: bool = False
     """True where schedules were tried before a stage started from it, or where it came out of them."""
+    beyond: bool = False
+    """True where it was evaluated for the budget alone, below the end of its stage."""
 
 
 def expected(context: SearchContext, state: SearchState) -> float:
@@ -87,12 +91,12 @@ def stage(context: SearchContext, state: SearchState, target: float) -> list[Ver
     single = [limits.saved(state.cost, c.saving) for c in table.options if removed_length(c.site) <= 1]
     found = _solved(context, state, table, lowest=target - max([2 * GRID, *single]))
     verified = []
-    for combination, solution, cost in _picked(context, found, start, target):
+    for combination, solution, cost, beyond in _picked(context, found, start, target):
         at = _boundary(context, table, combination)
         evaluation = context.evaluation(state, solution, at)
         predicted = max(state.mean + table.rise(combination.rows), 0.0)
         new = SearchState(solution, cost, evaluation)
-        verified.append(Verified(new, limits.size(cost), predicted))
+        verified.append(Verified(new, limits.size(cost), predicted, beyond=beyond))
     return verified
 
 
@@ -102,7 +106,6 @@ def _solved(
     """Return the combinations of a table with their solutions and costs, the best of each size."""
     fitter, limits = context.fitter, context.limits
     own = without_unread(state.solution, context.profile).plan.replacements
-    moves, positions = _moves(context, table, own)
     times = fitter.times or [[] for _ in context.chains]
     walked = [chain_cost(chain, own, times=t) for chain, t in zip(context.chains, times, strict=True)]
     # What is not in the blocks.
@@ -114,11 +117,15 @@ def _solved(
     cautious = table.linear + CAUTION * np.diagonal(table.gram)
     of_size: dict[int, list[Combination]] = {}
     gram = table.gram + _conflicts(table)
-    for combination in combinations(
-        moves, cautious, gram, size=size, positions=positions, lowest=lowest
-    ):
-        if combination.rise < PROHIBITIVE / 2:
-            of_size.setdefault(int(combination.size / GRID + 1e-9), []).append(combination)
+    for uniform in _uniform(table):
+        first = list(uniform)
+        moves, positions = _moves(context, table, _uniformly(own, [table.options[k] for k in first]))
+        linear = cautious + gram[first].sum(0)
+        rise = float(cautious[first].sum() + gram[np.ix_(first, first)].sum() / 2)
+        for each in combinations(moves, linear, gram, size=size, positions=positions, lowest=lowest):
+            combination = Combination((*uniform, *each.rows), rise + each.rise, each.size)
+            if combination.rise < PROHIBITIVE / 2:
+                of_size.setdefault(int(combination.size / GRID + 1e-9), []).append(combination)
     found = []
     for alike in of_size.values():
         for combination in sorted(alike, key=lambda c: (rounded(c.rise), c.rows))[:6]:
@@ -127,15 +134,38 @@ def _solved(
     return found
 
 
+def _uniform(table: OutputChanges) -> Iterator[tuple[int, ...]]:
+    """Yield rows of options that narrow all blocks of a chain: none, or one of each unit and chain."""
+    alike: dict[tuple[int, str], list[int]] = {}
+    for k, option in enumerate(table.options):
+        if option.also:
+            alike.setdefault((option.chain, option.site.unit), []).append(k)
+    for rows in product(*([None, *each] for each in alike.values())):
+        yield tuple(k for k in rows if k is not None)
+
+
+def _uniformly(own: Sequence[Replacement], options: Sequence[Candidate]) -> list[Replacement]:
+    """Return the replacements of a state with some widths of whole chains."""
+    news = [new for option in options for new in (option.replacement, *option.also)]
+    units = {(new.chain, new.unit) for new in news}
+    return [*(r for r in own if (r.chain, r.unit) not in units), *news]
+
+
 def _conflicts(table: OutputChanges) -> Floats:
-    """Return a prohibitive rise for pairs of options that narrow the same channels of a block."""
+    """Return a prohibitive rise for pairs of options that narrow the same channels of a block, and for
+    maps that are folded into a layer that the other option narrows.
+    """
     found = np.zeros_like(table.gram)
+    folded = [(k, o.refit) for k, o in enumerate(table.options) if o.refit is not None]
     inner = [(k, o) for k, o in enumerate(table.options) if o.replacement.inner]
     for k, one in inner:
         unit = unit_of(one.site.unit)
         for j, other in inner:
             same = (one.chain, one.site.start) == (other.chain, other.site.start)
             if same and unit.excludes(one.site, other.replacement):
+                found[j, k] = found[k, j] = PROHIBITIVE
+        for j, refit in folded:
+            if any(sets(refit, new) for new in (one.replacement, *one.also)):
                 found[j, k] = found[k, j] = PROHIBITIVE
     return found
 
@@ -169,9 +199,9 @@ def _picked(
     found: Sequence[tuple[Combination, Solution, Cost]],
     start: float,
     target: float,
-) -> Iterator[tuple[Combination, Solution, Cost]]:
+) -> Iterator[tuple[Combination, Solution, Cost, bool]]:
     """Return the plans to evaluate: the one with the least predicted rise at each size of a grid, and
-    the best few at the target and at the budget.
+    the best few at the target and at the budget, also where that lies beyond the target.
     """
     sized = [(context.limits.size(cost), (each, solution, cost)) for each, solution, cost in found]
     sized = [(size, each) for size, each in sized if size < start - 1e-9]
@@ -180,7 +210,7 @@ def _picked(
     target = max(target, min(size for size, _ in sized))
     apart = context.spent.stage / STEPS
     grid = np.arange(math.floor(start / apart), 0, -1) * apart
-    ends = [end for end in (context.limits.goal_size, target) if end >= target]
+    ends = context.limits.goal_size, target
     seen: set[tuple[int, ...]] = set()
     for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):
         within = [each for size, each in sized if size <= goal + 1e-9]
@@ -188,7 +218,7 @@ def _picked(
         for each in within[: context.spent.judged if goal in ends else 1]:
             if each[0].rows not in seen:
                 seen.add(each[0].rows)
-                yield each
+                yield *each, bool(goal < target)
 
 
 def _moves(
@@ -202,7 +232,7 @@ def _moves(
 
     Args:
         own: the replacements of the state as it is handed out, with exact read-outs, which save less
-            where fewer positions reach them.
+            where fewer positions reach them, and with widths of whole chains.
     """
     moves: list[Move] = []
     positions: list[int] = []
@@ -229,19 +259,16 @@ def _moves(
             if replaced is not None:
                 moves.append(Move(main, end, None, keep, taken=False))
                 keep = partial(walk, b, None)
-            moves.append(Move(main, main + 1, row, keep, taken=False))
+            # A block that comes back would have another width than the others.
+            if replaced is None or not (context.config.stock and inner):
+                moves.append(Move(main, main + 1, row, keep, taken=False))
             narrow = b in handed and handed[b].exact
             for k, slot in enumerate((*each.before, *each.behind)):
                 at = first[b] + k + (k >= len(each.before))
                 moves += slot.moves(at, chain, narrow=narrow)
         for k, option in options:
             new, begin = option.replacement, option.boundary
-            if option.also:
-                news = [new, *option.also]
-                others = [r for r in own if r.chain == chain.name and r.unit != new.unit]
-                cost = partial(_of_chain, chain, [*others, *news])
-                moves.append(Move(first[0], first[-1], k, cost))
-            elif not new.inner:
+            if not new.inner:
                 cost = partial(walk, begin, new)
                 beside = keeps_layers(new)
                 start = first[begin] + (len(slots[begin].before) if beside else 0)
@@ -300,12 +327,6 @@ class _Slots:
     @property
     def places(self) -> int:
         return len(self.before) + 1 + len(self.behind)
-
-
-def _of_chain(chain: Chain, replacements: Sequence[Replacement], positions: int) -> Walked:
-    """Return the cost of a whole chain under some replacements."""
-    cost = chain_cost(chain, replacements)
-    return np.array([cost.macs, cost.params, cost.latency], dtype=np.float64), positions
 
 
 def _saved(chain: Chain, new: Replacement | None, positions: int, *, narrow: bool) -> Walked:

@@ -105,11 +105,6 @@ def replaced_blocks(plan: Plan, chain: Chain, *, cut: bool = True) -> set[int]:
     return {b for r in wanted if cut or unit_of(r.unit).removes for b in range(r.start, r.stop)}
 
 
-def narrowed_blocks(plan: Plan, chain: Chain) -> set[int]:
-    """Return the blocks of a chain whose layers are narrower than the original's."""
-    return {r.start for r in plan.replacements if r.chain == chain.name and r.inner}
-
-
 def changed(
     solution: Solution,
     *,
@@ -123,8 +118,12 @@ def changed(
     layer is dropped, the layer keeps the refit's tensors.
     """
     plan = solution.plan
-    sizes = [r for r in drop if isinstance(r, Replacement) and r.inner]
-    lost = [r for r in plan.refits if any(_sets(r, new) for new in sizes)]
+    sizes, still = ([r for r in x if isinstance(r, Replacement) and r.inner] for x in (drop, add))
+    lost = [
+        r
+        for r in plan.refits
+        if any(sets(r, old) for old in sizes) and not any(sets(r, new) for new in still)
+    ]
     drop = [*drop, *(r for r in lost if r not in drop)]
     parts: list[Replacement | Refit] = [*plan.replacements, *plan.refits]
     parts = [p for p in parts if p not in drop]
@@ -144,7 +143,7 @@ def changed(
     return Solution(plan, kept | (tensors or {}))
 
 
-def _sets(refit: Refit, new: Replacement) -> bool:
+def sets(refit: Refit, new: Replacement) -> bool:
     """Return whether a refit sets tensors that a replacement narrows."""
     return any(refit.owns(f"{new.key}{name}") for name in new.narrowed)
 
@@ -164,14 +163,15 @@ def with_candidate(solution: Solution, candidate: Candidate) -> Solution:
     """Return a solution with a candidate.
 
     Cuts and re-solved layers of the blocks that the candidate replaces are dropped. A span that was
-    folded into such a layer becomes the identity.
+    folded into such a layer becomes the identity, unless the layer is narrowed, which keeps the map.
     """
     plan, news = solution.plan, (candidate.replacement, *candidate.also)
     over = [r for new in news for r in overlapping(plan, new)]
+    inside = [f"{block.path}." for new in news for block in new.blocks]
     gone = [
         r
         for r in plan.refits
-        if any(r.path.startswith(f"{block.path}.") for new in news for block in new.blocks)
+        if (r.path.startswith(tuple(inside)) and not (news[0].inner and isinstance(r, FoldRefit)))
         or (candidate.refit is not None and r.path == candidate.refit.path)
     ]
     bare = {"map": IDENTITY, "diagnostics": None}

@@ -81,6 +81,8 @@ class SearchRecord:
     """Sites that the next stage does not measure."""
     prices: dict[Site, float] = field(default_factory=dict)
     """Rise of the divergence over what is saved, of each site when it was last measured."""
+    every: bool = False
+    """True where the next stage measures every site, because those of interest led no further."""
     steps: list[Step] = field(default_factory=list)
     candidates: list[EvaluatedCandidate] = field(default_factory=list)
     runs: list[OptionRun] = field(default_factory=list)
@@ -110,6 +112,7 @@ class SearchRecord:
             current=self.current,
             skipped=tuple(sorted(self.skipped)),
             prices=tuple((site, min(price, _LARGEST)) for site, price in sorted(self.prices.items())),
+            every=self.every,
             steps=tuple(self.steps),
             candidates=tuple(self.candidates),
             runs=tuple((run.rise, held(run.row), held(run.dual)) for run in self.runs),
@@ -138,6 +141,7 @@ class SearchRecord:
         ]
         self.current, self.skipped = saved.current, {Site(*site) for site in saved.skipped}
         self.prices = {Site(*site): price for site, price in saved.prices}
+        self.every = saved.every
         self.steps, self.candidates = list(saved.steps), list(saved.candidates)
         self.runs = [OptionRun(rise, of(row), of(dual)) for rise, row, dual in saved.runs]
 
@@ -165,6 +169,7 @@ class SavedRecord(Frozen):
     current: int = 0
     skipped: tuple[tuple[int, int, int, str], ...] = ()
     prices: tuple[tuple[tuple[int, int, int, str], float], ...] = ()
+    every: bool = False
     steps: tuple[Step, ...] = ()
     candidates: tuple[EvaluatedCandidate, ...] = ()
     runs: tuple[tuple[float, int, int], ...] = ()

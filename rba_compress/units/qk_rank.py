@@ -32,6 +32,7 @@ class QkRank(WidthUnit):
     """Block whose queries and keys have fewer channels a head."""
 
     name = "qk_rank"
+    of_stream = False
     of_heads = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:

@@ -167,7 +167,8 @@ def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
     run = SearchContext.read(model, profile(model, data, config=LIGHT), data, Budget(macs=0.9))
     solution = run.start.solution
     for _ in range(2):
-        _, solution = next(iter(run.fitter.refits(run.fitter.walk(0, solution.plan), solution, 2, 1)))
+        walk = run.fitter.walk(0, solution.plan)
+        _, solution = run.fitter.corrected(walk, solution, (2, 1), damping=1.0, step=0.5)
     assert [r.path for r in solution.plan.refits] == ["blocks.2.mlp.fc2"]
 
 

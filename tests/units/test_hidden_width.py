@@ -25,6 +25,7 @@ from rba_compress import (
 )
 from rba_compress.core.plan import Plan, Site
 from rba_compress.planning.context import SearchContext
+from rba_compress.planning.stages import stage
 from rba_compress.planning.state import Candidate, undone, with_candidate, without_unread
 from rba_compress.profiling.cost import cost
 from rba_compress.units.splice import splice
@@ -209,6 +210,27 @@ def test_a_narrower_network_is_searched_saved_and_reloaded(
 def test_a_narrower_network_is_exported(searched: Result, tmp_path: Path) -> None:
     certificate = export_onnx(searched.model, tmp_path / "narrow.onnx", images(10, 32))
     assert all(parity.max_rel <= certificate.tolerance for parity in certificate.parity)
+
+
+def test_a_stock_plan_removes_blocks_and_narrows_all_others_alike() -> None:
+    """Planted: a block that adds nothing, and half of the channels of all others."""
+    model, data = seeded(Chain, 5), loader(200)
+    with torch.no_grad():
+        for b, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            block.down.weight[:, 8:] = 0.0
+            block.up.weight[8:], block.up.bias[8:] = block.up.weight[:8], block.up.bias[:8]
+            if b == 2:
+                block.down.weight.zero_()
+                block.down.bias.zero_()
+    config = Config(stock=True, multiple=1, units=("span", "hidden_width"), maps=("identity",))
+    found = compress(model, data, budget=Budget(macs=0.5), config=config)
+    run = SearchContext.read(model, profile(model, data, config=config), data, Budget(macs=0.5))
+    plans = [v.state.solution.plan.replacements for v in stage(run, run.start, 0.5)]
+    assert any({r.inner for r in plan} == {False, True} for plan in plans)
+    assert [(r.start, r.stop) for r in found.plan.replacements if not r.inner] == [(2, 3)]
+    assert [(r.start, r.kept) for r in found.plan.in_order if r.inner] == [(b, 8) for b in (0, 1, 3, 4)]
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(data[0]), model(data[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_graph_is_narrowed_as_its_module_is() -> None:
