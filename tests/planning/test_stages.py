@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.descent import _price, descend, trusted
-from rba_compress.planning.output_changes import FAR, FEWEST, output_changes
+from rba_compress.planning.output_changes import FAR, FEWEST, _Options, _Runs, output_changes
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.sites import sites
 from rba_compress.planning.stages import Verified
@@ -33,7 +34,7 @@ from rba_compress.planning.state import (
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.units.registry import unit_of
-from tests.networks import LIGHT, Block, Chain, loader, rows, seeded
+from tests.networks import LIGHT, Block, Chain, images, loader, rows, seeded
 from tests.planning.test_budget import blocks_kept
 from tests.planning.test_search import Normed, normed
 
@@ -176,6 +177,28 @@ def test_of_networks_of_several_sizes_the_one_that_pays_is_taken() -> None:
     near, far, worse = at(0.9, 0.012), at(0.88, 0.0132), at(0.88, 0.0156)
     order = partial(_price, run.start, run.limits)
     assert sorted([near, worse, far], key=order) == [far, near, worse]
+
+
+def test_options_that_fits_tell_to_be_far_too_expensive_are_not_run() -> None:
+    """Those that are left out cost more than any that is of interest, and are priced all the same."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    model = seeded(timm.create_model, "vit_tiny_patch16_224", **size, num_classes=5)
+    units = ("token_merge", "hidden_width", "span", "attention_free", "mlp_free")
+    config, data = Config(units=units, multiple=1), list(images(40).split(10))
+    run = SearchContext.read(model, profile(model, data, config=config), data, Budget(macs=0.7))
+    candidates = run.fitter.candidates(run.start, sites(run, run.start.solution.plan))
+    measured = []
+    for every in (True, False):
+        run.record.every = every
+        run.record.runs.clear()
+        options = _Options(run, run.start, candidates, _Runs(run, run.start))
+        measured.append((options, {c.site for c, _ in options.measured()}))
+    (all_of_them, every_site), (some, ran) = measured
+    left_out = every_site - ran
+    assert len(left_out) >= 4
+    assert min(all_of_them.prices[site] for site in left_out) > some.highest()
+    assert left_out <= set(some.prices)
+    assert left_out <= run.skipped
 
 
 def test_sites_that_are_far_from_paying_are_not_run_again() -> None:
