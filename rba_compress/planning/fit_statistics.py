@@ -341,8 +341,9 @@ def _head_moments(
     total = counts.sum(1).clamp_min(1)[:, None, None]
     centred = y - torch.einsum("nt,nthd->nhd", counts, y)[:, None] / total[:, None]
     within = torch.einsum("nt,nthd,nthe->hde", counts, centred, centred)
+    number = counts.sum()
     counts[:, [t for t in classes if t < y.shape[1]]] *= weight
-    return HeadMoments(torch.einsum("nt,nthd,nthe->hde", counts, y, y), within)
+    return HeadMoments(torch.einsum("nt,nthd,nthe->hde", counts, y, y), within, number)
 
 
 def _moments(rows: Tensor) -> PairMoments:

@@ -310,8 +310,11 @@ def _error(candidate: Candidate) -> float | None:
 
 
 def _place(candidate: Candidate) -> Hashable:
-    """Return what options share whose errors are of one kind: the block, and whether it is narrowed."""
-    return candidate.chain, candidate.replacement.stop, candidate.replacement.inner
+    """Return what options share whose errors are of one kind: the end, whether a block is narrowed, and
+    whether unread positions alone differ.
+    """
+    new = candidate.replacement
+    return candidate.chain, new.stop, new.inner, unit_of(new.unit).unread
 
 
 def _run_again(

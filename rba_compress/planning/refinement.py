@@ -79,7 +79,9 @@ def _resolved(
     found += [tried(middle, step) for step in steps[1:]]
     step = min(found, key=mean)[1].step
     found += [tried(damping, step) for damping in dampings if damping != middle]
-    _, refit, solution = min(found, key=mean)
+    screened, refit, solution = min(found, key=mean)
+    if not wins(context, screened, before[: len(screened)]):
+        return state
     divergences = context.divergences(state, solution, at)
     if not wins(context, divergences, before):
         return state

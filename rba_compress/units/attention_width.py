@@ -109,13 +109,31 @@ def rows_of(model: nn.Module, block: Block, rows: HeadRows) -> tuple[Tensor, Ten
     return weight, bias
 
 
-def turned_rows(into: Tensor, tensor: Tensor) -> Tensor:
-    """Return a layer's weight or bias with the channels of each head turned.
+def first_channels(model: nn.Module, block: Block, rows: HeadRows, kept: int) -> dict[str, Tensor]:
+    """Return the tensors of a layer with the first channels of each head alone."""
+    found = {}
+    for name, tensor in zip(("weight", "bias"), rows_of(model, block, rows), strict=True):
+        if tensor is not None:
+            heads = tensor.unflatten(0, (rows.heads, rows.width))
+            found[f"{rows.layer}.{name}"] = heads[:, :kept].flatten(0, 1)
+    return found
+
+
+def turned_layer(model: nn.Module, block: Block, rows: HeadRows, into: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a layer with the channels of each head turned.
 
     Args:
         into: (heads, directions, channels).
-        tensor: (heads * channels, ...).
     """
+    found = {}
+    for name, tensor in zip(("weight", "bias"), rows_of(model, block, rows), strict=True):
+        if tensor is not None:
+            found[f"{rows.layer}.{name}"] = _turned(into, tensor)
+    return found
+
+
+def _turned(into: Tensor, tensor: Tensor) -> Tensor:
+    """Return a weight or bias (heads * channels, ...) with the channels of each head turned."""
     rows = tensor.unflatten(0, (len(into), -1)).to(into)
     rows = rows[..., None] if rows.ndim == 2 else rows
     found: Tensor = (into @ rows).flatten(0, 1).reshape(-1, *tensor.shape[1:])

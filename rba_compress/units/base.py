@@ -144,9 +144,7 @@ class Unit(ABC):
     unread: ClassVar[bool] = False
     """True where the map acts on the positions that the output does not read, and on no others."""
     of_stream: ClassVar[bool] = True
-    """True where the residual of a fit is a squared error of the stream, at the positions that are read
-    too.
-    """
+    """True where the residual of a fit is a squared error of the stream."""
 
     # --- where
 

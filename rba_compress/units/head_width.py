@@ -16,7 +16,6 @@ from rba_compress.core.plan import (
     ChannelGroup,
     Count,
     CountName,
-    Replacement,
     Slice,
     Width,
 )
@@ -125,10 +124,7 @@ class HeadWidth(ChannelWidth):
         times = sizes.heads // sizes.groups
         return HeadSizes(kept * times, kept, sizes.rank, sizes.width)
 
-    def describe(self, new: Replacement) -> str:
-        """Return the block and the number of heads that are kept."""
-        width = new.blocks[0].width(self.name)
-        of = f" of {width.channels}" if width else ""
+    def noun(self, width: Width | None) -> str:
+        """Return "heads", or "groups of heads" that share keys and values."""
         sizes = {each.size for group in (width.groups if width else ()) for each in group.slices}
-        grouped = len(sizes) > 1
-        return f"{new.blocks[0].path} keeps {new.kept}{of} {'groups of heads' if grouped else 'heads'}"
+        return "groups of heads" if len(sizes) > 1 else "heads"

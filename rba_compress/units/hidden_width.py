@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rba_compress.core.plan import Chain, ChannelGroup, Replacement, Width
+from rba_compress.core.plan import Chain, ChannelGroup, Width
 from rba_compress.graph.channel_groups import ChannelGroups
 from rba_compress.units.channel_width import ChannelWidth
 from rba_compress.units.width import Inside
@@ -54,8 +54,6 @@ class HiddenWidth(ChannelWidth):
             params_squared=sum(size for name, size in sizes.items() if times[name] > 1) // c**2,
         )
 
-    def describe(self, new: Replacement) -> str:
-        """Return the block and the number of channels that are kept."""
-        width = new.blocks[0].width(self.name)
-        of = f" of {width.channels}" if width else ""
-        return f"{new.blocks[0].path} keeps {new.kept}{of} hidden channels"
+    def noun(self, width: Width | None) -> str:
+        """Return "hidden channels"."""
+        return "hidden channels"

@@ -16,8 +16,9 @@ from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import FREE, basis
-from rba_compress.units.attention_width import counted, refused, rows_of, turned_rows
+from rba_compress.units.attention_width import counted, first_channels, refused, turned_layer
 from rba_compress.units.width import (
+    HeadMoments,
     Inside,
     Levels,
     Reader,
@@ -65,11 +66,11 @@ class QkRank(WidthUnit):
         width = width_of(self, block)
         query, key = _parts(width)
         queries = seen.heads[f"{block.path}.{query.layer}"].whole
-        keys = seen.heads[f"{block.path}.{key.layer}"].within
-        now, times = keys.shape[-1], query.heads // key.heads
+        keys = seen.heads[f"{block.path}.{key.layer}"]
+        now, times = keys.within.shape[-1], query.heads // key.heads
         bases = [
             basis(inner, outer)
-            for inner, outer in zip(keys, queries.unflatten(0, (-1, times)).sum(1), strict=True)
+            for inner, outer in zip(keys.within, queries.unflatten(0, (-1, times)).sum(1), strict=True)
         ]
         lost = sum((each.lost for each in bases), start=torch.zeros(()))
         free = int((lost <= FREE * lost[0]).sum()) - 1
@@ -82,34 +83,18 @@ class QkRank(WidthUnit):
             turned = {query: (back / scale).repeat_interleave(times, 0), key: into * scale}
             tensors: dict[str, Tensor] = {}
             for rows, each in turned.items():
-                weight, bias = rows_of(model, block, rows)
-                tensors[f"{rows.layer}.weight"] = turned_rows(each, weight)
-                if bias is not None:
-                    tensors[f"{rows.layer}.bias"] = turned_rows(each, bias)
-            share = float(lost[kept] / lost[0]) if lost[0] > 0 else 0.0
-            diagnostics = Diagnostics(
-                residual=float(lost[kept]),
-                r2=1 - share,
-                effective_rank=float(now),
-                condition=1.0,
-                damping=0.0,
-                rows=1.0,
-            )
+                tensors |= turned_layer(model, block, rows, each)
             new = self.choice(chain, b, b + 1, level)
-            found.append((narrowed(new, kept, tensors, diagnostics), tensors))
+            found.append((narrowed(new, kept, tensors, _diagnostics(keys, lost, kept)), tensors))
         return found
 
     def tried(
         self, model: nn.Module, block: Block, width: Width
     ) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
         """Return the first half of each head's channels, and the queries' others set to zero."""
-        kept, new, masked = max(width.channels // 2, 1), {}, {}
+        kept, masked = max(width.channels // 2, 1), {}
         query, key = _parts(width)
-        for rows in (query, key):
-            for name, tensor in zip(("weight", "bias"), rows_of(model, block, rows), strict=True):
-                if tensor is not None:
-                    heads = tensor.unflatten(0, (rows.heads, rows.width))
-                    new[f"{rows.layer}.{name}"] = heads[:, :kept].flatten(0, 1)
+        new = first_channels(model, block, query, kept) | first_channels(model, block, key, kept)
         gone = torch.arange(query.heads * query.width).view(query.heads, query.width)[:, kept:]
         for source in filter(None, (query.source, query.bias)):
             tensor = tensor_of(model, f"{block.path}.{source}")
@@ -130,11 +115,25 @@ class QkRank(WidthUnit):
         """Return sizes with another rank."""
         return HeadSizes(sizes.heads, sizes.groups, kept, sizes.width)
 
-    def describe(self, new: Replacement) -> str:
-        """Return the block and the rank."""
-        width = new.blocks[0].width(self.name)
-        of = f" of {width.channels}" if width else ""
-        return f"{new.blocks[0].path} keeps {new.kept}{of} channels of queries and keys"
+    def noun(self, width: Width | None) -> str:
+        """Return "channels of queries and keys"."""
+        return "channels of queries and keys"
+
+
+def _diagnostics(keys: HeadMoments, lost: Tensor, kept: int) -> Diagnostics:
+    """Return the diagnostics of a rank: the residual is that of products of queries and keys, summed
+    over heads, the spectrum that of the keys of all heads.
+    """
+    values = torch.linalg.eigvalsh(keys.within).clamp_min(0).flatten()
+    share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return Diagnostics(
+        residual=float(lost[kept] / keys.rows**2),
+        r2=1 - float(lost[kept] / lost[0]) if lost[0] > 0 else 1.0,
+        effective_rank=float(torch.special.entr(share).sum().exp()),
+        condition=float(values.max() / values.min()),
+        damping=0.0,
+        rows=float(keys.rows),
+    )
 
 
 def _parts(width: Width) -> tuple[HeadRows, HeadRows]:

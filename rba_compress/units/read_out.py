@@ -21,7 +21,6 @@ class ReadOut(Unit):
 
     name = "read_out"
     unread = True
-    of_stream = False
 
     def offers(self, trial: Trial) -> Iterator[Offer]:
         """Yield the exact form and the mapped form."""

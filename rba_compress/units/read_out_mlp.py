@@ -19,7 +19,6 @@ class ReadOutMlp(Unit):
 
     name = "read_out_mlp"
     unread = True
-    of_stream = False
 
     def offers(self, trial: Trial) -> Iterator[Offer]:
         """Yield the block where some positions are read and others are not."""

@@ -18,10 +18,10 @@ from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import FREE, basis, projected
 from rba_compress.units.attention_width import (
     counted,
+    first_channels,
     output_tensors,
     refused,
-    rows_of,
-    turned_rows,
+    turned_layer,
 )
 from rba_compress.units.channel_width import SOLVED
 from rba_compress.units.width import (
@@ -83,10 +83,7 @@ class VoRank(WidthUnit):
             )
             fit = projected(weight, features, all_in, all_back, bias=attention.bias)
             tensors = output_tensors(model, block, attention, fit)
-            rows = rows_of(model, block, value)
-            for name, tensor in zip(("weight", "bias"), rows, strict=True):
-                if tensor is not None:
-                    tensors[f"{value.layer}.{name}"] = turned_rows(into, tensor)
+            tensors |= turned_layer(model, block, value, into)
             own = tensor_of(model, f"{path}.weight").dtype
             tensors = {name: tensor.to(own) for name, tensor in tensors.items()}
             new = self.choice(chain, b, b + 1, level)
@@ -98,11 +95,8 @@ class VoRank(WidthUnit):
     ) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
         """Return the first half of each head's channels, and the output's others set to zero."""
         kept, attention = max(width.channels // 2, 1), _attention(width)
-        value, new = attention.value, {}
-        for name, tensor in zip(("weight", "bias"), rows_of(model, block, value), strict=True):
-            if tensor is not None:
-                heads = tensor.unflatten(0, (value.heads, value.width))
-                new[f"{value.layer}.{name}"] = heads[:, :kept].flatten(0, 1)
+        value = attention.value
+        new = first_channels(model, block, value, kept)
         output = tensor_of(model, f"{block.path}.{attention.output}.weight")
         split = output.unflatten(1, (-1, value.width))
         new[f"{attention.output}.weight"] = split[..., :kept].flatten(1)
@@ -130,11 +124,9 @@ class VoRank(WidthUnit):
         """Return sizes with values of other widths."""
         return HeadSizes(sizes.heads, sizes.groups, sizes.rank, kept)
 
-    def describe(self, new: Replacement) -> str:
-        """Return the block and the rank."""
-        width = new.blocks[0].width(self.name)
-        of = f" of {width.channels}" if width else ""
-        return f"{new.blocks[0].path} keeps {new.kept}{of} channels of values"
+    def noun(self, width: Width | None) -> str:
+        """Return "channels of values"."""
+        return "channels of values"
 
 
 def _attention(width: Width) -> Attention:

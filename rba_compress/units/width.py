@@ -99,15 +99,18 @@ class HeadMoments:
     whole: Tensor
     within: Tensor
     """The same, each sample's mean over positions subtracted."""
+    rows: Tensor
+    """Number of outputs, (), float64."""
 
     def __add__(self, other: HeadMoments) -> HeadMoments:
-        return HeadMoments(self.whole + other.whole, self.within + other.within)
+        return HeadMoments(self.whole + other.whole, self.within + other.within, self.rows + other.rows)
 
     def merged(self, total: Total | None, weight: float) -> HeadMoments:
         """Return the moments of all processes' outputs, those of this one counted `weight` times."""
         if total is None:
             return self
-        return HeadMoments(total(weight * self.whole), total(weight * self.within))
+        whole, within, rows = (total(weight * part) for part in (self.whole, self.within, self.rows))
+        return HeadMoments(whole, within, rows)
 
 
 class WidthUnit(Unit):
@@ -176,6 +179,17 @@ class WidthUnit(Unit):
             The number of channels that are kept, the tensors by their names in the block, and tensors
             of the block as it is with which it computes the same.
         """
+
+    def noun(self, width: Width | None) -> str:
+        """Return what is counted: channels of something, or heads."""
+        return "channels"
+
+    def describe(self, new: Replacement) -> str:
+        """Return the block, and how many channels or heads are kept."""
+        block = new.blocks[0]
+        width = block.width(self.name)
+        of = f" of {width.channels}" if width else ""
+        return f"{block.path} keeps {new.kept}{of} {self.noun(width)}"
 
     def tensor(self, model: nn.Module, block: Block, name: str) -> Tensor:
         """Return a tensor of a block in a network as it is."""
