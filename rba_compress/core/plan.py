@@ -160,6 +160,14 @@ class Count(Frozen):
     each: int = Field(gt=0)
 
 
+class Called(Frozen):
+    """Module inside of a block, and how the block calls it."""
+
+    path: ModulePath
+    """Path from the block."""
+    signature: Signature
+
+
 class Width(Frozen):
     """Channels of a block that a unit may take away, and the saving: for t channels
     t * macs - t^2 * macs_squared, and likewise for the parameters.
@@ -174,6 +182,8 @@ class Width(Frozen):
     block's own code runs."""
     counts: tuple[Count, ...] = ()
     """Attributes from which the block's code takes sizes."""
+    module: Called | None = None
+    """Module in whose place a layer is put; None where layers are narrowed."""
     macs: ByPositions
     """MACs of one channel; one pair where positions cannot be merged."""
     macs_squared: int = 0

@@ -17,6 +17,10 @@ class PlannedUnit(Protocol):
     """True where nothing is left of the blocks."""
     inner: ClassVar[bool]
     """True where a block keeps its form, and its layers get fewer channels."""
+    of_heads: ClassVar[bool]
+    """True where heads of attention are narrowed, or taken out."""
+    replaces: ClassVar[bool]
+    """True where a block keeps its form, and a layer is put in place of what other units narrow."""
     fitted: ClassVar[bool]
     """True where the unit holds fitted tensors."""
     stock: ClassVar[bool]

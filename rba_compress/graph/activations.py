@@ -113,15 +113,16 @@ class _Watch:
 def _hook_layers(
     model: nn.Module, layers: Sequence[str], on_layer: Callable[[str, Any, Any], None]
 ) -> list[RemovableHandle | _Watch]:
-    def after(_: Any, args: Any, output: Any, path: str) -> None:
-        on_layer(path, args[0], output)
+    def after(_: Any, args: Any, kwargs: Any, output: Any, path: str) -> None:
+        # The first argument is the stream, by position or by name.
+        on_layer(path, next(iter((*args, *kwargs.values()))), output)
 
     handles: list[RemovableHandle | _Watch] = []
     for path in layers:
         block, name = _graph_run(model, path)
         if block is None:
             hook = partial(after, path=path)
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
+            handles.append(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
         else:
             block.watching = {**(block.watching or {}), name: partial(on_layer, path)}
             handles.append(_Watch(block))

@@ -482,7 +482,7 @@ def _block(model: nn.Module, recording: Recording, member: _Candidate) -> Block 
     if place is None:
         return "its stream is not among its arguments"
     try:
-        template = _template(call, stream)
+        template = output_template(call, stream)
     except TypeError as error:
         return str(error)
     return Block(
@@ -526,7 +526,7 @@ def _encoded(value: Any, leaf: Callable[[Any, Any], JsonValue], key: Any = None)
     raise TypeError(type(value).__name__)
 
 
-def _template(call: Call, stream: fx.Node) -> JsonValue:
+def output_template(call: Call, stream: fx.Node) -> JsonValue:
     """Return the output's template for a `Signature`: stream, inputs, constants, None elsewhere."""
 
     def leaf(value: Any, key: Any) -> Any:

@@ -19,8 +19,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from rba_compress.core.call_signature import Signature
 from rba_compress.core.errors import ModelError
-from rba_compress.core.plan import ChannelGroup, Slice
+from rba_compress.core.plan import Called, ChannelGroup, Slice
+from rba_compress.graph.block_analysis import output_template
 from rba_compress.graph.liveness import COPIES, PERMUTATIONS, SIZED, argument, packet_of, permuted
 from rba_compress.graph.tracer import Recording
 
@@ -138,6 +140,39 @@ class ChannelGroups:
             shift=f"{reader}.bias" if bias else "",
         )
         return group, round(node.meta["macs"] / self._recording.samples)
+
+    def attends(self, path: str) -> bool:
+        """Return whether the module at `path` computes attention."""
+        names = [str(n.target) for n in self._graph.nodes if _inside(n, path)]
+        return any(_ATTENTION in name or "softmax" in name for name in names)
+
+    def called(self, block: str, last: str) -> Called:
+        """Return the module of a block that computes what its child, a layer, does.
+
+        Args:
+            block: path of the block.
+            last: path of the layer in the network.
+
+        Raises:
+            ModelError: there is none, or the block uses it in another way.
+        """
+        path = last.rpartition(".")[0]
+        found = [c for c in self.calls if c.path == path]
+        if path == block or len(found) != 1:
+            raise ModelError("it is no module of its own that runs once")
+        output = next(node for c in self.calls if c.path == last for node in c.outputs.values())
+        shape = output.meta["shape"]
+        place = next((p for p, n in found[0].inputs.items() if n.meta["shape"] == shape), None)
+        if place is None:
+            raise ModelError("it reads no stream")
+        try:
+            template = output_template(found[0], output)
+        except TypeError as error:
+            raise ModelError(str(error)) from error
+        if "'stream'" not in repr(template):
+            raise ModelError("its output is not that of its last layer")
+        signature = Signature(stream=place, output=template)
+        return Called(path=path.removeprefix(f"{block}."), signature=signature)
 
     def require_heads(self, layer: str) -> str:
         """Return a layer whose heads may be taken.

@@ -186,18 +186,22 @@ def _replace_in_graph(model: fx.GraphModule, blocks: Sequence[Block], module: nn
     model.recompile()
 
 
-def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
-    """Give a kept layer the cache index of the first layer, where the first layer is removed.
+def keep_cache_length(model: nn.Module, gone: Sequence[tuple[str, str]]) -> None:
+    """Give a kept layer the cache index of the first layer, where the first layer is removed, or its
+    attention.
 
     The key-value cache of a language model of transformers takes its length from the first layer of
     each kind (`layer_types`: full or sliding attention): without that layer a cached step would take
     every position for the first.
+
+    Args:
+        gone: paths of the list of blocks and of what does not run any more.
     """
     if not any(hasattr(module, "layer_idx") for module in modules_of(model)):
         return
     config: Any = getattr(model, "config", None)
     kinds = dict(enumerate(getattr(config, "layer_types", None) or ()))
-    for parent in dict.fromkeys(block.path.rpartition(".")[0] for block in gone):
+    for parent in dict.fromkeys(parent for parent, _ in gone):
         kept: dict[int, list[Any]] = {}
         first: dict[str | None, int] = {}
         for path, module in model.named_modules():
@@ -206,7 +210,7 @@ def keep_cache_length(model: nn.Module, gone: Sequence[Block]) -> None:
                 continue
             kind = kinds.get(index)
             first[kind] = min(index, first.get(kind, index))
-            if not any(f"{path}.".startswith(f"{block.path}.") for block in gone):
+            if not any(f"{path}.".startswith(f"{each}.") for _, each in gone):
                 kept.setdefault(index, []).append(module)
         for kind, index in first.items():
             alike = [k for k in kept if kinds.get(k) == kind]

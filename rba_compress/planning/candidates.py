@@ -147,10 +147,11 @@ class CandidateFitter:
         units = [unit for unit in (unit_of(s.unit) for s in sites) if isinstance(unit, WidthUnit)]
         if not units:
             return []
-        model, wanted = self.compressed(solution), Wanted([], {})
+        model, wanted = self.compressed(solution), Wanted([], {}, {})
         for unit, site in zip(units, sites, strict=True):
             block = chain.blocks[site.start]
             wanted.inputs.extend(unit.observed(block))
+            wanted.modules.update(unit.modules(block))
             wanted.heads.update({f"{block.path}.{rows.layer}": rows for rows in unit.head_rows(block)})
         observed = self._by_graph(model, solution, c, sites)
         weight = self.class_weight(c)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
+from rba_compress.core.call_signature import Signature
 from rba_compress.core.inference import evaluating
 from rba_compress.core.plan import Block, Branch, Chain, HeadRows
 from rba_compress.core.schema import nested
@@ -242,6 +243,8 @@ class Wanted(NamedTuple):
     inputs: list[str]
     heads: dict[str, HeadRows]
     """Layers with heads, of whose outputs the moments are wanted."""
+    modules: dict[str, Signature]
+    """Modules of whose inputs and outputs they are wanted, with the way in which they are called."""
 
 
 def layer_moments(
@@ -270,12 +273,16 @@ def layer_moments(
     for path, part in wanted.heads.items():
         sources.setdefault(_source(model, path, part), []).append(path)
     inputs, modules = set(wanted.inputs), dict(model.named_modules())
-    layers = [*dict.fromkeys([*wanted.inputs, *sources])]
+    layers = [*dict.fromkeys([*wanted.inputs, *sources, *wanted.modules])]
     last = max(b for b, block in enumerate(chain.blocks) if any(nested(p, block.path) for p in layers))
     classes = sorted({*chain.class_tokens, *range(chain.reads)})
     mask: Tensor | None = None
 
-    def add(path: str, given: Tensor, output: Tensor) -> None:
+    def add(path: str, given: Tensor, output: Any) -> None:
+        if path in wanted.modules:
+            target = wanted.modules[path].stream_out(output)
+            new = _rows(given, classes, mask, samples, most=ROWS, target=target)
+            rows[path] = rows[path] + new if path in rows else new
         if path in inputs:
             most = PATCHES if given.ndim == 4 else ROWS
             new = _rows(_features(modules.get(path), given), classes, mask, samples, most=most)
@@ -300,13 +307,27 @@ def _source(model: nn.Module, path: str, part: HeadRows) -> str:
     return path.removesuffix(part.layer) + part.source.removesuffix(".weight")
 
 
-def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int, *, most: int) -> Rows:
+def _rows(
+    x: Tensor,
+    classes: Sequence[int],
+    mask: Tensor | None,
+    samples: int,
+    *,
+    most: int,
+    target: Tensor | None = None,
+) -> Rows:
     """Return the moments of rows (..., features), class tokens apart; of many rows, those of some.
 
     Args:
         samples: number of samples of all batches.
         most: rows for each feature.
+        target: (..., outputs) of the same rows.
     """
+    features, x = x.shape[-1], x if target is None else torch.cat([x, target], -1)
+
+    def moments(rows: Tensor) -> PairMoments:
+        return PairMoments.from_rows(rows[:, :features], rows[:, features:])
+
     counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
     apart = x[:, classes] if classes and x.ndim == 3 else None
     if apart is not None:
@@ -314,9 +335,9 @@ def _rows(x: Tensor, classes: Sequence[int], mask: Tensor | None, samples: int, 
         x = x[:, others]
         counted = None if counted is None else counted[:, others]
     rows = x.flatten(0, -2) if counted is None else x[counted]
-    step = _step(len(rows) * samples // len(x), rows.shape[1], most)
-    tokens = None if apart is None else _moments(apart.flatten(0, 1))
-    return Rows(_moments(rows[::step]).weighted(step), tokens)
+    step = _step(len(rows) * samples // len(x), features, most)
+    tokens = None if apart is None else moments(apart.flatten(0, 1))
+    return Rows(moments(rows[::step]).weighted(step), tokens)
 
 
 def _step(rows: int, features: int, most: int) -> int:
@@ -344,10 +365,6 @@ def _head_moments(
     number = counts.sum()
     counts[:, [t for t in classes if t < y.shape[1]]] *= weight
     return HeadMoments(torch.einsum("nt,nthd,nthe->hde", counts, y, y), within, number)
-
-
-def _moments(rows: Tensor) -> PairMoments:
-    return PairMoments.from_rows(rows, rows[:, :0])
 
 
 def _features(layer: Any, x: Tensor) -> Tensor:

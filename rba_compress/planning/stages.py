@@ -162,7 +162,7 @@ def _conflicts(table: OutputChanges) -> Floats:
         unit = unit_of(one.site.unit)
         for j, other in inner:
             same = (one.chain, one.site.start) == (other.chain, other.site.start)
-            if same and unit.excludes(one.site, other.replacement):
+            if k != j and same and unit.excludes(one.site, other.replacement):
                 found[j, k] = found[k, j] = PROHIBITIVE
         for j, refit in folded:
             if any(sets(refit, new) for new in (one.replacement, *one.also)):
@@ -215,7 +215,12 @@ def _picked(
     for goal in sorted({*grid[grid > target + 1e-9], *ends}, reverse=True):
         within = [each for size, each in sized if size <= goal + 1e-9]
         within.sort(key=lambda f: (rounded(f[0].rise), f[2].macs, f[0].rows))
-        for each in within[: context.spent.judged if goal in ends else 1]:
+        best = within[: context.spent.judged if goal in ends else 1]
+        # A plan that saves far more than it must is seldom as good as it is predicted to be.
+        near = [each for each in within if context.limits.size(each[2]) > goal - GRID]
+        if len(best) > 1 and near and not any(each in near for each in best):
+            best[-1] = near[0]
+        for each in best:
             if each[0].rows not in seen:
                 seen.add(each[0].rows)
                 yield *each, bool(goal < target)

@@ -13,6 +13,7 @@ channel_width   base of those that take whole channels
 hidden_width    a block with fewer channels between its layers
 attention_width  common parts of those that narrow attention
 head_width      a block with fewer heads of attention
+attention_linear  a block with a linear layer in place of its attention
 qk_rank         a block whose queries and keys have fewer channels
 vo_rank         a block whose values have fewer channels
 whole           a block as it is, to read the stream between its sublayers

@@ -133,6 +133,10 @@ class Unit(ABC):
     """True where the rest of the block lets a position read others."""
     inner: ClassVar[bool] = False
     """True where a block keeps its form, and its layers get fewer channels: see `units.width`."""
+    of_heads: ClassVar[bool] = False
+    """True where heads of attention are narrowed, or taken out."""
+    replaces: ClassVar[bool] = False
+    """True where a block keeps its form, and a layer is put in place of what other units narrow."""
     fitted: ClassVar[bool] = True
     """True where the unit holds a map, which is fitted to the original streams."""
     stock: ClassVar[bool] = False
@@ -312,7 +316,9 @@ def beside(new: Replacement, other: Replacement) -> bool:
     keeps them or narrows others.
     """
     if new.inner and other.inner:
-        return new.unit != other.unit
+        units = UNITS[new.unit], UNITS[other.unit]
+        taken = all(u.of_heads for u in units) and any(u.replaces for u in units)
+        return new.unit != other.unit and not taken
     return (new.inner and keeps_layers(other)) or (other.inner and keeps_layers(new))
 
 

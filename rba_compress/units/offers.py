@@ -181,7 +181,7 @@ def _width_flaw(inside: Inside, b: int, unit: WidthUnit, width: Width) -> str | 
     weights that read them, or make them, set to zero.
     """
     model, block = inside.model, inside.chain.blocks[b].model_copy(update={"widths": (width,)})
-    if width.channels < 2:
+    if width.channels < 2 and width.module is None:
         return "it has one channel"
     try:
         kept, tensors, masked = unit.tried(model, block, width)

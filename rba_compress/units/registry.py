@@ -6,6 +6,7 @@ from typing import cast
 
 from rba_compress.core.registry import UNITS, register
 from rba_compress.units.attention_free import AttentionFree
+from rba_compress.units.attention_linear import AttentionLinear
 from rba_compress.units.base import Unit
 from rba_compress.units.head_width import HeadWidth
 from rba_compress.units.hidden_width import HiddenWidth
@@ -26,6 +27,7 @@ register(ReadOutMlp())
 register(TOKEN_MERGE)
 register(HiddenWidth())
 register(HeadWidth())
+register(AttentionLinear())
 register(QkRank())
 register(VoRank())
 register(WHOLE)

@@ -38,7 +38,7 @@ from rba_compress.units.base import beside, built
 from rba_compress.units.block_variants import Form, Traces, thin
 from rba_compress.units.registry import unit_of
 from rba_compress.units.token_merge import SIZED
-from rba_compress.units.width import head_sizes
+from rba_compress.units.width import WidthUnit, head_sizes
 
 
 @torch.inference_mode(False)
@@ -85,10 +85,12 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     _check(model, plan, tensors)
     # Every module is made before the first block is replaced: a unit may refuse.
     forms, sized = forms_of(plan)
+    keep_cache_length(model, _gone(plan))
     for block, attention in _attentions(plan):
         traces.of(model, block)  # while the block's code still runs
         part_layers(model, block.path, attention)
     for new in (r for r in plan.replacements if r.inner):
+        width_unit(new).place(model, new)
         resize(model, {f"{new.key}{name}": tensors[f"{new.key}{name}"] for name in new.narrowed})
         for count in _counts(new):
             module = model.get_submodule(f"{new.key}{count.module}".rstrip("."))
@@ -99,8 +101,6 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         (block, thin(model, block, nn.Identity(), traces, unit=SIZED, form=form))
         for block, form in sized
     ]
-    gone = [b for new in plan.replacements if unit_of(new.unit).removes for b in new.blocks]
-    keep_cache_length(model, gone)
     for new, module in made:
         first = model.get_submodule(new.blocks[0].path)
         for block in new.blocks:
@@ -116,6 +116,24 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         replace_parameters(model, {key: tensors[key] for key in plan.healed.keys})
     refuse_writers(model, plan)
     return model
+
+
+def width_unit(new: Replacement) -> WidthUnit:
+    """Return the unit of a decision that narrows a block."""
+    unit = unit_of(new.unit)
+    assert isinstance(unit, WidthUnit)
+    return unit
+
+
+def _gone(plan: Plan) -> list[tuple[str, str]]:
+    """Return the paths of modules that do not run any more, each with that of the list of its block."""
+    found = []
+    for new in plan.replacements:
+        for block in new.blocks:
+            gone = width_unit(new).gone(new) if new.inner else []
+            gone += [block.path] * unit_of(new.unit).removes
+            found += [(block.path.rpartition(".")[0], path) for path in gone]
+    return found
 
 
 def _counts(new: Replacement) -> tuple[Count, ...]:
@@ -242,7 +260,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 raise PlanError(
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
-            if replacement.inner:
+            if replacement.inner and not width_unit(replacement).gone(replacement):
                 _require_narrower(model, replacement, name, tensors[name])
         wanted |= set(expected)
     wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)

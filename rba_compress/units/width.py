@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
+from rba_compress.core.call_signature import Signature
 from rba_compress.core.config import Config
 from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ModelError
@@ -87,7 +88,7 @@ class Seen:
     """Statistics of layers of one network, by path."""
 
     inputs: Mapping[str, PairMoments]
-    """Moments of inputs."""
+    """Moments of inputs; of a module, with its outputs as the targets."""
     heads: Mapping[str, HeadMoments]
     """Moments of outputs, head by head."""
 
@@ -117,8 +118,6 @@ class WidthUnit(Unit):
     """Unit that takes channels away inside one block."""
 
     inner = True
-    of_heads: ClassVar[bool] = False
-    """True where heads of attention are narrowed."""
     whole: ClassVar[bool] = False
     """True where they are taken as a whole."""
     second: ClassVar[bool] = False
@@ -198,6 +197,19 @@ class WidthUnit(Unit):
     def head_rows(self, block: Block) -> list[HeadRows]:
         """Return the layers whose outputs a fit needs the moments of, head by head."""
         return []
+
+    def modules(self, block: Block) -> dict[str, Signature]:
+        """Return the modules whose inputs and outputs a fit needs the moments of, by path, with the way
+        in which they are called.
+        """
+        return {}
+
+    def gone(self, new: Replacement) -> list[str]:
+        """Return the paths of modules that the decision takes out of the block."""
+        return []
+
+    def place(self, model: nn.Module, new: Replacement) -> None:
+        """Put layers of another kind in their place, whose tensors are set afterwards."""
 
     def resized(self, sizes: HeadSizes, kept: int) -> HeadSizes:
         """Return the sizes of a block's attention with so many of the unit's channels."""
