@@ -8,8 +8,10 @@ and at half of its MACs; nothing is trained.
     uniform, compensated  the same share, chosen and compensated as `hidden_width` does, block by block
     widths alone          the search with the unit `hidden_width` alone
     rba_compress          the search with every unit
+    thorough              the same with `effort="thorough"`
 
-`python -m benchmarks.widths` writes `benchmarks/results/widths.jsonl`, a table and a picture.
+`python -m benchmarks.widths` writes `benchmarks/results/widths.jsonl`, a table and a picture; rows of
+methods that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.67, 0.5)
-SEARCHED = {"widths alone": Config(units=("hidden_width",)), "rba_compress": Config()}
+SEARCHED = {
+    "widths alone": Config(units=("hidden_width",)),
+    "rba_compress": Config(),
+    "thorough": Config(effort="thorough"),
+}
 ORDER = ("magnitude", "Taylor", "uniform, compensated", *SEARCHED)
 
 
@@ -46,6 +52,7 @@ class Run:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Deal the images to fit, validation and test samples."""
+    methods: tuple[str, ...] = ORDER
     out: Path = RESULTS / "widths.jsonl"
 
 
@@ -111,11 +118,12 @@ def networks(how: Run) -> Iterator[tuple[str, int, float, nn.Module, float]]:
     """Yield (method, seed, share, network, passes)."""
     calibration, _ = data()
     for share in SHARES:
-        for method in ORDER[:2]:
+        for method in (m for m in ORDER[:2] if m in how.methods):
             yield method, 0, share, pruned(share, method, calibration), 0.0
-        yield ORDER[2], 0, share, uniform(share, calibration), 0.0
+        if ORDER[2] in how.methods:
+            yield ORDER[2], 0, share, uniform(share, calibration), 0.0
     for method, config in SEARCHED.items():
-        for seed in how.seeds:
+        for seed in how.seeds if method in how.methods else ():
             model = resnet20()
             own = config.model_copy(update={"seed": seed})
             seen = profile(model, calibration, config=own)
@@ -128,9 +136,11 @@ def networks(how: Run) -> Iterator[tuple[str, int, float, nn.Module, float]]:
 def main(how: Run) -> None:
     """Print a JSON line for each network, and write rows, table and picture."""
     test = [as_batch(pair) for pair in data()[1]]
-    rows: list[dict[str, Any]] = []
+    known = how.out.read_text().splitlines() if how.out.exists() else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in known]
     for method, seed, share, network, passes in networks(how):
         row = {"method": method, "seed": seed, "budget": share, "passes": passes}
+        rows = [r for r in rows if any(r[key] != row[key] for key in ("method", "seed", "budget"))]
         rows.append(row | quality(resnet20(), network, test))
         print(json.dumps(rows[-1]), flush=True)
         how.out.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
@@ -151,6 +161,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for share in SHARES:
         for method in ORDER:
             own = [r for r in rows if (r["method"], r["budget"]) == (method, share)]
+            if not own:
+                continue
             means = [
                 statistics.mean(r[key] for r in own) for key in ("macs_kept", "top1", "agreement", "kl")
             ]
@@ -165,7 +177,7 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for method, marker in zip(ORDER, "xv^so", strict=True):
+    for method, marker in zip(ORDER, "xv^soD", strict=True):
         own = [r for r in rows if r["method"] == method]
         axes.plot(
             [r["macs_kept"] for r in own], [r["top1"] for r in own], marker, label=method, alpha=0.8
