@@ -2,7 +2,8 @@
 
 main                       the entry point
 commands, latent_commands  one class a subcommand
-demo, digits, images       the demo, and data
+demo, digits               the demo, and its data
+images, texts              data of the user's
 catalogue, coverage        networks by name, and every step tried on one
 latent_demos/              trials of `rba-compress latent`
 """

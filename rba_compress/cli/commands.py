@@ -6,7 +6,7 @@ facts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 import tyro
 from pydantic import JsonValue
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
 from rba_compress.artifacts.architecture import Architecture
@@ -29,9 +28,10 @@ from rba_compress.cli.catalogue import network
 from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
 from rba_compress.cli.images import ImageFiles, image_loader
+from rba_compress.cli.texts import PREFIX, TextModel, perplexity
 from rba_compress.core.config import Budget, Config, Effort, Healing
 from rba_compress.core.distributed import current, own_device
-from rba_compress.core.errors import ArtifactError, LoaderError, ModelError
+from rba_compress.core.errors import ArtifactError, LoaderError, ModelError, WeightsError
 from rba_compress.core.io import require_intact, require_vacant, written_whole
 from rba_compress.core.loader import read
 from rba_compress.core.map_spec import Kind
@@ -72,11 +72,17 @@ class Demo(Command):
 
 
 @dataclass(kw_only=True)
-class _Images(Command):
-    weights: Path
-    """Safetensors file with the weights of the original network."""
-    images: Path
-    """Folder of images, <class>/<image>."""
+class _Data(Command):
+    weights: Path | None = None
+    """Safetensors file with the weights of the original network, a timm model."""
+    images: Path | None = None
+    """Folder of images, <class>/<image>, for a timm model."""
+    text: Path | None = None
+    """Text file, for a model hf:DIR: one text for a causal model, a document a line for others."""
+    test_text: Path | None = None
+    """Text file to report on; by default parts of the text that are held out."""
+    length: int = 512
+    """Tokens of a sequence, or of a document at most."""
     out: Path
     """Directory to write; must not exist, or be empty."""
     split: Path | None = None
@@ -95,6 +101,8 @@ class _Images(Command):
         Raises:
             LoaderError: there are no images, or no labels where they are needed.
         """
+        if self.images is None:
+            raise LoaderError("a timm model is compressed on --images, a folder <class>/<image>")
         tests = None if self.test_split is None else ImageFiles(self.images, self.test_split, original)
         files = ImageFiles(self.images, self.split, original, without=tests.paths if tests else ())
         if labelled and not files.labelled:
@@ -110,12 +118,29 @@ class _Images(Command):
             else f"test split {self.test_split.name}",
         )
 
+    def read_texts(self, model: TextModel) -> _Read:
+        """Return the loaders of a text.
+
+        Raises:
+            LoaderError: there is no text, or it is too short.
+        """
+        if self.text is None:
+            raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
+        how = {"length": self.length, "batch_size": self.batch_size}
+        loader = model.loader(self.text, **how)
+        if self.test_text is None:
+            return _Read(loader, None, "held out of the text", model)
+        tests = model.loader(self.test_text, **how)
+        return _Read(loader, tests, f"test text {self.test_text.name}", model)
+
     def original(self, architecture: Architecture) -> nn.Module:
         """Return the network with its weights, on the device.
 
         Raises:
             RBAError: one of its subclasses, with what is wrong.
         """
+        if self.weights is None:
+            raise WeightsError(f"{architecture.name} needs --weights, a file of safetensors")
         original = architecture.build()
         load_weights(original, self.weights)
         _to_device(original, own_device(self.device))
@@ -124,10 +149,11 @@ class _Images(Command):
 
 @dataclass
 class _Read:
-    loader: DataLoader[Any]
-    tests: DataLoader[Any] | None
+    loader: Iterable[Any]
+    tests: Iterable[Any] | None
     samples: str
     """Description of the samples that are reported on."""
+    texts: TextModel | None = None
 
     def reported(self, result: Result, original: nn.Module) -> Result:
         """Return the result with a report on the test images, if there are any."""
@@ -138,11 +164,21 @@ class _Read:
         report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
+    def perplexities(self, result: Result, original: nn.Module) -> list[float]:
+        """Return the perplexity of a causal model, before and after, on what is reported on."""
+        if self.texts is None or not self.texts.causal:
+            return []
+        seen = result.profile
+        batches = list(
+            seen.split(self.loader).part("test") if self.tests is None else read(self.tests, seen.form)
+        )
+        return [perplexity(model, batches) for model in (original, result.model)]
+
 
 @dataclass(kw_only=True)
-class _Job(_Images):
+class _Job(_Data):
     model: str
-    """Name of a timm architecture."""
+    """Name of a timm architecture, or hf:DIR for a model of transformers in a directory or a hub."""
     num_classes: int | None = None
     """Number of classes of a fine-tuned model."""
     macs: float | None = None
@@ -185,6 +221,10 @@ class _Job(_Images):
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
         own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
+        if self.model.startswith(PREFIX):
+            texts = TextModel.read(self.model.removeprefix(PREFIX))
+            _to_device(texts.network, own_device(self.device))
+            return _Ready(None, texts.network, budget, config, self.read_texts(texts))
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         original = self.original(architecture)
@@ -194,7 +234,7 @@ class _Job(_Images):
 
 @dataclass
 class _Ready:
-    architecture: Architecture
+    architecture: Architecture | None
     original: nn.Module
     budget: Budget | None
     config: Config
@@ -203,7 +243,7 @@ class _Ready:
 
 @dataclass(kw_only=True)
 class Compress(_Job):
-    """Compress a timm model on your images and save the compressed model."""
+    """Compress a model on your images or text and save the compressed model."""
 
     hub: bool = False
     """Also write config.json and a model card, for a model hub."""
@@ -225,13 +265,19 @@ class Compress(_Job):
             _plot(result.profile.chains, self.out)
             if self.html:
                 result.report.to_html(self.out / PAGE)
+        texts, told = job.data.texts, _told(result.report, self.out)
         say(result.report.table())
+        if texts is not None and current().leads:
+            texts.save(self.out)
+        if found := job.data.perplexities(result, job.original):
+            say("perplexity {:.2f} before, {:.2f} after".format(*found))
+            told |= {"perplexity": [*found]}
         say(f"saved to {self.out}")
-        return _told(result.report, self.out)
+        return told
 
 
 @dataclass(kw_only=True)
-class Heal(_Images):
+class Heal(_Data):
     """Train a saved compressed model towards its original, on your images without labels."""
 
     directory: tyro.conf.Positional[Path]
@@ -265,7 +311,7 @@ class Heal(_Images):
 
 @dataclass(kw_only=True)
 class Profile(_Job):
-    """Profile a timm model on your images and save the profile, with a picture of each chain."""
+    """Profile a model on your images or text and save the profile, with a picture of each chain."""
 
     def run(self, say: Say) -> JsonValue:
         job = self.prepare()
@@ -292,7 +338,7 @@ class Profile(_Job):
 
 @dataclass(kw_only=True)
 class Search(_Job):
-    """Search a timm model on your images and save the networks found as deltas of its weights."""
+    """Search a model on your images or text and save the networks found as deltas of its weights."""
 
     front: bool = False
     """Save the front of all networks that were evaluated, not only the last one."""
@@ -468,7 +514,7 @@ class Bench(Command):
         return rows
 
 
-def _told(report: Measured, out: Path) -> JsonValue:
+def _told(report: Measured, out: Path) -> dict[str, JsonValue]:
     """Return the JSON value on a network that was made."""
     told: dict[str, JsonValue] = {"out": str(out), **report.summary.model_dump(mode="json")}
     return told | {"notes": [*report.notes], "warnings": [*report.warnings]}
