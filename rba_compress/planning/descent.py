@@ -68,6 +68,15 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
             return context.finished(replace(state, cost=timed.cost))
         progress.refine()
         before, state = state.mean, descent.refined(state, result=descent.staged)
+        rival = descent.larger(state) if descent.staged else None
+        if rival is not None:
+            context.rebase(rival)
+            steps, context.log.steps = context.log.steps, [*context.record.steps]
+            rival = descent.refined(rival, result=True)
+            if _order(rival) < _order(state):
+                state = timed = rival
+            else:
+                context.log.steps = steps
         descent.write_record()
         context.log.decided("choose", state.solution.plan, state, before - state.mean)
         final = context.finished(replace(state, cost=timed.cost))
@@ -149,6 +158,17 @@ class Descent:
                 self.verified[k] = replace(self.verified[k], state=new, settled=True)
             best.append(self.verified[k].state)
         return min(best, key=order)
+
+    def larger(self, state: SearchState) -> SearchState | None:
+        """Return the best network that just meets the budget, where a state is far below it: it was not
+        refined on the way down, and may be the better one once it is.
+        """
+        limits = self.limits
+        if limits.size(state.cost) > limits.goal_size - 2 * GRID or "latency" in limits.costs:
+            return None
+        near = [v.state for v in self.verified if v.size > limits.goal_size - GRID]
+        met = [s for s in near if not (limits.lacking(s.cost) or limits.broken(s))]
+        return min(met, key=_order, default=None)
 
     def _index(self, state: SearchState) -> int:
         return next(k for k, v in enumerate(self.verified) if v.state is state)

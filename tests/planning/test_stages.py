@@ -19,7 +19,7 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.descent import _price, descend, trusted
+from rba_compress.planning.descent import Descent, _price, descend, trusted
 from rba_compress.planning.output_changes import FAR, FEWEST, _Options, _Runs, output_changes
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.sites import sites
@@ -177,6 +177,24 @@ def test_of_networks_of_several_sizes_the_one_that_pays_is_taken() -> None:
     near, far, worse = at(0.9, 0.012), at(0.88, 0.0132), at(0.88, 0.0156)
     order = partial(_price, run.start, run.limits)
     assert sorted([near, worse, far], key=order) == [far, near, worse]
+
+
+def test_a_result_far_below_the_budget_has_a_rival_that_just_meets_it() -> None:
+    run = started(Budget(macs=0.7))
+    descent, whole = object.__new__(Descent), run.start.cost.macs
+    descent.context, descent.limits = run, run.limits
+
+    def at(size: float, mean: float) -> SearchState:
+        evaluation = replace(run.start.evaluation, divergence=torch.tensor([mean]))
+        return replace(run.start, cost=Cost(macs=int(size * whole)), evaluation=evaluation)
+
+    over, near, worse, far = at(0.71, 0.01), at(0.69, 0.03), at(0.695, 0.04), at(0.6, 0.02)
+    sized = [(over, 0.71), (near, 0.69), (worse, 0.695), (far, 0.6)]
+    descent.verified = [Verified(state, size, 0.0) for state, size in sized]
+    assert descent.larger(far) is near
+    assert descent.larger(near) is None
+    descent.verified = [each for each in descent.verified if each.state not in (near, worse)]
+    assert descent.larger(far) is None
 
 
 def test_options_that_fits_tell_to_be_far_too_expensive_are_not_run() -> None:
