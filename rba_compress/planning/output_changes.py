@@ -168,8 +168,9 @@ def output_changes(
     """
     runs = _Runs(context, state)
     options = _Options(context, state, candidates, runs).measured()
-    # Channels that were taken, being cheap, are hardly ever worth their cost later.
-    replaced = tuple(old for old in state.solution.plan.in_order if not old.inner)
+    plan = state.solution.plan
+    # A block that gets its width back alone would differ from the others of a stock network.
+    replaced = tuple(old for old in plan.in_order if not (old.inner and plan.config.stock))
     taken = [index for _, index in options if math.isfinite(runs.rises[index])]
     for old in replaced:
         taken.append(runs.add(undone(state.solution, old), context.before(old)))

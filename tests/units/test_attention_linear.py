@@ -11,7 +11,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rba_compress import Budget, Config, compress, load, profile, splice, supports
+from rba_compress import (
+    Budget,
+    Config,
+    Healing,
+    compress,
+    export_onnx,
+    heal,
+    load,
+    profile,
+    splice,
+    supports,
+)
 from rba_compress.core.plan import Plan, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.sites import sites
@@ -138,6 +149,22 @@ def test_it_is_searched_with_widths_saved_and_reloaded(delta: bool, tmp_path: Pa
     again: Any = load(tmp_path / "saved", original=model if delta else None)
     with torch.no_grad():
         assert torch.equal(again(ids()).logits, found.model(ids()).logits)
+
+
+@pytest.mark.slow
+def test_it_is_exported_and_healed(tmp_path: Path) -> None:
+    config = Config(units=("attention_linear",))
+    model = llama()
+    found = compress(model, texts(), budget=Budget(macs=0.9), config=config)
+    assert any(r.unit == "attention_linear" for r in found.plan.replacements)
+    certificate = export_onnx(found.model, tmp_path / "model.onnx", {"input_ids": ids()})
+    assert all(parity.max_rel <= certificate.tolerance for parity in certificate.parity)
+    healing = Healing(train="all", rate=1e-3, epochs=2, batch=8, augment=())
+    healed = heal(found, texts(), original=model, healing=healing)
+    healed.save(tmp_path / "healed")
+    again: Any = load(tmp_path / "healed")
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, healed.model(ids()).logits)
 
 
 def test_attention_that_cannot_be_replaced_is_refused_with_the_reason() -> None:
