@@ -19,9 +19,8 @@ from rba_compress.core.offload import execution_device, hold
 from rba_compress.core.plan import Block, Called, Chain, ChannelGroup, Replacement, Site, Width
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.linalg.maps import fit_map
-from rba_compress.linalg.moments import PairMoments
 from rba_compress.units.channel_width import SOLVED
-from rba_compress.units.width import Inside, Levels, Reader, Seen, WidthUnit, narrowed, width_of
+from rba_compress.units.width import Inside, Levels, Seen, WidthUnit, narrowed, width_of
 
 
 class LinearAttention(nn.Module):
@@ -91,10 +90,6 @@ class AttentionLinear(WidthUnit):
         """
         return other.unit == self.name or (not other.inner and super().excludes(site, other))
 
-    def observed(self, block: Block) -> list[str]:
-        """Return no layers: attention's inputs are seen with its outputs."""
-        return []
-
     def modules(self, block: Block) -> dict[str, Signature]:
         """Return attention."""
         called = _called(width_of(self, block))
@@ -152,16 +147,6 @@ class AttentionLinear(WidthUnit):
         name = group.reader.removeprefix(f"{called.path}.")
         placed = LinearAttention(name, layer, called.signature)
         model.set_submodule(path, placed.train(old.training))
-
-    def readers(self, block: Block) -> list[Reader]:
-        """Return no layers: the layer ends its branch."""
-        return []
-
-    def solved(
-        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
-    ) -> dict[str, Tensor]:
-        """Return nothing."""
-        return {}
 
     def saving(self, chain: Chain, new: Replacement, positions: int, *, narrow: bool) -> Cost:
         """Return the cost of attention without that of the layer."""

@@ -14,14 +14,12 @@ from rba_compress.core.map_spec import Diagnostics
 from rba_compress.core.plan import Attention, Block, Chain, HeadRows, Replacement, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
-from rba_compress.linalg.moments import PairMoments
 from rba_compress.linalg.narrowing import FREE, basis
 from rba_compress.units.attention_width import counted, first_channels, refused, turned_layer
 from rba_compress.units.width import (
     HeadMoments,
     Inside,
     Levels,
-    Reader,
     Seen,
     WidthUnit,
     narrowed,
@@ -49,10 +47,6 @@ class QkRank(WidthUnit):
             return counted(self, inside, b, width), []
         except ModelError as error:
             return refused(error)
-
-    def observed(self, block: Block) -> list[str]:
-        """Return no layers: no inputs are needed."""
-        return []
 
     def head_rows(self, block: Block) -> list[HeadRows]:
         """Return the layers of queries and keys."""
@@ -100,16 +94,6 @@ class QkRank(WidthUnit):
             tensor = tensor_of(model, f"{block.path}.{source}")
             masked[source] = tensor.index_fill(0, (query.first + gone.flatten()).to(tensor.device), 0)
         return kept, new, masked
-
-    def readers(self, block: Block) -> list[Reader]:
-        """Return no layers: nothing reads the channels but their product."""
-        return []
-
-    def solved(
-        self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
-    ) -> dict[str, Tensor]:
-        """Return nothing."""
-        return {}
 
     def resized(self, sizes: HeadSizes, kept: int) -> HeadSizes:
         """Return sizes with another rank."""

@@ -154,9 +154,9 @@ class WidthUnit(Unit):
         """Return the decision for a block and a share of its channels, not fitted yet."""
         return super().choice(chain, start, stop, level if isinstance(level, float) else 0.5)
 
-    @abstractmethod
     def observed(self, block: Block) -> list[str]:
         """Return the paths of the layers whose inputs a fit needs the moments of."""
+        return []
 
     @abstractmethod
     def fits(
@@ -215,13 +215,12 @@ class WidthUnit(Unit):
         """Return the sizes of a block's attention with so many of the unit's channels."""
         return sizes
 
-    @abstractmethod
     def readers(self, block: Block) -> list[Reader]:
         """Return the layers that read the channels and end no branch, in order. Those that end one are
         re-solved like those of any kept block.
         """
+        return []
 
-    @abstractmethod
     def solved(
         self, model: nn.Module, block: Block, reader: Reader, gap: PairMoments
     ) -> dict[str, Tensor]:
@@ -233,6 +232,7 @@ class WidthUnit(Unit):
         Returns:
             The tensors by their names in the network.
         """
+        return {}
 
     def saving(self, chain: Chain, new: Replacement, positions: int, *, narrow: bool) -> Cost:
         """Return the cost that is saved.

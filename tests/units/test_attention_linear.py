@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from rba_compress import (
     Budget,
@@ -30,7 +30,14 @@ from rba_compress.planning.state import Candidate, with_candidate
 from rba_compress.profiling.cost import cost
 from rba_compress.units.channel_width import SOLVED
 from tests.networks import seeded
-from tests.test_language import SIZES, greedy, ids, llama, texts
+from tests.test_language import (
+    SIZES,
+    greedy,
+    ids,
+    llama,
+    require_padding_on_the_left_to_change_nothing,
+    texts,
+)
 
 CONFIG = Config(units=("attention_linear",))
 
@@ -124,15 +131,7 @@ def test_a_layer_without_attention_holds_no_cache() -> None:
 
 
 def test_left_padding_changes_nothing_of_what_is_generated() -> None:
-    compressed: Any = without_attention(llama(), 0, 2)[0]
-    prompt = ids()
-    alone = greedy(compressed, prompt[:1, 3:])
-    padded, mask = prompt.clone(), torch.ones_like(prompt)
-    padded[0, :3], mask[0, :3] = 0, 0
-    found = compressed.generate(
-        padded, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None
-    )
-    assert torch.equal(found[0, 3:], alone[0])
+    require_padding_on_the_left_to_change_nothing(without_attention(llama(), 0, 2)[0])
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -205,8 +204,3 @@ def test_a_sampled_text_is_the_same_with_and_without_a_cache() -> None:
             )
         )
     assert torch.equal(*found)
-
-
-def logits(model: Any, batch: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(batch).logits
