@@ -45,9 +45,9 @@ SPENT: dict[Effort, Spent] = {
     ),
     # 25 screened images missed a DeiT-tiny's best span, 50 did not.
     "default": Spent(
-        stage=0.1, screen=4, fewest=32, finer=1, again=2, judged=3, shapes=14, trades=32, refits=True
+        stage=0.1, screen=4, fewest=32, finer=1, again=2, judged=3, shapes=14, trades=48, refits=True
     ),
     "thorough": Spent(
-        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, shapes=28, trades=64, refits=True
+        stage=0.1, screen=2, fewest=64, finer=3, again=4, judged=6, shapes=28, trades=96, refits=True
     ),
 }

@@ -2,11 +2,13 @@
 
 The table of a stage predicts what merges of positions do together least well, because each changes the
 positions that the later ones see. So the result's levels are traded: one site goes down by a level or
-two, another goes up until the budget is met again, and the network is evaluated.
+two, or a narrowed block gets its channels back, which save less the more positions are merged; another
+site goes up until the budget is met again, and the network is evaluated.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +21,13 @@ from rba_compress.planning.refinement import promises
 from rba_compress.planning.state import Candidate, SearchState, Solution, undone, with_candidate
 from rba_compress.units.registry import unit_of
 
+WIDTH = 3
+"""Rank of trades that give channels back among all, by steps: they are tried first."""
+FREE = 1e-4
+"""Unexplained share of a fit below which channels were lost for nothing."""
+SITES = 2
+"""Sites that are tried to go up for each narrowed block."""
+
 
 class Trade(NamedTuple):
     """Two blocks of a chain that trade levels of a unit."""
@@ -29,6 +38,8 @@ class Trade(NamedTuple):
     up: int
     steps: int
     """Number of levels that the block `down` goes down."""
+    width: Replacement | None = None
+    """Replacement that narrows the block `down` and is undone instead."""
 
 
 def traded(context: SearchContext, state: SearchState, most: int) -> SearchState:
@@ -38,8 +49,12 @@ def traded(context: SearchContext, state: SearchState, most: int) -> SearchState
     generator = np.random.default_rng(mixed_seed(context.config.seed))
     while again and left:
         again = False
-        trades = list(_trades(context, state))
+        trades, tried = list(_trades(context, state)), Counter[str]()
         for k in sorted(generator.permutation(len(trades)), key=lambda k: -trades[k].steps):
+            width = trades[k].width
+            tried[str(width)] += width is not None
+            if tried[str(width)] > SITES:
+                continue
             solution = _with(context, state, trades[k])
             if solution is None or str(solution.plan) in known:
                 continue
@@ -68,28 +83,39 @@ def _trades(context: SearchContext, state: SearchState) -> Iterator[Trade]:
                 continue
             others = {b for r in own if r.unit != unit.name for b in range(r.start, r.stop)}
             free = [start for start, _ in unit.sites(chain, None) if start not in others]
+            for width in _widths(context, state, chain) if own else ():
+                yield from (Trade(c, unit.name, width.start, up, WIDTH, width) for up in free)
             for down in _taken(state.solution, chain, unit.name):
                 for up in free:
                     if up != down:
                         yield from (Trade(c, unit.name, down, up, steps) for steps in (1, 2))
 
 
+def _widths(context: SearchContext, state: SearchState, chain: Chain) -> list[Replacement]:
+    """Return what narrows blocks of a chain at a loss; none where all must have one width."""
+    inner = [r for r in state.solution.plan.at(chain, 0, len(chain)) if r.inner]
+    if context.config.stock:
+        return []
+    return [r for r in inner if r.diagnostics is None or r.diagnostics.r2 < 1 - FREE]
+
+
 def _with(context: SearchContext, state: SearchState, trade: Trade) -> Solution | None:
     """Return the network after a trade that meets the budget; None where there is none."""
-    c, name, down, up, steps = trade
+    c, name, down, up, steps, width = trade
     chain = context.chains[c]
     levels = [x for x in unit_of(name).levels(context.config, chain) if isinstance(x, float)]
     taken = _taken(state.solution, chain, name)
-    if down not in taken:
+    if down not in taken if width is None else width not in state.solution.plan.replacements:
         return None
 
     def levelled(solution: Solution, block: int, level: float) -> Solution:
         new = context.fitter.unfitted(Site(c, block, block + 1, name), level)
         return with_candidate(solution, Candidate(c, new))
 
-    lower = [0.0, *(level for level in levels if level < (taken[down].level or 0))][-steps:][0]
-    solution = undone(state.solution, taken[down])
-    solution = levelled(solution, down, lower) if lower else solution
+    solution = undone(state.solution, width or taken[down])
+    if width is None:
+        lower = [0.0, *(level for level in levels if level < (taken[down].level or 0))][-steps:][0]
+        solution = levelled(solution, down, lower) if lower else solution
     before = taken[up].level or 0 if up in taken else 0
     for level in (level for level in levels if level > before):
         found = levelled(solution, up, level)

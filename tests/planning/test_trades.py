@@ -10,12 +10,13 @@ import timm
 import torch
 
 from rba_compress import Budget, Config, Plan, profile, search
+from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.output_changes import output_changes
 from rba_compress.planning.sites import sites
 from rba_compress.planning.stages import _solved
-from rba_compress.planning.state import SearchState, Solution
-from rba_compress.planning.trades import traded
+from rba_compress.planning.state import SearchState, Solution, with_candidate
+from rba_compress.planning.trades import SITES, WIDTH, _trades, _with, traded
 from rba_compress.units.token_merge import TOKEN_MERGE
 from tests.networks import images, seeded
 
@@ -55,6 +56,37 @@ def test_a_trade_meets_the_budget_and_lowers_the_divergence() -> None:
     assert levels(traded(again, same, run.spent.trades).solution.plan) == levels(found.solution.plan)
 
 
+def test_a_narrowed_block_gets_its_channels_back_for_more_merges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, state = started(0.72, b0=5, b1=2)
+    options = run.fitter.narrower(state.solution, 0, [Site(0, 1, 2, "hidden_width")])
+    lossy = next(o for o in options if o.replacement.diagnostics.r2 < 0.999)  # type: ignore[union-attr]
+    solution = with_candidate(state.solution, lossy)
+    state = run.state(solution, run.fitter.cost(solution.plan))
+    run.limits.costs["macs"] = state.cost.macs
+    trades = [trade for trade in _trades(run, state) if trade.width is not None]
+    assert {(trade.down, trade.steps) for trade in trades} == {(1, WIDTH)}
+    assert {trade.up for trade in trades} == set(range(5))
+    made = [made for made in (_with(run, state, trade) for trade in trades) if made is not None]
+    assert made
+    for each in made:
+        assert all(r.unit == "token_merge" for r in each.plan.replacements)
+        assert not run.limits.lacking(run.fitter.cost(each.plan))
+        assert not each.tensors
+    tried: list[Solution] = []
+    own = run.divergences
+
+    def kept(state: SearchState, solution: Solution, *args: Any, **kwargs: Any) -> Any:
+        tried.append(solution)
+        return own(state, solution, *args, **kwargs)
+
+    monkeypatch.setattr(run, "divergences", kept)
+    traded(run, state, 6)
+    first = [not any(r.inner for r in each.plan.replacements) for each in tried[:SITES]]
+    assert first == [True] * SITES
+
+
 def test_a_trade_that_breaks_a_limit_of_quality_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     run, state = started(0.72, b0=7, b1=3)
     monkeypatch.setattr(run.limits, "broken", lambda _: ["agreement"])
@@ -90,7 +122,7 @@ def test_a_budget_that_needs_no_stage_trades_half_as_often_and_once(
     monkeypatch.setattr("rba_compress.planning.descent.traded", counted)
     seen = profile(model, data, config=Config(units=("token_merge",)))
     plans = [search(model, seen, data, budget=Budget(macs=macs)).plan for macs in (0.6, 0.7, 0.7)]
-    assert asked == [32, 16]
+    assert asked == [48, 24]
     assert plans[1].replacements == plans[2].replacements
 
 
