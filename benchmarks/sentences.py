@@ -216,7 +216,7 @@ def table(rows: Sequence[dict[str, Any]], how: Run) -> str:
         "similarities. A stock model is measured as `AutoModel` reads it, and sentence-transformers "
         "gives the same.",
         "",
-        "| layers less | method | cosine | Spearman | MACs kept | parameters kept | plan |",
+        "| removed, in layers | method | cosine | Spearman | MACs kept | parameters kept | plan |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

@@ -72,7 +72,10 @@ def greedy(model: Any, prompt: Tensor, steps: int = 10) -> Tensor:
 @pytest.mark.parametrize("layers", [(0,), (2,), (0, 1), (1, 3)], ids=str)
 @pytest.mark.parametrize("build", [llama, pytest.param(gemma2, marks=reads_attention_type)])
 def test_cached_decoding_equals_uncached(build: Any, layers: tuple[int, ...]) -> None:
-    compressed: Any = without(build(), *layers)
+    require_cached_decoding_to_equal_uncached(without(build(), *layers))
+
+
+def require_cached_decoding_to_equal_uncached(compressed: Any) -> None:
     prompt = ids()
     wanted = greedy(compressed, prompt)
     how = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}

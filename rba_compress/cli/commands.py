@@ -29,6 +29,7 @@ from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
 from rba_compress.cli.images import ImageFiles, image_loader
 from rba_compress.cli.texts import PREFIX, TextModel, perplexity
+from rba_compress.core.batch import Batch
 from rba_compress.core.config import Budget, Config, Effort, Healing
 from rba_compress.core.distributed import current, own_device
 from rba_compress.core.errors import ArtifactError, LoaderError, ModelError, WeightsError
@@ -38,6 +39,7 @@ from rba_compress.core.map_spec import Kind
 from rba_compress.planning.search import search
 from rba_compress.profiling.chain_statistics import ChainProfile
 from rba_compress.profiling.latency import benchmark
+from rba_compress.profiling.profiler import Profile as Profiled
 from rba_compress.profiling.profiler import profile
 from rba_compress.reporting.plots import plot_similarity
 from rba_compress.reporting.report import PAGE
@@ -77,12 +79,6 @@ class _Data(Command):
     """Safetensors file with the weights of the original network, a timm model."""
     images: Path | None = None
     """Folder of images, <class>/<image>, for a timm model."""
-    text: Path | None = None
-    """Text file, for a model hf:DIR: one text for a causal model, a document a line for others."""
-    test_text: Path | None = None
-    """Text file to report on; by default parts of the text that are held out."""
-    length: int = 512
-    """Tokens of a sequence, or of a document at most."""
     out: Path
     """Directory to write; must not exist, or be empty."""
     split: Path | None = None
@@ -118,21 +114,6 @@ class _Data(Command):
             else f"test split {self.test_split.name}",
         )
 
-    def read_texts(self, model: TextModel) -> _Read:
-        """Return the loaders of a text.
-
-        Raises:
-            LoaderError: there is no text, or it is too short.
-        """
-        if self.text is None:
-            raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
-        how = {"length": self.length, "batch_size": self.batch_size}
-        loader = model.loader(self.text, **how)
-        if self.test_text is None:
-            return _Read(loader, None, "held out of the text", model)
-        tests = model.loader(self.test_text, **how)
-        return _Read(loader, tests, f"test text {self.test_text.name}", model)
-
     def original(self, architecture: Architecture) -> nn.Module:
         """Return the network with its weights, on the device.
 
@@ -155,12 +136,18 @@ class _Read:
     """Description of the samples that are reported on."""
     texts: TextModel | None = None
 
+    def reported_on(self, seen: Profiled) -> Iterable[Batch]:
+        """Return the batches that are reported on: the test data, or what was held out."""
+        return (
+            seen.split(self.loader).part("test") if self.tests is None else read(self.tests, seen.form)
+        )
+
     def reported(self, result: Result, original: nn.Module) -> Result:
         """Return the result with a report on the test images, if there are any."""
         if self.tests is None:
             return result
         seen = result.profile
-        batches = read(self.tests, seen.form)
+        batches = self.reported_on(seen)
         report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
@@ -168,10 +155,7 @@ class _Read:
         """Return the perplexity of a causal model, before and after, on what is reported on."""
         if self.texts is None or not self.texts.causal:
             return []
-        seen = result.profile
-        batches = list(
-            seen.split(self.loader).part("test") if self.tests is None else read(self.tests, seen.form)
-        )
+        batches = list(self.reported_on(result.profile))
         return [perplexity(model, batches) for model in (original, result.model)]
 
 
@@ -181,6 +165,12 @@ class _Job(_Data):
     """Name of a timm architecture, or hf:DIR for a model of transformers in a directory or a hub."""
     num_classes: int | None = None
     """Number of classes of a fine-tuned model."""
+    text: Path | None = None
+    """Text file, for a model hf:DIR: one text for a causal model, a document a line for others."""
+    test_text: Path | None = None
+    """Text file to report on; by default parts of the text that are held out."""
+    length: int = 512
+    """Tokens of a sequence, or of a document at most."""
     macs: float | None = None
     """Share of MACs to keep; 0.75 if no limit is given."""
     params: float | None = None
@@ -209,6 +199,21 @@ class _Job(_Data):
     """Seed that deals the images to fit, validation and test samples."""
     checkpoint: Path | None = None
     """File that is written twice a minute; if it exists, the command goes on from it."""
+
+    def read_texts(self, model: TextModel) -> _Read:
+        """Return the loaders of a text.
+
+        Raises:
+            LoaderError: there is no text, or it is too short.
+        """
+        if self.text is None:
+            raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
+        how = {"length": self.length, "batch_size": self.batch_size}
+        loader = model.loader(self.text, **how)
+        if self.test_text is None:
+            return _Read(loader, None, "held out of the text", model)
+        tests = model.loader(self.test_text, **how)
+        return _Read(loader, tests, f"test text {self.test_text.name}", model)
 
     def prepare(self) -> _Ready:
         """Check all that can be checked beforehand, and return everything that the work needs.
@@ -353,10 +358,8 @@ class Search(_Job):
         if not kept.points:
             say("nothing was replaced: the network meets its budget, or no step keeps within it")
             return {"out": None, "front": []}
-        batches = (
-            seen.split(data.loader).part("test") if data.tests is None else read(data.tests, seen.form)
-        )
-        points = measure_front(job.original, seen, kept, list(batches), samples=data.samples)
+        batches = list(data.reported_on(seen))
+        points = measure_front(job.original, seen, kept, batches, samples=data.samples)
         if current().leads:
             write_front(points, job.original, seen, self.out)
         for point in points:

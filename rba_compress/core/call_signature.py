@@ -71,7 +71,7 @@ class Signature(Frozen):
 
     def stream_out(self, output: Any) -> Any:
         """Return the stream in the output of a call."""
-        for key in _stream_path(self.output) or ():
+        for key in stream_path(self.output) or ():
             output = output[key]
         return output
 
@@ -166,7 +166,8 @@ def _require_template(template: JsonValue, places: Sequence[str], depth: int = 0
 _DEEPEST = 32
 
 
-def _stream_path(template: JsonValue) -> Path | None:
+def stream_path(template: JsonValue) -> Path | None:
+    """Return the place of the stream in an output's template; None where it is not there."""
     if template == "stream":
         return ()
     if isinstance(template, dict):
@@ -175,7 +176,7 @@ def _stream_path(template: JsonValue) -> Path | None:
             return None
         items = content.items() if kind == "dict" else enumerate(content)  # type: ignore[union-attr, arg-type]
         for key, item in items:
-            below = _stream_path(item)
+            below = stream_path(item)
             if below is not None:
                 return (key, *below)
     return None

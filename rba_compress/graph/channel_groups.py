@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from rba_compress.core.call_signature import Signature
+from rba_compress.core.call_signature import Signature, stream_path
 from rba_compress.core.errors import ModelError
 from rba_compress.core.plan import Called, ChannelGroup, Slice
 from rba_compress.graph.block_analysis import output_template
@@ -169,7 +169,7 @@ class ChannelGroups:
             template = output_template(found[0], output)
         except TypeError as error:
             raise ModelError(str(error)) from error
-        if "'stream'" not in repr(template):
+        if stream_path(template) is None:
             raise ModelError("its output is not that of its last layer")
         signature = Signature(stream=place, output=template)
         return Called(path=path.removeprefix(f"{block}."), signature=signature)

@@ -193,6 +193,12 @@ def correction(pair: PairMoments, damping: float, *, bias: bool = True) -> tuple
     return change.T, shift if bias else torch.zeros_like(shift)
 
 
+def effective_rank(spectrum: Tensor) -> float:
+    """Return exp of the entropy of eigenvalues, normalised; Roy and Vetterli 2007."""
+    share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
+    return float(torch.special.entr(share).sum().exp())
+
+
 def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     weight = solution.weight
     total = pair.yy.sum()
@@ -201,13 +207,12 @@ def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     residual = centred.clamp_min(0) / pair.n + offset.square().sum()
     known = pair.spectrum
     spectrum = (torch.linalg.eigvalsh(pair.xx) if known is None else known).clamp_min(0)
-    share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
     own = solution.gram is pair.xx
     gram = (spectrum if own else torch.linalg.eigvalsh(solution.gram).clamp_min(0)) + solution.ridge
     return Diagnostics(
         residual=float(residual),
         r2=float(1 - residual * pair.n / total) if total > 0 else 0.0,
-        effective_rank=float(torch.special.entr(share).sum().exp()),
+        effective_rank=effective_rank(spectrum),
         condition=float(gram[-1] / gram[0]) if gram[0] > 0 else float("inf"),
         damping=solution.ridge,
         rows=pair.n,

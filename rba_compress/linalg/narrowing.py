@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.linalg.maps import solve_gram
+from rba_compress.linalg.maps import effective_rank, solve_gram
 from rba_compress.linalg.moments import PairMoments
 
 RIDGE = 1e-6
@@ -209,12 +209,11 @@ def _diagnostics(
     """Return the diagnostics of a fit with a squared error, of an output with so much variance."""
     spectrum = features.spectrum
     spectrum = (torch.linalg.eigvalsh(gram) if spectrum is None else spectrum).clamp_min(0)
-    share = spectrum / spectrum.sum().clamp_min(torch.finfo(gram.dtype).tiny)
     error = float(residual.clamp_min(0))
     return Diagnostics(
         residual=error / features.n,
         r2=1 - error / float(total) if total > 0 else 1.0,
-        effective_rank=float(torch.special.entr(share).sum().exp()),
+        effective_rank=effective_rank(spectrum),
         condition=float((spectrum[-1] + ridge) / (spectrum[0] + ridge)),
         damping=ridge,
         rows=features.n,

@@ -11,8 +11,7 @@ from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Plan, Replacement, macs_at
 from rba_compress.planning.state import Solution, without_unread
 from rba_compress.profiling.profiler import Profile
-from rba_compress.units.registry import unit_of
-from rba_compress.units.width import WidthUnit
+from rba_compress.units.registry import unit_of, width_unit_of
 
 
 def chain_cost(
@@ -81,8 +80,7 @@ def saving(chain: Chain, new: Replacement, before: int, behind: int, *, narrow: 
             sublayers.
         narrow: True where the block computes the read positions alone.
     """
-    unit = unit_of(new.unit)
-    assert isinstance(unit, WidthUnit)
+    unit = width_unit_of(new.unit)
     positions = behind if unit.second and not narrow else before
     return unit.saving(chain, new, positions, narrow=narrow)
 

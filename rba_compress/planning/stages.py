@@ -35,8 +35,7 @@ from rba_compress.planning.state import (
 )
 from rba_compress.profiling.search_record import Refined
 from rba_compress.units.base import keeps_layers
-from rba_compress.units.registry import unit_of
-from rba_compress.units.width import WidthUnit
+from rba_compress.units.registry import unit_of, width_unit_of
 
 GRID = 0.02
 """Distance of sizes that count as alike."""
@@ -322,11 +321,9 @@ class _Slots:
         inner = {r.unit: None for _, r in (*old, *new) if r.inner and r.start == b}
         found: dict[bool, list[_Slot]] = {False: [], True: []}
         for name in inner:
-            unit = unit_of(name)
-            assert isinstance(unit, WidthUnit)
             taken = next(((k, r) for k, r in old if r.start == b and r.unit == name), None)
             slot = _Slot([(k, r) for k, r in new if r.start == b and r.unit == name], taken)
-            found[unit.second].append(slot)
+            found[width_unit_of(name).second].append(slot)
         return cls(found[False], found[True])
 
     @property

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rba_compress.core.call_signature import Signature
-from rba_compress.core.cost import Cost
 from rba_compress.core.errors import ModelError
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.offload import execution_device, hold
@@ -147,10 +146,6 @@ class AttentionLinear(WidthUnit):
         name = group.reader.removeprefix(f"{called.path}.")
         placed = LinearAttention(name, layer, called.signature)
         model.set_submodule(path, placed.train(old.training))
-
-    def saving(self, chain: Chain, new: Replacement, positions: int, *, narrow: bool) -> Cost:
-        """Return the cost of attention without that of the layer."""
-        return width_of(self, chain.blocks[new.start]).saving(1, positions)
 
     def unfoldable(self, new: Replacement) -> str | None:
         """Return why no stock network has such a block."""

@@ -18,6 +18,7 @@ from rba_compress.units.span import SPAN
 from rba_compress.units.token_merge import TOKEN_MERGE
 from rba_compress.units.vo_rank import VoRank
 from rba_compress.units.whole import WHOLE
+from rba_compress.units.width import WidthUnit
 
 register(SPAN)
 register(READ_OUT)
@@ -36,3 +37,10 @@ register(WHOLE)
 def unit_of(name: str) -> Unit:
     """Return a registered unit; the names in a plan were checked when the plan was read."""
     return cast("Unit", UNITS[name])
+
+
+def width_unit_of(name: str) -> WidthUnit:
+    """Return a registered unit that narrows blocks from the inside."""
+    unit = unit_of(name)
+    assert isinstance(unit, WidthUnit)
+    return unit

@@ -36,9 +36,9 @@ from rba_compress.graph.rewrite import (
 )
 from rba_compress.units.base import beside, built
 from rba_compress.units.block_variants import Form, Traces, thin
-from rba_compress.units.registry import unit_of
+from rba_compress.units.registry import unit_of, width_unit_of
 from rba_compress.units.token_merge import SIZED
-from rba_compress.units.width import WidthUnit, head_sizes
+from rba_compress.units.width import head_sizes
 
 
 @torch.inference_mode(False)
@@ -90,7 +90,7 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
         traces.of(model, block)  # while the block's code still runs
         part_layers(model, block.path, attention)
     for new in (r for r in plan.replacements if r.inner):
-        width_unit(new).place(model, new)
+        width_unit_of(new.unit).place(model, new)
         resize(model, {f"{new.key}{name}": tensors[f"{new.key}{name}"] for name in new.narrowed})
         for count in _counts(new):
             module = model.get_submodule(f"{new.key}{count.module}".rstrip("."))
@@ -118,19 +118,12 @@ def _splice(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], traces:
     return model
 
 
-def width_unit(new: Replacement) -> WidthUnit:
-    """Return the unit of a decision that narrows a block."""
-    unit = unit_of(new.unit)
-    assert isinstance(unit, WidthUnit)
-    return unit
-
-
 def _gone(plan: Plan) -> list[tuple[str, str]]:
     """Return the paths of modules that do not run any more, each with that of the list of its block."""
     found = []
     for new in plan.replacements:
         for block in new.blocks:
-            gone = width_unit(new).gone(new) if new.inner else []
+            gone = width_unit_of(new.unit).gone(new) if new.inner else []
             gone += [block.path] * unit_of(new.unit).removes
             found += [(block.path.rpartition(".")[0], path) for path in gone]
     return found
@@ -260,7 +253,7 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 raise PlanError(
                     f"{replacement}: {name!r} has shape {tuple(tensors[name].shape)}, wanted {shape}"
                 )
-            if replacement.inner and not width_unit(replacement).gone(replacement):
+            if replacement.inner and not width_unit_of(replacement.unit).gone(replacement):
                 _require_narrower(model, replacement, name, tensors[name])
         wanted |= set(expected)
     wanted |= _check_refits(model, plan, tensors) | _check_healed(model, plan, tensors)

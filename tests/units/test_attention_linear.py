@@ -32,9 +32,9 @@ from rba_compress.units.channel_width import SOLVED
 from tests.networks import seeded
 from tests.test_language import (
     SIZES,
-    greedy,
     ids,
     llama,
+    require_cached_decoding_to_equal_uncached,
     require_padding_on_the_left_to_change_nothing,
     texts,
 )
@@ -111,14 +111,7 @@ def test_it_costs_what_is_counted(build: Any) -> None:
 @pytest.mark.parametrize("layers", [(0,), (2,), (0, 1), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("build", [llama, qwen3])
 def test_cached_decoding_equals_uncached(build: Any, layers: tuple[int, ...]) -> None:
-    compressed: Any = without_attention(build(), *layers)[0]
-    prompt = ids()
-    wanted = greedy(compressed, prompt)
-    how = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(prompt)
-    for cache in (None, "static"):
-        found = compressed.generate(prompt, attention_mask=mask, cache_implementation=cache, **how)
-        assert torch.equal(found, wanted), cache
+    require_cached_decoding_to_equal_uncached(without_attention(build(), *layers)[0])
 
 
 def test_a_layer_without_attention_holds_no_cache() -> None:
