@@ -182,8 +182,9 @@ class Config(Asked):
     """Work that the search does: samples to screen on, levels to try, plans to evaluate, refits."""
     stock: bool = False
     """Search only for what `save(fold=True)` can write as a stock network, which loads without this
-    package: fewer blocks, and one hidden width and one number of heads for all blocks of a chain. Maps
-    are identities or folded, every position is computed; overrides maps, units and keep_features."""
+    package: fewer blocks and, in a network of one chain, one hidden width and one number of heads for
+    all blocks. Maps are identities or folded, every position is computed; overrides maps and
+    keep_features, and leaves out units that no stock network has."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """Coefficients a of shrunk maps (1 - a) I + a T, and of folded corrections, to try."""
     fold_damping: float = Field(0.01, ge=0)
@@ -226,13 +227,16 @@ class Config(Asked):
     @model_validator(mode="before")
     @classmethod
     def _stock_alone(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("stock"):
-            return data | {
-                "maps": ("identity", "folded"),
-                "units": stock_units(),
-                "keep_features": True,
-            }
-        return data
+        if not (isinstance(data, dict) and data.get("stock")):
+            return data
+        asked, stock = data.get("units"), stock_units()
+        if isinstance(asked, list | tuple):
+            others = [name for name in searched_units() if name not in stock]
+            if not (kept := tuple(name for name in asked if name not in others)):
+                raise ValueError(f"no unit of {list(asked)} gives a stock network: {list(stock)} do")
+        else:
+            kept = stock
+        return data | {"maps": ("identity", "folded"), "units": kept, "keep_features": True}
 
     def specs(self, width: int) -> list[MapSpec]:
         """Return every map to try, the identity first."""

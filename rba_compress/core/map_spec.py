@@ -47,8 +47,15 @@ class Diagnostics(BaseModel):
     effective_rank: float
     """exp of the entropy of the normalised eigenvalues of cov(x); Roy and Vetterli 2007."""
     condition: float
-    """Largest over smallest eigenvalue of the Gram matrix that was solved, damping included."""
+    """Largest over smallest eigenvalue of the Gram matrix that was solved, damping included; inf beyond
+    1e12, where float64 does not tell the smallest from zero.
+    """
     damping: float
     """The ridge that was added to that Gram matrix, absolute."""
     rows: float
     """Rows (or their weight) behind the fit; with fewer than the width, damping determines the fit."""
+
+    def rounded(self) -> Self:
+        """Return the diagnostics with six digits each, the same on every number of threads."""
+        six = {name: float(f"{value:.6g}") for name, value in self if name != "rows"}
+        return self.model_copy(update=six)

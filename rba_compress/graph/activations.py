@@ -67,16 +67,19 @@ def observe(
         blocks = chains[chain].blocks
         if boundary in seen.streams[chain]:
             raise ModelError(_other_ways(blocks[max(boundary - 1, 0)].path, "ran twice", batch))
-        seen.streams[chain][boundary] = tensor
+        last = boundary == len(blocks)
+        # What follows the chain may overwrite it, as with `relu_`.
+        seen.streams[chain][boundary] = tensor.clone() if last else tensor
         if clock is not None:
             seen.times[chain][boundary] = clock()
-        if boundary < len(blocks) and not tensor.is_inference():  # inference tensors have no version
+        if not last and not tensor.is_inference():  # inference tensors have no version
             versions.append((tensor, tensor._version, blocks[boundary].path))
         if stop == (chain, boundary):
             raise _Reached
 
     def keep_layer(path: str, given: Any, output: Any) -> None:
-        seen.layers[path] = (given, output)
+        # Blocks overwrite them, as with `x += shortcut`.
+        seen.layers[path] = (_copied(given), _copied(output))
 
     on_layer = on_layer or keep_layer
     handles = _hook_layers(model, layers, on_layer)
@@ -97,6 +100,10 @@ def observe(
         if tensor._version != version:
             raise ModelError(f"the block {path} changes its input in place")
     return seen
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class _Watch:

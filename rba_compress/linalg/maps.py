@@ -199,6 +199,12 @@ def effective_rank(spectrum: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
+def condition(spectrum: Tensor) -> float:
+    """Return the largest over the smallest eigenvalue of a Gram matrix, inf beyond 1e12."""
+    high, low = float(spectrum.max()), float(spectrum.min())
+    return high / low if low > 1e-12 * high else float("inf")
+
+
 def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
     weight = solution.weight
     total = pair.yy.sum()
@@ -213,7 +219,7 @@ def _diagnose(solution: _Solution, pair: PairMoments) -> Diagnostics:
         residual=float(residual),
         r2=float(1 - residual * pair.n / total) if total > 0 else 0.0,
         effective_rank=effective_rank(spectrum),
-        condition=float(gram[-1] / gram[0]) if gram[0] > 0 else float("inf"),
+        condition=condition(gram),
         damping=solution.ridge,
         rows=pair.n,
     )

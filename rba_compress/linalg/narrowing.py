@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rba_compress.core.map_spec import Diagnostics
-from rba_compress.linalg.maps import effective_rank, solve_gram
+from rba_compress.linalg.maps import condition, effective_rank, solve_gram
 from rba_compress.linalg.moments import PairMoments
 
 RIDGE = 1e-6
@@ -214,7 +214,7 @@ def _diagnostics(
         residual=error / features.n,
         r2=1 - error / float(total) if total > 0 else 1.0,
         effective_rank=effective_rank(spectrum),
-        condition=float((spectrum[-1] + ridge) / (spectrum[0] + ridge)),
+        condition=condition(spectrum + ridge),
         damping=ridge,
         rows=features.n,
     )

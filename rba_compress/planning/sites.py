@@ -20,7 +20,9 @@ def sites(context: SearchContext, plan: Plan) -> list[Site]:
             if chain.after is not None and (context.config.stock or not unit.inner):
                 continue
             if context.config.stock and unit.inner:
-                found += [Site(c, 0, len(chain), unit.name)] * bool(unit.sites(chain, None))
+                # No configuration gives the stages of a network widths of their own.
+                if len(context.chains) == 1 and unit.sites(chain, None):
+                    found.append(Site(c, 0, len(chain), unit.name))
                 continue
             for start, stop in unit.sites(chain, context.config.window):
                 site = Site(c, start, stop, unit.name)

@@ -223,7 +223,7 @@ class Unit(ABC):
             The decision with its diagnostics, and the tensors by their names in `build`'s module.
         """
         fit = fit_map(new.map, moments)
-        return new.model_copy(update={"diagnostics": fit.diagnostics}), fit.tensors
+        return new.model_copy(update={"diagnostics": fit.diagnostics.rounded()}), fit.tensors
 
     # --- at which cost
 

@@ -77,13 +77,18 @@ class ChannelWidth(WidthUnit):
         return found
 
     def readers(self, block: Block) -> list[Reader]:
-        """Return the layers that read the channels and end no branch."""
+        """Return the layers that read the channels and end no branch.
+
+        A layer whose own outputs are narrowed too, as the second of a bottleneck, has none to compare.
+        """
+        width = width_of(self, block)
         found, ends = [], {branch.path for branch in block.branches}
-        for group in width_of(self, block).groups:
+        narrowed = {cut.tensor for group in width.groups for cut in group.slices[:-1]}
+        for group in width.groups:
             path = f"{block.path}.{group.reader}"
             norm = f"{block.path}.{group.norm}" if group.norm else None
             skip = f"{block.path}.{group.skip}" if group.skip else None
-            if path not in ends:
+            if path not in ends and f"{group.reader}.weight" not in narrowed:
                 found.append(Reader(path, norm, group.skip is not None, skip))
         return found
 

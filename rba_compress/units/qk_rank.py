@@ -14,7 +14,7 @@ from rba_compress.core.map_spec import Diagnostics
 from rba_compress.core.plan import Attention, Block, Chain, HeadRows, Replacement, Width
 from rba_compress.graph.attention_heads import HeadSizes
 from rba_compress.graph.rewrite import tensor_of
-from rba_compress.linalg.maps import effective_rank
+from rba_compress.linalg.maps import condition, effective_rank
 from rba_compress.linalg.narrowing import FREE, basis
 from rba_compress.units.attention_width import counted, first_channels, refused, turned_layer
 from rba_compress.units.width import (
@@ -114,7 +114,7 @@ def _diagnostics(keys: HeadMoments, lost: Tensor, kept: int) -> Diagnostics:
         residual=float(lost[kept] / keys.rows**2),
         r2=1 - float(lost[kept] / lost[0]) if lost[0] > 0 else 1.0,
         effective_rank=effective_rank(values),
-        condition=float(values.max() / values.min()),
+        condition=condition(values),
         damping=0.0,
         rows=float(keys.rows),
     )

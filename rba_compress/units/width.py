@@ -330,5 +330,5 @@ def narrowed(
 ) -> Replacement:
     """Return a decision with what was fitted for it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    update = {"narrowed": shapes, "kept": kept, "diagnostics": diagnostics}
+    update = {"narrowed": shapes, "kept": kept, "diagnostics": diagnostics and diagnostics.rounded()}
     return new.model_copy(update=update)

@@ -58,7 +58,7 @@ def alone(code: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folding(digits: nn.Module, digits_loader: list[Any]) -> Result:
-    config = Config(stock=True, refit=False, shrinks=(0.6,), window=2)
+    config = Config(stock=True, units=("span",), refit=False, shrinks=(0.6,), window=2)
     return compress(digits, digits_loader, budget=Budget(macs=0.85), config=config)
 
 

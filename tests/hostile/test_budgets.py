@@ -81,6 +81,8 @@ REFUSED = [
     Case("a setting that there is not", config(map=("affine",)), ConfigError, "no 'map': did you mean 'maps'"),
     Case("a map that there is not", config(maps=("ridge",)), ConfigError, "maps.0='ridge' will not do: .*affine"),
     Case("a unit that there is not", config(units=("layer",)), ConfigError, "units.0='layer' will not do"),
+    Case("no unit that a stock network has", config(stock=True, units=("token_merge",)), ConfigError,
+         "no unit of .'token_merge'. gives a stock network: .*'span'"),
     Case("a dial above 1", config(shrinks=(1.5,)), ConfigError, "shrinks.0=1.5 will not do"),
     Case("no dial", config(shrinks=()), ConfigError, "shrinks=.* will not do"),
     Case("a negative damping", config(damping=-1), ConfigError, "damping=-1 will not do"),

@@ -33,6 +33,18 @@ from tests.networks import LIGHT, loader, rows, seeded
 from tests.networks import Chain as Network
 
 
+class Rectified(Network):
+    """A ReLU behind the blocks, which may overwrite their last stream."""
+
+    overwrites = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.relu_() if self.overwrites else x.relu())
+
+
 def assert_equal(a: Profile, b: Profile) -> None:
     ours, theirs = states_of(a.chains), states_of(b.chains)
     assert ours.keys() == theirs.keys()
@@ -52,6 +64,15 @@ def test_a_profile_is_saved_and_searched_as_it_was(tmp_path: Path) -> None:
     plans = [search(model, p, data, budget=Budget(macs=0.7)).plan for p in (seen, again)]
     assert plans[0] == plans[1]
     assert again.split(data).first().digest() == seen.order[0]
+
+
+def test_a_stream_is_read_before_it_is_overwritten() -> None:
+    found = []
+    for overwrites in (False, True):
+        model = seeded(Rectified)
+        model.overwrites = overwrites
+        found.append(profile(model, loader(), config=LIGHT))
+    assert_equal(*found)
 
 
 def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
