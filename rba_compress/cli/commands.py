@@ -200,6 +200,12 @@ class _Job(_Data):
     checkpoint: Path | None = None
     """File that is written twice a minute; if it exists, the command goes on from it."""
 
+    def require_unset(self, kind: str, *names: str) -> None:
+        """Raise LoaderError where options are given that the model's kind does not have."""
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        if given:
+            raise LoaderError(f"{self.model} is {kind}: leave out {', '.join(given)}")
+
     def read_texts(self, model: TextModel) -> _Read:
         """Return the loaders of a text.
 
@@ -227,9 +233,12 @@ class _Job(_Data):
         own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         if self.model.startswith(PREFIX):
+            own_to_images = ("weights", "images", "split", "test_split", "num_classes", "accuracy_drop")
+            self.require_unset("read with a text", *own_to_images)
             texts = TextModel.read(self.model.removeprefix(PREFIX))
             _to_device(texts.network, own_device(self.device))
             return _Ready(None, texts.network, budget, config, self.read_texts(texts))
+        self.require_unset("read with images", "text", "test_text")
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         original = self.original(architecture)

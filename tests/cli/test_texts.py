@@ -76,6 +76,23 @@ def test_a_language_model_is_compressed_on_a_text(
     assert again.decode(found[0]).startswith("hello world")
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"images": "x", "accuracy-drop": "0.1"},
+            "read with a text: leave out --images, --accuracy-drop",
+        ),
+        ({"model": "test_vit"}, "test_vit is read with images: leave out --text, --test-text"),
+    ],
+)
+def test_options_of_another_kind_of_model_are_refused(
+    folder: Path, changed: dict[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, **changed)) == 2
+    assert reason in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["profile", "search"])
 def test_a_language_model_is_profiled_and_searched(folder: Path, command: str) -> None:
