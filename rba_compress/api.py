@@ -481,7 +481,8 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
     if weights != manifest.original_weights:
         raise PlanError(f"{directory} was made from another {manifest.model}: pass its own original")
     compressed = load(directory, original=original).to(device_of(original))
-    plan, split = manifest.plan, Split(loader, manifest.plan.config.seed)
+    plan, how = manifest.plan, manifest.plan.config
+    split = Split(loader, how.seed, stretch=how.stretch)
     example = split.first(form_of(original))
     assert split.form is not None
     seen = Profile(

@@ -28,7 +28,7 @@ from rba_compress.cli.catalogue import network
 from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
 from rba_compress.cli.images import ImageFiles, image_loader
-from rba_compress.cli.texts import PREFIX, TextModel, perplexity
+from rba_compress.cli.texts import PREFIX, TextModel, perplexity, stretch
 from rba_compress.core.batch import Batch
 from rba_compress.core.config import Budget, Config, Effort, Healing
 from rba_compress.core.distributed import current, own_device
@@ -237,7 +237,11 @@ class _Job(_Data):
             self.require_unset("read with a text", *own_to_images)
             texts = TextModel.read(self.model.removeprefix(PREFIX))
             _to_device(texts.network, own_device(self.device))
-            return _Ready(None, texts.network, budget, config, self.read_texts(texts))
+            data = self.read_texts(texts)
+            if texts.causal:
+                sequences = sum(len(batch["input_ids"]) for batch in data.loader)
+                config = config.model_copy(update={"stretch": stretch(sequences)})
+            return _Ready(None, texts.network, budget, config, data)
         self.require_unset("read with images", "text", "test_text")
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))

@@ -100,6 +100,13 @@ class TextModel:
         return [{"input_ids": part, "use_cache": False} for part in rows.split(batch_size)]
 
 
+def stretch(sequences: int) -> int:
+    """Return the number of sequences of a text that are dealt together: about an article, and few enough
+    for forty stretches.
+    """
+    return min(max(sequences // 40, 1), 8)
+
+
 def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return exp of the mean negative log-likelihood of each token after the first of its sequence."""
     total, tokens = 0.0, 0

@@ -223,6 +223,9 @@ class Config(Asked):
     """Number of which the widths inside narrowed blocks are multiples: others run slower for less."""
     seed: int = 0
     """Seed of the split into fit, validation and test samples."""
+    stretch: int = Field(1, gt=0)
+    """Consecutive samples that are dealt to one of these parts together. Sequences cut from a text are
+    like their neighbours: with 8 or so, samples are held out with their articles."""
 
     @model_validator(mode="before")
     @classmethod

@@ -226,6 +226,7 @@ class Split:
         order: `order` of an earlier split of the same loader, to continue its check.
         lengths: numbers of samples of the loaders that this one joins, which were split one by one.
         form: as in `as_batch`.
+        stretch: consecutive samples that are dealt together, in place of single ones.
     """
 
     def __init__(
@@ -235,9 +236,11 @@ class Split:
         order: Sequence[int] = (),
         lengths: Sequence[int] = (),
         form: Form | None = None,
+        *,
+        stretch: int = 1,
     ) -> None:
         self.loader = loader
-        self.seed = seed
+        self.seed, self.stretch = seed, stretch
         self.form = form
         self.ranks = current()
         self._digests = dict(enumerate(order))
@@ -331,20 +334,25 @@ class Split:
             if not self.ranks.sum(count):
                 raise LoaderError(
                     f"the loader has {self.samples} samples, none of them dealt to {part!r}: pass at "
-                    f"least {len(_PATTERN)}"
+                    f"least {len(_PATTERN) * self.stretch}"
                 )
 
     def _place(self, position: int) -> int:
         """Return a sample's number in its part; numbers increase, with gaps between joined loaders."""
-        start = max(start for start in self._starts if start <= position)
-        tens, place = divmod(position - start, len(_PATTERN))
+        start, stretch, within = self._stretch(position)
+        tens, place = divmod(stretch, len(_PATTERN))
         order = _deal(self.seed, tens)
-        return start + tens * _PATTERN.count(order[place]) + order[:place].count(order[place])
+        before = tens * _PATTERN.count(order[place]) + order[:place].count(order[place])
+        return start + before * self.stretch + within
 
     def _dealt(self, position: int) -> Part:
-        start = max(start for start in self._starts if start <= position)
-        tens, place = divmod(position - start, len(_PATTERN))
+        tens, place = divmod(self._stretch(position)[1], len(_PATTERN))
         return _deal(self.seed, tens)[place]
+
+    def _stretch(self, position: int) -> tuple[int, int, int]:
+        """Return the start of a sample's loader, the number of its stretch, and its place in that."""
+        start = max(start for start in self._starts if start <= position)
+        return start, *divmod(position - start, self.stretch)
 
 
 @functools.lru_cache(maxsize=64)

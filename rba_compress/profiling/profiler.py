@@ -125,7 +125,8 @@ class Profile:
 
     def split(self, loader: Iterable[Any]) -> Split:
         """Return the parts of the profiled loader; of a sum, pass its loaders one behind the other."""
-        return Split(loader, self.config.seed, self.order, self.lengths, self.form)
+        how, stretch = (self.config.seed, self.order, self.lengths, self.form), self.config.stretch
+        return Split(loader, *how, stretch=stretch)
 
     def __add__(self, other: Profile) -> Profile:
         """Return the profile of both loaders, one behind the other.
@@ -269,7 +270,7 @@ def profile(
     """
     config = Config.of(config) or Config()
     model, traces = undispatched(unwrap(model)), Traces()
-    split = Split(loader, config.seed)
+    split = Split(loader, config.seed, stretch=config.stretch)
     example = split.first(form_of(model))
     support, recording = discover(
         model, example, traces, config.units, read_outs=not config.keep_features

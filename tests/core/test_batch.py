@@ -110,6 +110,18 @@ def test_a_samples_part_depends_on_its_place_and_the_seed_alone() -> None:
     assert dealt(list(samples.split(16))) != dealt(list(samples.split(16)), seed=1)
 
 
+def test_neighbours_are_dealt_together() -> None:
+    samples = torch.arange(120.0).reshape(120, 1)
+    split = Split(list(samples.split(16)), 0, stretch=4)
+    parts = {p: torch.cat([b.args[0] for b in split.part(p)]).flatten().tolist() for p in PARTS}
+    assert {p: len(v) for p, v in parts.items()} == {"fit": 60, "validation": 48, "test": 12}
+    for values in parts.values():
+        assert all(values[k : k + 4] == [*range(4 * int(v // 4), 4 * int(v // 4) + 4)]
+                   for k, v in list(enumerate(values))[::4])  # fmt: skip
+    places = [place for part, found, _ in split.deal("fit") for place in found]
+    assert places == list(range(60))
+
+
 def read_twice(loader: Any) -> None:
     split = Split(loader, 0)
     for part in PARTS:
