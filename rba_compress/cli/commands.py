@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import nn
 
 from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
 from rba_compress.artifacts.architecture import Architecture
@@ -85,6 +85,12 @@ class _Data(Command):
     """Text file with the images to calibrate on, one path a line; by default all."""
     test_split: Path | None = None
     """Text file with the images to report on; by default calibration images that are held out."""
+    text: Path | None = None
+    """Text file, for a model hf:DIR: one text for a causal model, a document a line for others."""
+    test_text: Path | None = None
+    """Text file to report on; by default parts of the text that are held out."""
+    length: int = 512
+    """Tokens of a sequence, or of a document at most."""
     batch_size: int = 16
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -127,6 +133,35 @@ class _Data(Command):
         _to_device(original, own_device(self.device))
         return original
 
+    def require_unset(self, name: str, kind: str, *options: str) -> None:
+        """Raise LoaderError where options are given that the model's kind does not have."""
+        given = [f"--{each.replace('_', '-')}" for each in options if getattr(self, each) is not None]
+        if given:
+            raise LoaderError(f"{name} is {kind}: leave out {', '.join(given)}")
+
+    def texts(self, name: str, *others: str) -> tuple[TextModel, _Read]:
+        """Return a model hf:DIR on the device, and the loaders of its text.
+
+        Args:
+            others: further options that such a model does not have.
+
+        Raises:
+            ModelError: as `TextModel.read`.
+            LoaderError: there is no text, it is too short, or options for images are given.
+        """
+        images = ("weights", "images", "split", "test_split")
+        self.require_unset(name, "read with a text", *images, *others)
+        model = TextModel.read(_directory(name))
+        _to_device(model.network, own_device(self.device))
+        if self.text is None:
+            raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
+        how = {"length": self.length, "batch_size": self.batch_size}
+        loader = model.loader(self.text, **how)
+        if self.test_text is None:
+            return model, _Read(loader, None, "held out of the text", model)
+        tests = model.loader(self.test_text, **how)
+        return model, _Read(loader, tests, f"test text {self.test_text.name}", model)
+
 
 @dataclass
 class _Read:
@@ -151,12 +186,20 @@ class _Read:
         report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
-    def perplexities(self, result: Result, original: nn.Module) -> list[float]:
-        """Return the perplexity of a causal model, before and after, on what is reported on."""
-        if self.texts is None or not self.texts.causal:
-            return []
+    def told(self, result: Result, original: nn.Module, out: Path, say: Say) -> dict[str, JsonValue]:
+        """Write what transformers reads beside a network that was saved; say and return the perplexity
+        of a causal model, before and after, on what is reported on.
+        """
+        if self.texts is None:
+            return {}
+        if current().leads:
+            self.texts.save(out)
+        if not self.texts.causal:
+            return {}
         batches = list(self.reported_on(result.profile))
-        return [perplexity(model, batches) for model in (original, result.model)]
+        before, after = (perplexity(model, batches) for model in (original, result.model))
+        say(f"perplexity {before:.2f} before, {after:.2f} after")
+        return {"perplexity": [before, after]}
 
 
 @dataclass(kw_only=True)
@@ -165,12 +208,6 @@ class _Job(_Data):
     """Name of a timm architecture, or hf:DIR for a model of transformers in a directory or a hub."""
     num_classes: int | None = None
     """Number of classes of a fine-tuned model."""
-    text: Path | None = None
-    """Text file, for a model hf:DIR: one text for a causal model, a document a line for others."""
-    test_text: Path | None = None
-    """Text file to report on; by default parts of the text that are held out."""
-    length: int = 512
-    """Tokens of a sequence, or of a document at most."""
     macs: float | None = None
     """Share of MACs to keep; 0.75 if no limit is given."""
     params: float | None = None
@@ -200,27 +237,6 @@ class _Job(_Data):
     checkpoint: Path | None = None
     """File that is written twice a minute; if it exists, the command goes on from it."""
 
-    def require_unset(self, kind: str, *names: str) -> None:
-        """Raise LoaderError where options are given that the model's kind does not have."""
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
-        if given:
-            raise LoaderError(f"{self.model} is {kind}: leave out {', '.join(given)}")
-
-    def read_texts(self, model: TextModel) -> _Read:
-        """Return the loaders of a text.
-
-        Raises:
-            LoaderError: there is no text, or it is too short.
-        """
-        if self.text is None:
-            raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
-        how = {"length": self.length, "batch_size": self.batch_size}
-        loader = model.loader(self.text, **how)
-        if self.test_text is None:
-            return _Read(loader, None, "held out of the text", model)
-        tests = model.loader(self.test_text, **how)
-        return _Read(loader, tests, f"test text {self.test_text.name}", model)
-
     def prepare(self) -> _Ready:
         """Check all that can be checked beforehand, and return everything that the work needs.
 
@@ -233,16 +249,12 @@ class _Job(_Data):
         own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         if self.model.startswith(PREFIX):
-            own_to_images = ("weights", "images", "split", "test_split", "num_classes", "accuracy_drop")
-            self.require_unset("read with a text", *own_to_images)
-            texts = TextModel.read(self.model.removeprefix(PREFIX))
-            _to_device(texts.network, own_device(self.device))
-            data = self.read_texts(texts)
+            texts, data = self.texts(self.model, "num_classes", "accuracy_drop")
             if texts.causal:
                 sequences = sum(len(batch["input_ids"]) for batch in data.loader)
                 config = config.model_copy(update={"stretch": stretch(sequences)})
             return _Ready(None, texts.network, budget, config, data)
-        self.require_unset("read with images", "text", "test_text")
+        self.require_unset(self.model, "read with images", "text", "test_text")
         arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
         architecture = Architecture(name=self.model, arguments=dict(arguments))
         original = self.original(architecture)
@@ -283,23 +295,20 @@ class Compress(_Job):
             _plot(result.profile.chains, self.out)
             if self.html:
                 result.report.to_html(self.out / PAGE)
-        texts, told = job.data.texts, _told(result.report, self.out)
         say(result.report.table())
-        if texts is not None and current().leads:
-            texts.save(self.out)
-        if found := job.data.perplexities(result, job.original):
-            say("perplexity {:.2f} before, {:.2f} after".format(*found))
-            told |= {"perplexity": [*found]}
+        told = _told(result.report, self.out) | job.data.told(result, job.original, self.out, say)
         say(f"saved to {self.out}")
         return told
 
 
 @dataclass(kw_only=True)
 class Heal(_Data):
-    """Train a saved compressed model towards its original, on your images without labels."""
+    """Train a saved compressed model towards its original, on your images or text without labels."""
 
     directory: tyro.conf.Positional[Path]
     """Directory that `compress` or `save` wrote."""
+    model: str | None = None
+    """The original, hf:DIR, of a model of transformers."""
     healing: tyro.conf.OmitArgPrefixes[Healing] = field(default_factory=Healing)
     checkpoint: Path | None = None
     """File that is written twice a minute; if it exists, training resumes from it."""
@@ -309,13 +318,18 @@ class Heal(_Data):
     def run(self, say: Say) -> JsonValue:
         require_vacant(self.out)
         architecture = read_manifest(self.directory).architecture
-        if architecture is None:
+        if self.model is not None:
+            texts, data = self.texts(self.model)
+            original = texts.network
+        elif architecture is None or architecture.library == "transformers":
             raise ArtifactError(
-                f"{self.directory} does not know how to build its original: heal it in Python, with "
-                "rba_compress.heal"
+                f"{self.directory} does not hold its original: pass --model {PREFIX}DIR, or heal it in "
+                "Python, with rba_compress.heal"
             )
-        original = self.original(architecture)
-        data = self.read(original, labelled="labels" if self.healing.labels else "")
+        else:
+            self.require_unset(architecture.name, "read with images", "text", "test_text")
+            original = self.original(architecture)
+            data = self.read(original, labelled="labels" if self.healing.labels else "")
         compressed = reopen(self.directory, data.loader, original=original)
         healed = heal(
             compressed, data.loader, original=original, healing=self.healing, checkpoint=self.checkpoint
@@ -323,8 +337,10 @@ class Heal(_Data):
         notes = healed.report.warnings
         healed = data.reported(healed, original)
         healed.save(self.out, architecture=architecture, hub=self.hub)
-        say("\n".join([healed.report.table(), *notes, f"saved to {self.out}"]))
-        return _told(healed.report, self.out)
+        say("\n".join([healed.report.table(), *notes]))
+        told = _told(healed.report, self.out) | data.told(healed, original, self.out, say)
+        say(f"saved to {self.out}")
+        return told
 
 
 @dataclass(kw_only=True)
@@ -427,11 +443,14 @@ class Export(Command):
     directory: tyro.conf.Positional[Path]
     """Directory that `compress` or `save` wrote."""
     inputs: Path
-    """Real inputs to compare on: a folder <class>/<image>, or a .npy file of the network's inputs."""
+    """Real inputs to compare on: a folder <class>/<image>, a .npy file of the network's inputs, or a
+    .txt file for a model of transformers."""
     out: Path | None = None
     """File to write, .onnx or .pt2; by default model.onnx in the directory."""
     samples: int = 32
     """Number of inputs to take."""
+    length: int = 128
+    """Tokens of each sequence of a text."""
 
     def run(self, say: Say) -> JsonValue:
         out = self.out or self.directory / "model.onnx"
@@ -451,7 +470,7 @@ class Export(Command):
             "latency_ratio": latency.ratio if latency else None,
         }
 
-    def _example(self) -> Tensor:
+    def _example(self) -> Any:
         """Return the first samples of the inputs.
 
         Raises:
@@ -462,6 +481,9 @@ class Export(Command):
                 return torch.from_numpy(np.load(self.inputs, allow_pickle=False)[: self.samples])
             except (OSError, ValueError) as error:
                 raise LoaderError(f"{self.inputs} is not a readable .npy file: {error}") from error
+        if self.inputs.suffix == ".txt":
+            model = TextModel.compressed(self.directory)
+            return model.loader(self.inputs, length=self.length, batch_size=self.samples)[0]
         files = ImageFiles(self.inputs, None, load(self.directory))
         items = (files[k] for k in range(min(self.samples, len(files))))
         return torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
@@ -528,6 +550,44 @@ class Bench(Command):
                 f"of {timed.pairs} pairs on {timed.device}"
             )
         return rows
+
+
+@dataclass(kw_only=True)
+class Generate(Command):
+    """Continue a prompt with a language model and with the compressed one."""
+
+    directory: tyro.conf.Positional[Path]
+    """Directory that `compress` wrote."""
+    model: str
+    """The original, hf:DIR."""
+    prompt: str
+    """Text to continue."""
+    tokens: int = 64
+    """Tokens to generate at most, each the likeliest one."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def run(self, say: Say) -> JsonValue:
+        original = TextModel.read(_directory(self.model))
+        found: dict[str, JsonValue] = {}
+        for name, model in (
+            ("original", original),
+            ("compressed", TextModel.compressed(self.directory)),
+        ):
+            _to_device(model.network, self.device)
+            found[name] = model.generated(self.prompt, tokens=self.tokens)
+            say(f"{name}: {found[name]}")
+        return found
+
+
+def _directory(model: str) -> str:
+    """Return the directory or the hub's name of hf:DIR.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if not model.startswith(PREFIX):
+        raise ModelError(f"--model {model}: an original of transformers is given as {PREFIX}DIR")
+    return model.removeprefix(PREFIX)
 
 
 def _told(report: Measured, out: Path) -> dict[str, JsonValue]:

@@ -30,6 +30,7 @@ from rba_compress.cli.commands import (
     Compress,
     Demo,
     Export,
+    Generate,
     Heal,
     Profile,
     Report,
@@ -58,6 +59,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[
         Latent,
         tyro.conf.subcommand(

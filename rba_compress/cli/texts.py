@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rba_compress.artifacts.artifact import load
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import LoaderError, ModelError
 from rba_compress.core.inference import evaluating
@@ -46,8 +47,26 @@ class TextModel:
             network = kinds[0].from_pretrained(name, **safe).eval()  # nosec B615
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"transformers cannot read {name}: {error}") from error
+        return cls._with_tokenizer(network, name)
+
+    @classmethod
+    def compressed(cls, directory: Path) -> TextModel:
+        """Read what `compress` wrote, the network and the tokenizer.
+
+        Raises:
+            ArtifactError: as `load`.
+            LoaderError: as `read`.
+        """
+        return cls._with_tokenizer(load(directory), str(directory))
+
+    @classmethod
+    def _with_tokenizer(cls, network: Any, name: str) -> TextModel:
+        import transformers
+
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)  # nosec B615
+            tokenizer = transformers.AutoTokenizer.from_pretrained(  # nosec B615
+                name, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             raise LoaderError(f"{name} has no tokenizer that can be read: {error}") from error
         known = network.get_input_embeddings().num_embeddings
@@ -68,6 +87,22 @@ class TextModel:
         self.tokenizer.save_pretrained(directory)
         if self.causal:
             self.network.generation_config.save_pretrained(directory)  # type: ignore[operator, union-attr]
+
+    def generated(self, prompt: str, *, tokens: int) -> str:
+        """Return a prompt and its continuation by the likeliest tokens.
+
+        Raises:
+            ModelError: the model does not generate, or the prompt has no token.
+        """
+        if not self.causal:
+            raise ModelError(f"a {type(self.network).__name__} does not continue a prompt")
+        network: Any = self.network
+        given = self.tokenizer(prompt, return_tensors="pt").to(network.device)
+        if not given["input_ids"].numel():
+            raise ModelError(f"the prompt {prompt!r} has no token")
+        with evaluating(network):
+            found = network.generate(**given, max_new_tokens=tokens, do_sample=False)
+        return str(self.tokenizer.decode(found[0], skip_special_tokens=True))
 
     def loader(self, path: Path, *, length: int, batch_size: int) -> list[dict[str, Any]]:
         """Return the batches of a text file.
@@ -101,9 +136,7 @@ class TextModel:
 
 
 def stretch(sequences: int) -> int:
-    """Return the number of sequences of a text that are dealt together: about an article, and few enough
-    for forty stretches.
-    """
+    """Return the number of sequences that are dealt together: about an article, in forty stretches."""
     return min(max(sequences // 40, 1), 8)
 
 

@@ -36,13 +36,18 @@ def words(seed: int = 0, count: int = 120) -> str:
     return " ".join("".join(chr(97 + k) for k in generator.integers(0, 26, 5)) for _ in range(count))
 
 
+def written(path: Path) -> None:
+    """Write a language model with its tokenizer, a text to calibrate on and one to test on."""
+    llama().save_pretrained(path / "model")  # type: ignore[operator]
+    tokenizer().save_pretrained(path / "model")
+    (path / "text.txt").write_text(words())
+    (path / "test.txt").write_text(words(1, 60))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A language model with its tokenizer, a text to calibrate on and one to test on."""
-    llama().save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(words())
-    (tmp_path / "test.txt").write_text(words(1, 60))
+    written(tmp_path)
     return tmp_path
 
 
@@ -178,3 +183,68 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is an encoder-decoder"):
         TextModel.read(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a language model, its texts, and the model that was compressed."""
+    path = tmp_path_factory.mktemp("compressed")
+    written(path)
+    assert main(arguments(path)) == 0
+    return path
+
+
+@pytest.mark.slow
+def test_a_compressed_language_model_is_exported_timed_and_continued(
+    compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = str(compressed / "out"), f"hf:{compressed / 'model'}"
+    text = str(compressed / "text.txt")
+    capsys.readouterr()
+    told = []
+    for command in (
+        ["export", out, "--inputs", text, "--length", "16", "--samples", "4"],
+        ["bench", out, "--batch-sizes", "1", "--seconds", "0.1", "--device", "cpu"],
+        ["generate", out, "--model", model, "--prompt", "hello", "--tokens", "5", "--device", "cpu"],
+        ["report", out],
+    ):
+        assert main([*command, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    exported, timed, generated, _ = told
+    assert exported["max_rel"] < 1e-4
+    assert timed["1"]["pairs"] > 0
+    network: Any = load(compressed / "out")
+    tokens = TextModel.compressed(compressed / "out").tokenizer
+    found = network.generate(**tokens("hello", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert generated["compressed"] == tokens.decode(found[0], skip_special_tokens=True)
+    assert generated["original"].startswith("hello")
+
+
+@pytest.mark.slow
+def test_a_compressed_language_model_is_healed(
+    compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--model", f"hf:{compressed / 'model'}", "--text", str(compressed / "text.txt")]
+    more = ["--length", "16", "--epochs", "1", "--device", "cpu", "--out", str(compressed / "healed")]
+    capsys.readouterr()
+    assert main(["heal", str(compressed / "out"), *asked, *more, "--json"]) == 0
+    before, after = json.loads(capsys.readouterr().out)["perplexity"]
+    assert after > 0
+    assert before > 0
+    transformers.AutoTokenizer.from_pretrained(compressed / "healed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (["heal", "--text", "x", "--out", "y"], "pass --model hf:DIR"),
+        (["heal", "--model", "gpt", "--text", "x", "--out", "y"], "is given as hf:DIR"),
+        (["generate", "--model", "gpt", "--prompt", "x"], "is given as hf:DIR"),
+    ],
+)
+def test_the_original_is_asked_for(
+    compressed: Path, command: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], str(compressed / "out"), *command[1:]]) in (2, 4)
+    assert reason in capsys.readouterr().err
