@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rba_compress import Budget, Config, compress, load, supports
+from rba_compress.core.batch import as_batch
+from rba_compress.core.distributed import current
 from rba_compress.core.map_spec import MapSpec
+from rba_compress.planning.context import SearchContext
+from rba_compress.planning.evaluator import fewer
 from rba_compress.planning.span_fits import fit_spans
 from rba_compress.profiling.profiler import profile
 from rba_compress.units.splice import splice
@@ -159,3 +166,27 @@ def test_hidden_states_are_asked_for() -> None:
     found = supports(llama(), example)
     assert not found.chains
     assert "LlamaDecoderLayer" in str(found)
+
+
+def test_choosing_takes_fewer_tokens_than_fitting() -> None:
+    """Validation samples are left out, evenly, where each has many tokens; fit samples are not."""
+    model = llama(max_position_embeddings=1024)
+    data = [{"input_ids": part, "use_cache": False} for part in ids(90, 600).split(10)]
+    seen = profile(model, data, config=Config(units=("span",), window=1, maps=("identity",)))
+    run = SearchContext.read(model, seen, data, Budget(macs=0.9))
+    assert (run.fitter.held, run.evaluator.held) == (45, 32)
+    short = [{"input_ids": x["input_ids"][:, :12], "use_cache": False} for x in data]
+    seen = profile(model, short, config=seen.config)
+    assert SearchContext.read(model, seen, short, Budget(macs=0.9)).evaluator.held == 36
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 9))
+def test_fewer_samples_are_spread_evenly(samples: int, most: int, size: int) -> None:
+    rows = torch.arange(samples)
+    dealt = [(part.tolist(), as_batch(part[:, None])) for part in rows.split(size)]
+    found = fewer(dealt, most, current())
+    kept = [int(x) for _, batch in found for x in batch.args[0]]
+    assert [place for places, _ in found for place in places] == list(range(min(samples, most)))
+    assert len(kept) == len({*kept}) == min(samples, most)
+    gaps = {b - a for a, b in itertools.pairwise(kept)}
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1

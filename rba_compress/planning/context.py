@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from rba_compress.core.config import Budget
 from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
+from rba_compress.core.inference import evaluating, ran
 from rba_compress.core.loader import Dealt
+from rba_compress.core.outputs import per_sample
 from rba_compress.core.plan import Plan, Replacement
 from rba_compress.planning.candidates import CandidateFitter
 from rba_compress.planning.effort import SPENT
-from rba_compress.planning.evaluator import Evaluation, Evaluator
+from rba_compress.planning.evaluator import Evaluation, Evaluator, fewer
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.log import SearchLog
 from rba_compress.planning.state import (
@@ -26,6 +28,13 @@ from rba_compress.planning.state import (
 from rba_compress.profiling.latency import benchmark, block_times
 from rba_compress.profiling.profiler import Profile
 from rba_compress.profiling.search_record import EvaluatedNetwork
+
+TOKENS = 16_384
+"""Tokens, or other distributions over classes, that are validated on at most where each sample has
+many: choosing needs fewer of them than fitting does.
+"""
+SEQUENCES = 32
+"""Samples that are validated on nevertheless."""
 
 
 class SearchContext:
@@ -44,6 +53,7 @@ class SearchContext:
         samples = list(dealt)
         fit = [batch.to(model) for part, _, batch in samples if part == "fit"]
         held = [(places, batch) for part, places, batch in samples if part == "validation"]
+        held = fewer(held, max(SEQUENCES, TOKENS // _distributions(model, profile)), self.ranks)
         self.fitter = CandidateFitter(model, profile, fit)
         self.evaluator = Evaluator(
             model,
@@ -174,3 +184,13 @@ class SearchContext:
 def evaluation_of(network: EvaluatedNetwork) -> Evaluation:
     """Return the evaluation of a recorded network."""
     return Evaluation(network.divergence, network.agreement, network.accuracy_drop)
+
+
+def _distributions(model: nn.Module, profile: Profile) -> int:
+    """Return the number of distributions over classes in a sample's output: its tokens, or 1."""
+    if profile.criterion.kind != "kl":
+        return 1
+    with evaluating(model):
+        output = profile.criterion.kept(ran(model, profile.example.select([0]).to(model)))
+    main = per_sample(next(iter(output.values())), 1)
+    return main[0].numel() // main.shape[-1] if main.ndim > 2 else 1

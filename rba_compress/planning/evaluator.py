@@ -204,6 +204,26 @@ class Evaluator:
         return torch.where(torch.isfinite(values), values, math.inf)
 
 
+def fewer(
+    dealt: list[tuple[list[int], Batch]], most: int, ranks: Ranks
+) -> list[tuple[list[int], Batch]]:
+    """Return at most so many samples, spread evenly over all, with their new numbers.
+
+    Args:
+        dealt: the indices of each batch's samples among those of all ranks, and the batch.
+    """
+    samples = int(ranks.sum(sum(len(places) for places, _ in dealt)))
+    if samples <= most:
+        return dealt
+    found = []
+    for places, batch in dealt:
+        # The sample that is the first with the number k of `most`.
+        kept = [r for r, place in enumerate(places) if place * most % samples < most]
+        if kept:
+            found.append(([places[r] * most // samples for r in kept], batch.select(kept)))
+    return found
+
+
 def regroup(
     dealt: list[tuple[list[int], Batch]],
     size: int | None,
