@@ -23,7 +23,7 @@ from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.solver import rounded
 from rba_compress.planning.stages import GRID, Verified, expected, stage
 from rba_compress.planning.state import SearchState, Solution
-from rba_compress.planning.trades import traded
+from rba_compress.planning.trades import traded, widened
 from rba_compress.profiling.search_record import EvaluatedNetwork
 from rba_compress.units.registry import unit_of
 
@@ -238,9 +238,15 @@ class Descent:
         if before.traded:
             return state
         most = self.context.spent.trades
-        start = self._scheduled(
-            before, self.context.start, lambda cost: not self.limits.lacking(cost)
-        ).state
+
+        def meets(cost: Cost) -> bool:
+            return not self.limits.lacking(cost)
+
+        start = self._scheduled(before, self.context.start, meets).state
+        wide = widened(self.context, start, meets) if most else start
+        if wide is not start:
+            gain = start.mean - wide.mean
+            start = self.context.log.decided("schedule", wide.solution.plan, wide, gain)
         new = traded(self.context, start, most if self.staged else most // 2)
         self.verified[k] = replace(before, traded=True)
         if new is not state:

@@ -9,6 +9,7 @@ are evaluated on all samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -24,7 +25,12 @@ Shape = tuple[int, int]
 
 
 def scheduled(
-    context: SearchContext, state: SearchState, before: SearchState, meets: Callable[[Cost], bool]
+    context: SearchContext,
+    state: SearchState,
+    before: SearchState,
+    meets: Callable[[Cost], bool],
+    *,
+    must: bool = False,
 ) -> SearchState:
     """Return the network with a schedule in place of a unit's levels, where the divergence rises less
     for what is saved.
@@ -33,10 +39,13 @@ def scheduled(
         state: the network.
         before: the network from which rises and savings count.
         meets: says whether a cost is low enough.
+        must: take the best schedule that meets it, also where the rise is more for what is saved.
     """
     for c in range(len(context.chains)):
         for unit in (u for u in map(unit_of, context.config.units) if u.scheduled):
-            state = _Schedules(context, state, c, unit).best(before, meets)
+            state = _Schedules(context, state, c, unit).best(
+                before, meets, must=must and not meets(state.cost)
+            )
     return state
 
 
@@ -54,7 +63,7 @@ class _Schedules:
         self.shapes = unit.schedules(self.chain, free) if self.old else {}
         self.bare = changed(state.solution, drop=self.old)
 
-    def best(self, before: SearchState, meets: Callable[[Cost], bool]) -> SearchState:
+    def best(self, before: SearchState, meets: Callable[[Cost], bool], *, must: bool) -> SearchState:
         """Return the network with the best schedule, or the state where none is better; arguments as
         in `scheduled`.
         """
@@ -79,7 +88,7 @@ class _Schedules:
 
         divergences, best = state.evaluation.divergence, state
         screened = price(divergences[: context.evaluator.screened], state.cost)
-        lowest = price(divergences, state.cost)
+        lowest = math.inf if must else price(divergences, state.cost)
         for expected, solution in self._screened(low, run)[: context.spent.judged]:
             if meets(state.cost) and expected >= screened:
                 break

@@ -3,21 +3,24 @@
 The table of a stage predicts what merges of positions do together least well, because each changes the
 positions that the later ones see. So the result's levels are traded: one site goes down by a level or
 two, or a narrowed block gets its channels back, which save less the more positions are merged; another
-site goes up until the budget is met again, and the network is evaluated.
+site goes up until the budget is met again, and the network is evaluated. Before that, all narrowed
+blocks are widened at once, with a schedule of merges that meets the budget without them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from rba_compress.core.config import mixed_seed
+from rba_compress.core.cost import Cost
 from rba_compress.core.plan import Chain, Replacement, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import promises
+from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.state import Candidate, SearchState, Solution, undone, with_candidate
 from rba_compress.units.registry import unit_of
 
@@ -40,6 +43,24 @@ class Trade(NamedTuple):
     """Number of levels that the block `down` goes down."""
     width: Replacement | None = None
     """Replacement that narrows the block `down` and is undone instead."""
+
+
+def widened(context: SearchContext, state: SearchState, meets: Callable[[Cost], bool]) -> SearchState:
+    """Return the network with the channels of narrowed blocks given back and a schedule of merges that
+    meets the budget instead; unchanged where that is no better.
+    """
+    solution, merged = state.solution, [r for r in state.solution.plan.in_order if r.level is not None]
+    chains = {r.chain for r in merged if unit_of(r.unit).scheduled}
+    widths = [w for c in context.chains if c.name in chains for w in _widths(context, state, c)]
+    if not widths:
+        return state
+    for width in widths:
+        solution = undone(solution, width)
+    evaluation = context.evaluation(state, solution, min(map(context.before, widths)))
+    bare = SearchState(solution, context.fitter.cost(solution.plan), evaluation)
+    found = scheduled(context, bare, context.start, meets, must=True)
+    better = meets(found.cost) and found.mean < state.mean and not context.limits.broken(found)
+    return found if better else state
 
 
 def traded(context: SearchContext, state: SearchState, most: int) -> SearchState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rba_compress.planning.output_changes import output_changes
 from rba_compress.planning.sites import sites
 from rba_compress.planning.stages import _solved
 from rba_compress.planning.state import SearchState, Solution, with_candidate
-from rba_compress.planning.trades import SITES, WIDTH, _trades, _with, traded
+from rba_compress.planning.trades import SITES, WIDTH, _trades, _with, traded, widened
 from rba_compress.units.token_merge import TOKEN_MERGE
 from tests.networks import images, seeded
 
@@ -85,6 +86,28 @@ def test_a_narrowed_block_gets_its_channels_back_for_more_merges(
     traded(run, state, 6)
     first = [not any(r.inner for r in each.plan.replacements) for each in tried[:SITES]]
     assert first == [True] * SITES
+
+
+@pytest.mark.parametrize("lossy", [True, False])
+def test_all_blocks_are_widened_where_a_schedule_of_merges_is_better(*, lossy: bool) -> None:
+    run, state = started(0.72, b0=5, b1=2)
+    options = run.fitter.narrower(state.solution, 0, [Site(0, 4, 5, "hidden_width")])
+    order = sorted(options, key=lambda o: o.saving.macs)
+    solution = with_candidate(state.solution, order[-1 if lossy else 0])
+    if lossy:
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in solution.tensors.items()}
+        solution = replace(solution, tensors=zeros)
+    state = run.state(solution, run.fitter.cost(solution.plan))
+    run.limits.costs["macs"] = state.cost.macs
+    found = widened(run, state, lambda cost: not run.limits.lacking(cost))
+    assert (found is not state) == lossy
+    if lossy:
+        assert {r.unit for r in found.solution.plan.replacements} == {"token_merge"}
+        assert not found.solution.tensors
+        assert not run.limits.lacking(found.cost)
+        evaluated = run.state(found.solution, found.cost)
+        assert evaluated.mean == pytest.approx(found.mean, rel=1e-4)
+        assert found.mean < state.mean
 
 
 def test_a_trade_that_breaks_a_limit_of_quality_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
