@@ -8,6 +8,7 @@ its loss. See README.md.
 from rba_compress.api import Result, compress, heal, save
 from rba_compress.artifacts.architecture import Architecture
 from rba_compress.artifacts.certificate import Certificate
+from rba_compress.artifacts.gguf_export import export_gguf
 from rba_compress.artifacts.levels import Levels, load
 from rba_compress.artifacts.onnx_export import export_onnx, export_onnx_levels, export_pt2
 from rba_compress.artifacts.verification import verify
@@ -72,6 +73,7 @@ __all__ = [
     "WeightsError",
     "benchmark",
     "compress",
+    "export_gguf",
     "export_onnx",
     "export_onnx_levels",
     "export_pt2",

@@ -49,7 +49,7 @@ from rba_compress.artifacts.shared_weights import SharedWeights
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating, unwrap
-from rba_compress.core.io import flush, require_vacant, sealed, sha256, sibling, written_whole
+from rba_compress.core.io import require_vacant, sealed, sha256, written_beside, written_whole
 from rba_compress.core.loader_form import batch_of
 from rba_compress.core.offload import in_memory
 from rba_compress.graph.rewrite import copy_model
@@ -185,7 +185,7 @@ def _export(
     kind, target = job.kind, Path(path).absolute()
     _require_free(target, kind)
     network, original, weights = _opened(kind, model, original)
-    with _beside(target) as folder:
+    with written_beside(target) as folder:
         found = _certified(job, network, original, folder / target.name, weights)
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         _write_certificate(found, files, folder / CERTIFICATES[kind])
@@ -385,23 +385,6 @@ def _named(certificate: Path) -> str:
         return str(json.loads(certificate.read_bytes())["file"])
     except (OSError, ValueError, KeyError, TypeError):
         return certificate.name
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory; its files are moved beside `target` at the end, `target`
-    itself last.
-    """
-    try:
-        with sibling(target) as folder:
-            yield folder
-            # The file comes last, so that where the file is, its certificate is.
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
-                flush(path)
-                path.replace(target.parent / path.name)
-            flush(target.parent)
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error}") from error
 
 
 def _traced(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
 from rba_compress.artifacts.architecture import Architecture
 from rba_compress.artifacts.artifact import REPORT, load, read_manifest, read_report
+from rba_compress.artifacts.gguf_export import GgufType, export_gguf
 from rba_compress.artifacts.onnx_export import export_onnx, export_pt2
 from rba_compress.artifacts.pareto_front import write_front
 from rba_compress.artifacts.verification import checks
@@ -28,7 +29,7 @@ from rba_compress.cli.catalogue import network
 from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
 from rba_compress.cli.images import ImageFiles, image_loader
-from rba_compress.cli.texts import PREFIX, TextModel, perplexity, stretch
+from rba_compress.cli.texts import PREFIX, TextModel, documents, perplexity, stretch
 from rba_compress.core.batch import Batch
 from rba_compress.core.config import Budget, Config, Effort, Healing
 from rba_compress.core.distributed import current, own_device
@@ -230,6 +231,8 @@ class _Job(_Data):
     """Compute every position, also those that the output does not read."""
     effort: Effort = "default"
     """Work that the search does: quick tries fewer options on fewer images, thorough more on more."""
+    deploy: Literal["any", "gguf"] = "any"
+    """Runtime: with gguf, search only for what llama.cpp can run."""
     stock: bool = False
     """Search for a stock network of fewer, narrower blocks, which timm loads without this package."""
     seed: int = 0
@@ -246,7 +249,7 @@ class _Job(_Data):
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "seed")
+        own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "deploy", "seed")
         config = Config(**{name: getattr(self, name) for name in own})
         if self.model.startswith(PREFIX):
             texts, data = self.texts(self.model, "num_classes", "accuracy_drop")
@@ -445,16 +448,24 @@ class Export(Command):
     inputs: Path
     """Real inputs to compare on: a folder <class>/<image>, a .npy file of the network's inputs, or a
     .txt file for a model of transformers."""
+    to: Literal["onnx", "pt2", "gguf"] | None = None
+    """Format, by default that of the file's name: ONNX, a program of torch.export, or llama.cpp's."""
     out: Path | None = None
-    """File to write, .onnx or .pt2; by default model.onnx in the directory."""
+    """File to write; by default model.onnx, .pt2 or .gguf in the directory."""
+    type: GgufType = "f16"
+    """Type of the matrices of a GGUF file."""
     samples: int = 32
     """Number of inputs to take."""
     length: int = 128
     """Tokens of each sequence of a text."""
 
     def run(self, say: Say) -> JsonValue:
-        out = self.out or self.directory / "model.onnx"
-        export = export_pt2 if out.suffix == ".pt2" else export_onnx
+        named = self.out.suffix.removeprefix(".") if self.out is not None else ""
+        to = self.to or (named if named in ("pt2", "gguf") else "onnx")
+        out = self.out or self.directory / f"model.{to}"
+        if to == "gguf":
+            return self._gguf(out, say)
+        export = export_pt2 if to == "pt2" else export_onnx
         certificate = export(self.directory, out, self._example())
         agreement = [p.argmax_agreement for p in certificate.parity if p.argmax_agreement is not None]
         worst, latency = max(p.max_rel for p in certificate.parity), certificate.latency
@@ -469,6 +480,18 @@ class Export(Command):
             "argmax_agreement": min(agreement, default=None),
             "latency_ratio": latency.ratio if latency else None,
         }
+
+    def _gguf(self, out: Path, say: Say) -> JsonValue:
+        if self.inputs.suffix != ".txt":
+            raise LoaderError(f"a GGUF file is compared on a text: {self.inputs} is no .txt file")
+        found = export_gguf(self.directory, out, documents(self.inputs, self.samples), type=self.type)
+        say(
+            f"{out}: {found.bytes:,} bytes, {found.type}, architecture {found.architecture}; "
+            f"log-probabilities {found.max_gap:.1e} from PyTorch at the most, {found.greedy_equal} of "
+            f"{found.greedy} generated tokens equal, {found.tokens_per_second:.0f} tokens a second "
+            f"({found.tokens_per_second_pytorch:.0f} in PyTorch)"
+        )
+        return found.model_dump(mode="json")
 
     def _example(self) -> Any:
         """Return the first samples of the inputs.

@@ -18,6 +18,9 @@ from rba_compress.core.inference import evaluating
 PREFIX = "hf:"
 """Beginning of the name of a model that transformers reads: a directory, or a name of its hub."""
 
+FEWEST = 8
+"""Words that a line must have more of, to be a text to continue."""
+
 
 @dataclass(frozen=True)
 class TextModel:
@@ -133,6 +136,18 @@ class TextModel:
                 "text, or a smaller --length"
             )
         return [{"input_ids": part, "use_cache": False} for part in rows.split(batch_size)]
+
+
+def documents(path: Path, most: int) -> list[str]:
+    """Return the first lines of a text file that hold more than a few words.
+
+    Raises:
+        LoaderError: it is none in UTF-8, or holds no such line.
+    """
+    found = [line.strip() for line in _text(path).splitlines() if len(line.split()) > FEWEST][:most]
+    if not found:
+        raise LoaderError(f"{path} has no line of more than {FEWEST} words")
+    return found
 
 
 def stretch(sequences: int) -> int:

@@ -22,7 +22,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from rba_compress.core.errors import BudgetError, ConfigError, RBAError
 from rba_compress.core.map_spec import Kind, MapSpec
-from rba_compress.core.registry import SearchedUnit, searched_units, stock_units
+from rba_compress.core.registry import SearchedUnit, gguf_units, searched_units, stock_units
 from rba_compress.core.schema import Frozen, Share
 
 Trained = Literal["maps", "norms", "adapters", "all"]
@@ -185,6 +185,9 @@ class Config(Asked):
     package: fewer blocks and, in a network of one chain, one hidden width and one number of heads for
     all blocks. Maps are identities or folded, every position is computed; overrides maps and
     keep_features, and leaves out units that no stock network has."""
+    deploy: Literal["any", "gguf"] = "any"
+    """Runtime: with "gguf" the search takes only what `export_gguf` can write for llama.cpp. Overrides
+    maps, units and keep_features as `stock` does."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """Coefficients a of shrunk maps (1 - a) I + a T, and of folded corrections, to try."""
     fold_damping: float = Field(0.01, ge=0)
@@ -229,16 +232,17 @@ class Config(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _stock_alone(cls, data: Any) -> Any:
-        if not (isinstance(data, dict) and data.get("stock")):
+    def _what_can_be_said(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not (data.get("stock") or data.get("deploy") == "gguf"):
             return data
-        asked, stock = data.get("units"), stock_units()
+        asked, known = data.get("units"), stock_units() if data.get("stock") else gguf_units()
         if isinstance(asked, list | tuple):
-            others = [name for name in searched_units() if name not in stock]
+            others = [name for name in searched_units() if name not in known]
             if not (kept := tuple(name for name in asked if name not in others)):
-                raise ValueError(f"no unit of {list(asked)} gives a stock network: {list(stock)} do")
+                what = "a stock network" if data.get("stock") else "a GGUF file"
+                raise ValueError(f"no unit of {list(asked)} gives {what}: {list(known)} do")
         else:
-            kept = stock
+            kept = known
         return data | {"maps": ("identity", "folded"), "units": kept, "keep_features": True}
 
     def specs(self, width: int) -> list[MapSpec]:

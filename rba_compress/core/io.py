@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rba_compress.core.errors import ArtifactError, RBAError
+from rba_compress.core.errors import ArtifactError, ExportError, RBAError
 from rba_compress.core.file_formats import other_format
 from rba_compress.core.schema import Frozen
 
@@ -258,6 +258,26 @@ def written_whole(target: Path) -> Iterator[Path]:
             flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write {target}: {error}") from error
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Make a temporary sibling directory; its files are moved beside `target` at the end, `target`
+    itself last.
+
+    Raises:
+        ExportError: something cannot be written.
+    """
+    try:
+        with sibling(target) as folder:
+            yield folder
+            # The file comes last, so that where the file is, its certificate is.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == target.name):
+                flush(path)
+                path.replace(target.parent / path.name)
+            flush(target.parent)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
 
 
 def flush(path: Path) -> None:

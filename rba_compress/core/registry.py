@@ -25,6 +25,8 @@ class PlannedUnit(Protocol):
     """True where the unit holds fitted tensors."""
     stock: ClassVar[bool]
     """True where stock networks may come out of it."""
+    gguf: ClassVar[bool]
+    """True where llama.cpp has an architecture that says it."""
 
     def require(self, replacement: Any) -> None:
         """Check that a replacement is one of this unit.
@@ -66,6 +68,11 @@ def searched_units() -> tuple[str, ...]:
 def stock_units() -> tuple[str, ...]:
     """Return the names of the units from which stock networks may come."""
     return tuple(name for name, unit in UNITS.items() if unit.searched and unit.stock)
+
+
+def gguf_units() -> tuple[str, ...]:
+    """Return the names of the units that have a place in a GGUF file."""
+    return tuple(name for name, unit in UNITS.items() if unit.searched and unit.gguf)
 
 
 def _known(name: str) -> str:

@@ -49,6 +49,7 @@ class AttentionLinear(WidthUnit):
     of_heads = True
     whole = True
     replaces = True
+    gguf = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return attention as the one thing to take, in blocks that run by their own code."""

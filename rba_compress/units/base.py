@@ -141,6 +141,8 @@ class Unit(ABC):
     """True where the unit holds a map, which is fitted to the original streams."""
     stock: ClassVar[bool] = False
     """True where stock networks may come out of it, with fewer blocks or of other widths."""
+    gguf: ClassVar[bool] = False
+    """True where llama.cpp has an architecture that says it."""
     scheduled: ClassVar[bool] = False
     """True where `schedules` set the levels of all blocks at once, so that the search's table needs one
     level of each site alone.

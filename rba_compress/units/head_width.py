@@ -35,6 +35,7 @@ class HeadWidth(ChannelWidth):
     of_heads = True
     whole = True
     stock = True
+    gguf = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the heads, or groups of heads, that the output layer reads."""

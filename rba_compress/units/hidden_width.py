@@ -16,6 +16,7 @@ class HiddenWidth(ChannelWidth):
     name = "hidden_width"
     second = True
     stock = True
+    gguf = True
 
     def width(self, inside: Inside, b: int) -> tuple[Width | None, list[str]]:
         """Return the channels between layers: of several numbers, the one that costs most."""

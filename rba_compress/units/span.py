@@ -37,6 +37,7 @@ class Span(Unit):
 
     name = "span"
     stock = True
+    gguf = True
     removes = True
     mixes = False
 
