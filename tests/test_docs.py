@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {"vit_small_patch16_224": "test_vit"}
 SLOW: dict[str, tuple[str, ...]] = {
     "ecosystem": ("torchao", "peft", "lightning"),
+    "language-models": ("transformers", "xllamacpp"),
     "latent": (),
     "onnx-runtime": (),
     "budgets": (),
@@ -57,6 +58,11 @@ def pages() -> list[object]:
 def test_every_block_of_a_page_runs(name: str, work: Path) -> None:
     for package in SLOW.get(name, ()):
         pytest.importorskip(package)
+    if name == "language-models":
+        texts = pytest.importorskip("tests.texts")
+        texts.write_model(work / "llm")
+        for seed, part in enumerate(("calibration", "test")):
+            (work / f"{part}.txt").write_text(texts.sentences(seed))
     text = (DOCS / f"{name}.md").read_text()
     for long, short in SMALLER.items():
         text = text.replace(long, short)

@@ -227,6 +227,8 @@ class _Job(_Data):
     """Values of a to try in the shrunk map (1 - a) I + a T, and in folded corrections."""
     refit: bool = True
     """Re-solve kept layers behind a replaced span if that helps."""
+    window: int | None = None
+    """The longest span of blocks that is replaced at once; bounds memory and time of deep networks."""
     keep_features: bool = False
     """Compute every position, also those that the output does not read."""
     effort: Effort = "default"
@@ -249,7 +251,17 @@ class _Job(_Data):
         require_vacant(self.out)
         given = {name: getattr(self, name) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
-        own = ("maps", "shrinks", "refit", "keep_features", "effort", "stock", "deploy", "seed")
+        own = (
+            "maps",
+            "shrinks",
+            "refit",
+            "window",
+            "keep_features",
+            "effort",
+            "stock",
+            "deploy",
+            "seed",
+        )
         config = Config(**{name: getattr(self, name) for name in own})
         if self.model.startswith(PREFIX):
             texts, data = self.texts(self.model, "num_classes", "accuracy_drop")

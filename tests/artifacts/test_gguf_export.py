@@ -9,48 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from rba_compress import Budget, Config, ExportError, Result, compress, export_gguf
 from rba_compress.cli.main import main
 from tests.networks import seeded
-from tests.test_language import SIZES
+from tests.texts import TEXTS, byte_tokenizer, causal
 
 pytest.importorskip("xllamacpp")
-
-TEXTS = [
-    "the quick brown fox jumps over the lazy dog, twice; and then it sleeps.",
-    "a model reads 1234 numbers and\n\nsome lines of text",
-    "What is left of a network whose layers are narrower than they were?",
-]
-LARGE = SIZES | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 384,
-    "max_position_embeddings": 256,
-}
-
-
-def tokenizer() -> Any:
-    """A byte-level BPE, trained on three sentences."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    made.train_from_iterator(TEXTS * 4, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def network(kind: str = "Llama", **changes: Any) -> nn.Module:
-    config = getattr(transformers, f"{kind}Config")(**LARGE | changes)
-    return seeded(getattr(transformers, f"{kind}ForCausalLM"), config)
 
 
 def written(
@@ -62,7 +28,7 @@ def written(
     data = [{"input_ids": part, "use_cache": False} for part in ids.split(10)]
     found = compress(model, data, budget=Budget(macs=macs), config=config)
     found.save(path, fold=fold)
-    tokenizer().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return found
 
 
@@ -76,7 +42,7 @@ UNITS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNITS)
 def test_llama_cpp_computes_what_pytorch_does(name: str, tmp_path: Path) -> None:
-    found = written(tmp_path / "out", network(), Config(**UNITS[name], effort="quick"))
+    found = written(tmp_path / "out", causal(), Config(**UNITS[name], effort="quick"))
     assert found.plan.replacements
     certificate = export_gguf(tmp_path / "out", tmp_path / "model.gguf", TEXTS, type="f32")
     assert certificate.architecture == ("llama" if name == "spans" else "deci")
@@ -91,7 +57,7 @@ def test_llama_cpp_computes_what_pytorch_does(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_a_stock_network_keeps_its_architecture(kind: str, tmp_path: Path) -> None:
     changes = {"head_dim": 16} if kind == "Qwen3" else {}
-    model = network(kind, **changes)
+    model = causal(kind, **changes)
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):  # as after training
             generator = torch.Generator().manual_seed(len(name))
@@ -109,7 +75,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a network whose layers have widths of their own."""
     path = tmp_path_factory.mktemp("gguf") / "out"
     # Embeddings as small as trained ones, whose logits do not saturate.
-    model = network(initializer_range=0.1)
+    model = causal(initializer_range=0.1)
     found = written(path, model, Config(deploy="gguf", effort="quick"), macs=0.7)
     assert {r.unit for r in found.plan.replacements} <= {
         "span",
@@ -150,13 +116,13 @@ def test_what_has_no_place_in_a_file_is_refused(uneven: Path, tmp_path: Path) ->
         export_gguf(uneven, target, ["  "])
     with pytest.raises(ExportError, match="no GGUF file is written in 'q2_k'"):
         export_gguf(uneven, target, TEXTS, type="q2_k")  # type: ignore[arg-type]
-    mapped = network()
+    mapped = causal()
     how = Config(units=("span",), maps=("linear",), effort="quick")
     found = written(tmp_path / "mapped", mapped, how)
     assert any(r.map.kind == "linear" for r in found.plan.replacements)
     with pytest.raises(ExportError, match=r"-> linear has no place in a GGUF file: .*deploy='gguf'"):
         export_gguf(tmp_path / "mapped", target, TEXTS)
-    written(tmp_path / "qwen", network("Qwen2"), Config(units=("hidden_width",), effort="quick"))
+    written(tmp_path / "qwen", causal("Qwen2"), Config(units=("hidden_width",), effort="quick"))
     with pytest.raises(ExportError, match=r"a qwen2 of layers of several widths .*stock=True"):
         export_gguf(tmp_path / "qwen", target, TEXTS)
     other = transformers.GPTNeoXConfig(
@@ -165,7 +131,7 @@ def test_what_has_no_place_in_a_file_is_refused(uneven: Path, tmp_path: Path) ->
     written(tmp_path / "other", seeded(transformers.GPTNeoXForCausalLM, other), Config(effort="quick"))
     with pytest.raises(ExportError, match="a gpt_neox is not written as GGUF: llama, "):
         export_gguf(tmp_path / "other", target, TEXTS)
-    written(tmp_path / "bare", network(), Config(deploy="gguf", effort="quick"))
+    written(tmp_path / "bare", causal(), Config(deploy="gguf", effort="quick"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).unlink()
     with pytest.raises(ExportError, match="has no tokenizer that is written as GGUF"):
