@@ -40,7 +40,7 @@ from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.search import DEFAULT_BUDGET, searched
 from rba_compress.planning.span_fits import paper_span
 from rba_compress.planning.state import Solution
-from rba_compress.profiling.cost import cost
+from rba_compress.profiling.cost import cache_bytes, cost
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.drift import ReferenceStatistics, Shift
 from rba_compress.profiling.fidelity import Criterion, Fidelity, Function, fidelity
@@ -591,6 +591,8 @@ def compare(
         samples=samples,
         original=seen.original,
         compressed=cost(compressed, seen.example),
+        cache_original=cache_bytes(original, seen.example),
+        cache_compressed=cache_bytes(compressed, seen.example),
         fidelity=found,
         latency=timed,
         forward_passes=plan.forward_passes,

@@ -40,6 +40,9 @@ class Report(Frozen):
     """Description of the samples: the held-out part of the loader, or a test set."""
     original: Cost
     compressed: Cost
+    cache_original: int | None = None
+    """Bytes of keys and values that a language model holds for each token, as `cache_compressed`."""
+    cache_compressed: int | None = None
     fidelity: Fidelity
     latency: Latency
     forward_passes: float | None = None
@@ -111,6 +114,9 @@ class Report(Frozen):
             _row(f"latency, batch {t.batch}", f"{t.original_ms:.2f} ms", f"{t.compressed_ms:.2f} ms",
                  t.ratio),
         ]  # fmt: skip
+        if self.cache_original and self.cache_compressed is not None:
+            before, after = self.cache_original, self.cache_compressed
+            rows.append(_row("cache, bytes a token", f"{before:,}", f"{after:,}", after / before))
         return rows
 
     def _repr_html_(self) -> str:
@@ -222,7 +228,7 @@ def verdicts(report: Report) -> list[Row]:
         said[divergence_name(f)] = f"{f.divergence_low:.4f} to {f.divergence_high:.4f}", ""
     speed = "faster" if t.ratio_high < 1 else "slower" if t.ratio_low > 1 else "no difference"
     said[f"latency, batch {t.batch}"] = f"{t.ratio_low:.3f} to {t.ratio_high:.3f}", speed
-    said["MACs"] = said["parameters"] = "exact", ""
+    said["MACs"] = said["parameters"] = said["cache, bytes a token"] = "exact", ""
     return [Row(*row, *said.get(row[0], ("", ""))) for row in report.rows()]
 
 

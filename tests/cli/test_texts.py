@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rba_compress import LoaderError, ModelError, load
+from rba_compress.artifacts.artifact import read_report
 from rba_compress.cli.main import main
 from rba_compress.cli.texts import TextModel, perplexity
 from rba_compress.core.batch import as_batch
@@ -75,6 +76,15 @@ def test_a_language_model_is_compressed_on_a_text(
     batches = [as_batch(item) for item in model.loader(test, length=16, batch_size=16)]
     measured = [perplexity(network, batches) for network in (model.network, compressed)]
     assert told["perplexity"] == pytest.approx(measured, rel=1e-5)
+    report: Any = read_report(folder / "out")
+    # Four layers of two key heads of eight channels, and as many values, in float32.
+    assert report.cache_original == 4 * 2 * 2 * 8 * 4
+    cached: Any = compressed(torch.arange(3, 9)[None], use_cache=True).past_key_values
+    held = sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in cached.layers if layer.keys is not None
+    )
+    assert report.cache_compressed == held / 6
+    assert "cache, bytes a token" in report.table()
     again = transformers.AutoTokenizer.from_pretrained(folder / "out")
     prompt = again("hello world", return_tensors="pt")
     found = compressed.generate(**prompt, max_new_tokens=5, do_sample=False)
