@@ -29,7 +29,7 @@ from rba_compress.profiling.latency import benchmark, block_times
 from rba_compress.profiling.profiler import Profile
 from rba_compress.profiling.search_record import EvaluatedNetwork
 
-TOKENS = 16_384
+TOKENS = 8_192
 """Tokens, or other distributions over classes, that are validated on at most where each sample has
 many: choosing needs fewer of them than fitting does.
 """
