@@ -187,7 +187,9 @@ class _Read:
         report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
-    def told(self, result: Result, original: nn.Module, out: Path, say: Say) -> dict[str, JsonValue]:
+    def delivered(
+        self, result: Result, original: nn.Module, out: Path, say: Say
+    ) -> dict[str, JsonValue]:
         """Write what transformers reads beside a network that was saved; say and return the perplexity
         of a causal model, before and after, on what is reported on.
         """
@@ -311,7 +313,7 @@ class Compress(_Job):
             if self.html:
                 result.report.to_html(self.out / PAGE)
         say(result.report.table())
-        told = _told(result.report, self.out) | job.data.told(result, job.original, self.out, say)
+        told = _told(result.report, self.out) | job.data.delivered(result, job.original, self.out, say)
         say(f"saved to {self.out}")
         return told
 
@@ -353,7 +355,7 @@ class Heal(_Data):
         healed = data.reported(healed, original)
         healed.save(self.out, architecture=architecture, hub=self.hub)
         say("\n".join([healed.report.table(), *notes]))
-        told = _told(healed.report, self.out) | data.told(healed, original, self.out, say)
+        told = _told(healed.report, self.out) | data.delivered(healed, original, self.out, say)
         say(f"saved to {self.out}")
         return told
 
