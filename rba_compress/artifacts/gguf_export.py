@@ -142,15 +142,21 @@ def _layers(network: Any, plan: Plan) -> list[_Layer]:
     Raises:
         ExportError: the network is of another family, or the plan cannot be said.
     """
-    config = network.config
-    kind = config.model_type
-    if kind not in FAMILIES or "CausalLM" not in type(network).__name__:
+    config = getattr(network, "config", None)
+    kind = getattr(config, "model_type", type(network).__name__)
+    if config is None or kind not in FAMILIES or "CausalLM" not in type(network).__name__:
         raise ExportError(f"a {kind} is not written as GGUF: {', '.join(FAMILIES)} are")
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rotary.get("rope_type", "default") != "default":
-        raise ExportError(
-            f"rotary positions of the type {rotary['rope_type']!r} are not written as GGUF"
-        )
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    for setting, fits in (
+        (f"rope_type={rotary.get('rope_type')!r}", rotary.get("rope_type", "default") == "default"),
+        (f"hidden_act={config.hidden_act!r}", config.hidden_act == "silu"),
+        (f"sliding_window={window}", window is None or window >= config.max_position_embeddings),
+    ):
+        if not fits:
+            raise ExportError(f"a {kind} of {setting} is not written as GGUF")
     for new in plan.in_order:
         if new.unit not in gguf_units() or new.map.kind not in ("identity", "folded"):
             raise ExportError(f"{new} has no place in a GGUF file: search with Config(deploy='gguf')")

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from rba_compress import Budget, Config, ExportError, Result, compress, export_gguf
+from rba_compress import ArtifactError, Budget, Config, ExportError, Result, compress, export_gguf
 from rba_compress.cli.main import main
-from tests.networks import seeded
+from tests.networks import Chain, loader, seeded
 from tests.texts import TEXTS, byte_tokenizer, causal
 
 pytest.importorskip("xllamacpp")
@@ -136,6 +136,20 @@ def test_what_has_no_place_in_a_file_is_refused(uneven: Path, tmp_path: Path) ->
         (tmp_path / "bare" / name).unlink()
     with pytest.raises(ExportError, match="has no tokenizer that is written as GGUF"):
         export_gguf(tmp_path / "bare", target, TEXTS)
+    for changes, reason in (
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ):
+        path = tmp_path / reason
+        written(path, causal(**changes), Config(deploy="gguf", effort="quick"))
+        with pytest.raises(ExportError, match=f"a llama of {reason} is not written as GGUF"):
+            export_gguf(path, target, TEXTS)
+    written(tmp_path / "near", causal("Mistral", sliding_window=8), Config(stock=True, effort="quick"))
+    with pytest.raises(ExportError, match="a mistral of sliding_window=8 is not written"):
+        export_gguf(tmp_path / "near", target, TEXTS)
+    compress(seeded(Chain), loader(), budget=Budget(macs=0.8)).save(tmp_path / "chain")
+    with pytest.raises((ExportError, ArtifactError), match="GGUF|original"):
+        export_gguf(tmp_path / "chain", target, TEXTS)
     assert not target.exists()
     target.write_text("mine")
     with pytest.raises(ExportError, match="exists"):
