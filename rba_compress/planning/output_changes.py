@@ -38,7 +38,7 @@ from rba_compress.planning.state import (
     undone,
     with_candidate,
 )
-from rba_compress.profiling.quadratic_form import Change, changes
+from rba_compress.profiling.quadratic_form import Change, changes, likeliest, of_classes
 from rba_compress.profiling.search_record import OptionRun
 from rba_compress.units.registry import unit_of
 from rba_compress.units.width import WidthUnit
@@ -88,7 +88,9 @@ class _Runs:
         context.rebase(state)
         self._context, self._evaluator = context, context.evaluator
         self._before = state.evaluation.divergence
-        unchanged = [self._changes(k, output) for k, output in enumerate(self._evaluator.current)]
+        criterion, current = context.evaluator.criterion, context.evaluator.current
+        self._classes = [likeliest(criterion, output) for output in current]
+        unchanged = [self._changes(k, output) for k, output in enumerate(current)]
         self.interact = not context.ranks.sum(any(found is None for found in unchanged))
         """False where the divergence has no second derivative: rises add up then."""
         if context.evaluator.criterion.function is not None:
@@ -109,9 +111,10 @@ class _Runs:
         return [run.rise for run in self._done]
 
     def _changes(self, k: int, output: Any) -> list[Change] | None:
-        evaluator = self._evaluator
-        expected, before = evaluator.expected[k], evaluator.current[k]
-        return changes(evaluator.criterion, expected, before, output, evaluator.batches[k])
+        evaluator, classes = self._evaluator, self._classes[k]
+        outputs = (evaluator.expected[k], evaluator.current[k], output)
+        expected, before, after = (of_classes(each, classes) for each in outputs)
+        return changes(evaluator.criterion, expected, before, after, evaluator.batches[k])
 
     def add(self, solution: Solution, at: tuple[int, int]) -> int:
         """Run a network that equals the current one up to a boundary; return the index of the run.

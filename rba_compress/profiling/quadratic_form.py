@@ -13,6 +13,9 @@ current output, and d the change of the scores:
     nse        f = sqrt(2 / power) d                 (exact)
     cosine     f = y / ||y|| - x / ||x||             (exact, since 1 - cos = ||x^ - y^||^2 / 2)
 
+Of a large vocabulary the likeliest classes of the current output are taken alone (`likeliest`): by the
+square root of q, the others hardly count.
+
 A user-defined divergence has the inner products d_u' H d_v, with H its second derivative; where it
 cannot be differentiated twice, changes are taken to add up without interaction.
 """
@@ -31,6 +34,10 @@ from rba_compress.core.outputs import per_sample
 from rba_compress.core.plan import ComparedOutput, Divergence
 from rba_compress.profiling.fidelity import Criterion, Function, real_tokens
 
+LARGE = 4096
+"""Classes of a vocabulary, above which the likeliest ones are taken alone."""
+CLASSES = 1024
+
 
 @dataclass(frozen=True)
 class Change:
@@ -39,6 +46,26 @@ class Change:
     rows: Tensor
     dual: Tensor
     """The same rows, or for a user-defined divergence their products with its second derivative."""
+
+
+def likeliest(criterion: Criterion, output: Any) -> dict[str, Tensor]:
+    """Return the indices of the `CLASSES` largest scores of outputs with more classes, by name."""
+    found: dict[str, Tensor] = {}
+    if criterion.kind == "kl":
+        for name, scores in output.items():
+            if scores.ndim > 1 and scores.shape[-1] > LARGE:
+                found[name] = scores.topk(CLASSES, -1, sorted=False).indices
+    return found
+
+
+def of_classes(output: Any, classes: dict[str, Tensor]) -> Any:
+    """Return an output with the scores of some classes alone."""
+    if not classes:
+        return output
+    return {
+        name: scores.gather(-1, classes[name]) if name in classes else scores
+        for name, scores in output.items()
+    }
 
 
 def changes(
@@ -99,7 +126,7 @@ def _scores(
     kind: Divergence, before: Tensor, after: Tensor, classes: int, probabilities: bool
 ) -> Tensor:
     """Return rows of score changes in the metric of the current scores, (rows, classes)."""
-    wide = torch.float32 if classes > 4096 else torch.float64
+    wide = torch.float32 if classes > LARGE else torch.float64
     x, y = (each.reshape(-1, classes).to(wide) for each in (before, after))
     if kind == "kl":
         if probabilities:

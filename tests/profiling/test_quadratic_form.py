@@ -9,7 +9,7 @@ from torch import Tensor
 from rba_compress.core.batch import Batch
 from rba_compress.core.plan import ComparedOutput
 from rba_compress.profiling.fidelity import Criterion
-from rba_compress.profiling.quadratic_form import changes
+from rba_compress.profiling.quadratic_form import CLASSES, changes, likeliest, of_classes
 
 
 def criterion(kind: str, **how: Any) -> Criterion:
@@ -126,3 +126,20 @@ def test_a_function_has_the_products_with_its_second_derivative() -> None:
 def test_a_function_without_derivative_has_no_form(function: Any) -> None:
     x = torch.randn(4, 5)
     assert changes(Criterion("given", function), x, x, x + 1, batch(4)) is None
+
+
+def test_the_likeliest_classes_of_a_vocabulary_stand_for_all() -> None:
+    """On scores as peaked as a language model's: the others hardly count."""
+    generator = torch.Generator().manual_seed(0)
+    before, one, two = (torch.randn(2, 8, 6000, generator=generator) for _ in range(3))
+    before, two = 5 * before, one + 0.5 * two
+    how, given = criterion("kl"), batch(2)
+    classes = likeliest(how, {"y": before})
+    assert {name: index.shape for name, index in classes.items()} == {"y": (2, 8, CLASSES)}
+    outputs = [{"y": before}, {"y": before + 0.1 * one}, {"y": before + 0.1 * two}]
+    whole = mixed(how, given, outputs[0], (outputs[1], outputs[2]), outputs[0])
+    few = [of_classes(output, classes) for output in outputs]
+    found = mixed(how, given, few[0], (few[1], few[2]), few[0])
+    assert found == pytest.approx(whole, rel=0.03)
+    assert not likeliest(how, {"y": before[..., :1000]})
+    assert not likeliest(criterion("nse"), {"y": before})
