@@ -242,7 +242,11 @@ class Descent:
         def meets(cost: Cost) -> bool:
             return not self.limits.lacking(cost)
 
-        start = self._widened(self._scheduled(before, self.context.start, meets), meets).state
+        start = self._scheduled(before, self.context.start, meets).state
+        wide = widened(self.context, start, meets) if most else start
+        if wide is not start:
+            gain = start.mean - wide.mean
+            start = self.context.log.decided("schedule", wide.solution.plan, wide, gain)
         new = traded(self.context, start, most if self.staged else most // 2)
         self.verified[k] = replace(before, traded=True)
         if new is not state:
@@ -263,15 +267,6 @@ class Descent:
         self.context.log.decided("schedule", state.solution.plan, state, gain)
         return Verified(state, self.limits.size(state.cost), network.predicted)
 
-    def _widened(self, network: Verified, meets: Callable[[Cost], bool]) -> Verified:
-        """Try a schedule in place of what narrows a network's blocks."""
-        context, state = self.context, network.state
-        wide = widened(context, state, meets) if context.spent.trades else state
-        if wide is state:
-            return network
-        context.log.decided("schedule", wide.solution.plan, wide, state.mean - wide.mean)
-        return Verified(wide, self.limits.size(wide.cost), network.predicted)
-
     def _schedule_current(self) -> bool:
         """Try schedules of the network from which the next stage would start; return False where that
         was done before.
@@ -286,11 +281,7 @@ class Descent:
         end = min(network.size, self._target() + self.context.spent.stage)
         starts = [v.state for v in self.verified[:k] if v.scheduled and v.size > network.size]
         before = starts or [self.context.start]
-
-        def meets(cost: Cost) -> bool:
-            return bool(size(cost) <= end + 1e-9)
-
-        new = self._widened(self._scheduled(network, before[-1], meets), meets)
+        new = self._scheduled(network, before[-1], lambda cost: size(cost) <= end + 1e-9)
         self.verified[k] = replace(network, scheduled=True)
         if new is not network:
             self._current = len(self.verified)
