@@ -285,7 +285,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "flush", full)
+    monkeypatch.setattr("rba_compress.core.io.flush", full)
     with pytest.raises(ExportError, match=r"cannot write .*No space left on device"):
         export_onnx(seeded(Chain), tmp_path / "deep" / "model.onnx", rows(4))
     assert not list((tmp_path / "deep").iterdir())
