@@ -102,8 +102,10 @@ def export_gguf(
         ArtifactError, WeightsError: the directory holds no artefact that loads.
     """
     root, target = Path(directory), Path(path).absolute()
-    if target.exists() or target.is_symlink():
-        raise ExportError(f"{target} exists: name a new file, or remove it first")
+    certificate = target.with_name(f"{target.name}.certificate.json")
+    for taken in (target, certificate):
+        if taken.exists() or taken.is_symlink():
+            raise ExportError(f"{taken} exists: name a new file, or remove it first")
     if type not in TOLERANCES:
         raise ExportError(f"no GGUF file is written in {type!r}: take {', '.join(TOLERANCES)}")
     texts = [text for text in texts if text.strip()]
@@ -131,8 +133,7 @@ def export_gguf(
         writer.write_tensors_to_file()
         writer.close()
         found = _compared(network, vocabulary, _Written(file, type, architecture), texts)
-        certificate = folder / f"{target.name}.certificate.json"
-        write_text(certificate, found.model_dump_json(indent=2) + "\n")
+        write_text(folder / certificate.name, found.model_dump_json(indent=2) + "\n")
     return found
 
 
@@ -322,6 +323,13 @@ class _Vocabulary:
             raise ExportError(f"the tokenizer has {len(tokenizer)} tokens, the network {size}")
         return cls(tokenizer, size, splits)
 
+    def prompt(self, text: str, length: int) -> tuple[Tensor, str]:
+        """Return the first tokens of a text, (1, at most `length`), and their text."""
+        ids: Tensor = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=length)[
+            "input_ids"
+        ]
+        return ids, str(self.tokenizer.decode(ids[0], skip_special_tokens=True))
+
     def unprinted(self) -> list[int]:
         """Return the tokens that are no text alone: special ones, and parts of characters, which
         llama.cpp's server does not list.
@@ -375,15 +383,13 @@ def _compared(
     Raises:
         ExportError: llama.cpp cannot run the file, or computes something else.
     """
-    file, kind, tokenizer = written.file, written.kind, vocabulary.tokenizer
+    file, kind = written.file, written.kind
     never = vocabulary.unprinted()
     runner = _Runner(file, never, length=network.config.max_position_embeddings)
     gaps: list[float] = []
     with evaluating(network):
         for text in texts:
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=runner.length // 2)
-            ids = ids["input_ids"]
-            prompt = tokenizer.decode(ids[0], skip_special_tokens=True)
+            ids, prompt = vocabulary.prompt(text, runner.length // 2)
             theirs, tokens = runner.continued(prompt, 1)
             if tokens != ids.shape[1]:
                 raise ExportError(
@@ -398,15 +404,15 @@ def _compared(
                 f"llama.cpp is {worst:.2g} from PyTorch in the log-probability of a token, in {kind}: "
                 f"{TOLERANCES[kind]} is allowed"
             )
-        first = tokenizer(texts[0], return_tensors="pt", truncation=True, max_length=runner.length // 2)
+        first, prompt = vocabulary.prompt(texts[0], runner.length // 2)
+        tokens = min(GREEDY, runner.length - first.shape[1])
         started = time.perf_counter()
-        whole = network.generate(
-            **first, max_new_tokens=GREEDY, do_sample=False, suppress_tokens=never
-        )[0]
+        how = {"attention_mask": torch.ones_like(first), "suppress_tokens": never}
+        whole = network.generate(first, max_new_tokens=tokens, do_sample=False, **how)[0]
         ours_seconds = time.perf_counter() - started
-    wanted = whole[first["input_ids"].shape[1] :].tolist()
+    wanted = whole[first.shape[1] :].tolist()
     started = time.perf_counter()
-    found = [step.token for step in runner.continued(texts[0], len(wanted))[0]]
+    found = [step.token for step in runner.continued(prompt, len(wanted))[0]]
     seconds = time.perf_counter() - started
     equal = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
     return GgufCertificate(

@@ -187,7 +187,7 @@ class Config(Asked):
     keep_features, and leaves out units that no stock network has."""
     deploy: Literal["any", "gguf"] = "any"
     """Runtime: with "gguf" the search takes only what `export_gguf` can write for llama.cpp. Overrides
-    maps, units and keep_features as `stock` does."""
+    maps and keep_features, and leaves out units, as `stock` does."""
     shrinks: tuple[Share, ...] = Field((0.4, 0.7, 1.0), min_length=1)
     """Coefficients a of shrunk maps (1 - a) I + a T, and of folded corrections, to try."""
     fold_damping: float = Field(0.01, ge=0)

@@ -24,6 +24,8 @@ from rba_compress.core.plan import ComparedOutput, Divergence
 from rba_compress.core.schema import Frozen
 from rba_compress.linalg.moments import Spread, Total
 
+LARGE = 4096
+"""Classes above which a vocabulary counts as large."""
 Function = Callable[[Any, Any, Batch], Tensor]
 """User-defined divergence: the raw outputs of the original and of the compressed network, and the batch
 -> the divergence of each sample, (N,), at least 0."""
@@ -154,7 +156,7 @@ def _token_kl(original: Tensor, compressed: Tensor, probabilities: bool) -> Tens
     A large vocabulary is computed in float32, accurate to 1e-6: float64 would take as long as the
     network.
     """
-    wide = torch.float32 if original.shape[-1] > 4096 else torch.float64
+    wide = torch.float32 if original.shape[-1] > LARGE else torch.float64
     original, compressed = original.to(wide), compressed.to(wide)
     if probabilities:
         original, compressed = (

@@ -32,11 +32,10 @@ from torch.utils import _pytree as pytree
 from rba_compress.core.batch import Batch
 from rba_compress.core.outputs import per_sample
 from rba_compress.core.plan import ComparedOutput, Divergence
-from rba_compress.profiling.fidelity import Criterion, Function, real_tokens
+from rba_compress.profiling.fidelity import LARGE, Criterion, Function, real_tokens
 
-LARGE = 4096
-"""Classes of a vocabulary, above which the likeliest ones are taken alone."""
 CLASSES = 1024
+"""Classes that are taken of a large vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Change:
 
 
 def likeliest(criterion: Criterion, output: Any) -> dict[str, Tensor]:
-    """Return the indices of the `CLASSES` largest scores of outputs with more classes, by name."""
+    """Return the indices of the `CLASSES` largest scores of outputs with more than `LARGE`, by name."""
     found: dict[str, Tensor] = {}
     if criterion.kind == "kl":
         for name, scores in output.items():

@@ -48,6 +48,8 @@ def test_llama_cpp_computes_what_pytorch_does(name: str, tmp_path: Path) -> None
     assert certificate.architecture == ("llama" if name == "spans" else "deci")
     assert certificate.greedy_equal == certificate.greedy == 64
     assert certificate.max_gap < 1e-3
+    long = export_gguf(tmp_path / "out", tmp_path / "long.gguf", [" ".join(TEXTS * 20)], type="f32")
+    assert long.greedy_equal == 64  # of a text that is longer than the network reads
     known = json.loads((tmp_path / "model.gguf.certificate.json").read_text())
     assert known == json.loads(certificate.model_dump_json())
     assert known["bytes"] == (tmp_path / "model.gguf").stat().st_size
@@ -155,6 +157,9 @@ def test_what_has_no_place_in_a_file_is_refused(uneven: Path, tmp_path: Path) ->
     with pytest.raises(ExportError, match="exists"):
         export_gguf(uneven, target, TEXTS)
     assert target.read_text() == "mine"
+    target.rename(tmp_path / "model.gguf.certificate.json")
+    with pytest.raises(ExportError, match=r"certificate.json exists"):
+        export_gguf(uneven, target, TEXTS)
 
 
 @pytest.mark.slow
