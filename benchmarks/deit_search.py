@@ -16,8 +16,8 @@ import tyro
 
 from benchmarks.real_data import deit_tiny, imagenet
 from rba_compress import Budget, Config, compress
-from rba_compress.api import compare
 from rba_compress.core.loader import read
+from rba_compress.reporting.comparison import measured
 
 
 @dataclass
@@ -36,7 +36,7 @@ def main(how: Run) -> None:
         start = time.perf_counter()
         found = compress(model, calibration, budget=Budget(macs=how.macs), config=Config(seed=seed))
         seconds = time.perf_counter() - start
-        report = compare(
+        report = measured(
             model, found.model, read(test), found.profile, found.plan, samples="test split"
         )
         fidelity, latency = report.fidelity, report.latency

@@ -36,6 +36,7 @@ from rba_compress.planning.search import search
 from rba_compress.profiling.drift import Shift
 from rba_compress.profiling.latency import benchmark
 from rba_compress.profiling.profiler import Profile, profile
+from rba_compress.reporting.comparison import compare
 from rba_compress.reporting.plots import plot_pareto, plot_similarity, plot_span_errors
 from rba_compress.reporting.report import Report
 from rba_compress.units.offers import supports
@@ -72,6 +73,7 @@ __all__ = [
     "Support",
     "WeightsError",
     "benchmark",
+    "compare",
     "compress",
     "export_gguf",
     "export_onnx",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -24,9 +24,8 @@ from rba_compress.artifacts.levels import write_levels
 from rba_compress.artifacts.pareto_front import Point
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.config import Budget, Config, Healing
-from rba_compress.core.cost import Cost
 from rba_compress.core.distributed import current
-from rba_compress.core.errors import ArtifactError, FidelityError, PlanError
+from rba_compress.core.errors import ArtifactError, ConfigError, FidelityError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.loader import Dealt, Split, workers_named
 from rba_compress.core.loader_form import form_of
@@ -36,23 +35,20 @@ from rba_compress.graph.rewrite import copy_model, replace_parameters
 from rba_compress.graph.tracer import record
 from rba_compress.healing.loop import distil
 from rba_compress.healing.student import require_shapes
-from rba_compress.planning.plan_cost import network_cost
+from rba_compress.planning.by_hand import ByHand, Spans, replaced
 from rba_compress.planning.search import DEFAULT_BUDGET, searched
 from rba_compress.planning.span_fits import paper_span
 from rba_compress.planning.state import Solution
-from rba_compress.profiling.cost import cache_bytes, cost
 from rba_compress.profiling.criterion import criterion_of
 from rba_compress.profiling.drift import ReferenceStatistics, Shift
-from rba_compress.profiling.fidelity import Criterion, Fidelity, Function, fidelity
-from rba_compress.profiling.latency import Latency, benchmark
-from rba_compress.profiling.profiler import Profile, fingerprint, profile
-from rba_compress.reporting.changed_samples import MostChanged
+from rba_compress.profiling.fidelity import Criterion, Function, Metric, fidelity
+from rba_compress.profiling.profiler import Profile, fingerprint, profiled, without_moments
+from rba_compress.reporting.comparison import HELD_OUT, measured, unmeasured
 from rba_compress.reporting.report import Report, divergence_name
 from rba_compress.reporting.report_data import Details, Summary
 from rba_compress.units.offers import discover
 from rba_compress.units.splice import splice, splice_shared
 
-HELD_OUT = "held out of the loader"
 BOUNDS = {"kl": 0.5, "bernoulli": 0.5, "nse": 0.5, "cosine": 0.25}
 """Largest mean divergence of an output on held-out samples that a network may have if no budget was
 given: half a nat of probabilities, half the variance of the output, 41 degrees."""
@@ -158,7 +154,9 @@ def compress(
     *,
     budget: Budget | None = None,
     config: Config | None = None,
+    spans: Spans | None = None,
     divergence: Function | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Rewrite `model` into a cheaper network of the same class, without training.
@@ -177,7 +175,13 @@ def compress(
             of it.
         budget: what the compressed network may cost; by default three quarters of the MACs.
         config: the settings of the search.
+        spans: spans (start, stop) of blocks `start..stop-1` to replace by hand: exactly these, without
+            a search and with every position computed, by the map in `config.maps`; of several maps by
+            the one whose output diverges least on the validation samples. `{"layer3": [(1, 3)]}` names
+            the chain where there are several.
         divergence: a user-defined divergence of the output, as in `profile`.
+        metrics: metrics of the task by name, as in `profile`: reported before and after, and limited by
+            `Budget(metric_drop={name: 0.01})`.
         checkpoint: a file that is written twice a minute while the search runs, and removed at the end;
             `<checkpoint>.profile` is the same for the profile. If a file exists at the start, the work
             resumes from it, with the same result as without an interruption.
@@ -185,29 +189,59 @@ def compress(
     Raises:
         RBAError: one of its subclasses, before anything is changed: `LoaderError`, `ModelError`,
             `NoChainError`, `ActivationError`, `BudgetError`, `ConfigError`, `MemoryLimitError`; and
-            `FidelityError` where no budget was given and the best network is further than `BOUNDS`.
+            `FidelityError` where no budget was given and the best network is further than `BOUNDS`;
+            `PlanError` where the network does not have the spans.
     """
+    # Long: each parameter is a choice of its own, and most calls give two or three.
     budget, original = Budget.of(budget), unwrap(model)
-    first = None if checkpoint is None else f"{checkpoint}.profile"
-    seen = profile(original, loader, config=config, divergence=divergence, checkpoint=first)
+    hand = None if spans is None else ByHand.of(spans)
+    if hand is not None:
+        if budget is not None:
+            raise ConfigError("spans are replaced as they are, without a search: leave out the budget")
+        config = hand.config(Config.of(config) or Config())
+    seen = profiled(
+        original,
+        loader,
+        config=config,
+        divergence=divergence,
+        metrics=metrics,
+        checkpoint=None if checkpoint is None else f"{checkpoint}.profile",
+        require=None if hand is None else hand.require,
+    )
     dealt = list(seen.split(loader).deal("fit", "validation", "test"))
     test = [batch for part, _, batch in dealt if part == "test"]
     # Held-out samples that cannot be compared raise an error here, before the search.
     fidelity(original, original, test, seen.criterion)
-    found = searched(undispatched(original), seen, dealt, budget, checkpoint)
+    in_place = undispatched(original)
+    if hand is None:
+        found = searched(in_place, seen, dealt, budget, checkpoint)
+    else:
+        found = replaced(in_place, seen, dealt, hand)
+    return _result(original, seen, found, dealt, asked=(budget, hand) != (None, None))
+
+
+def _result(
+    original: nn.Module, seen: Profile, found: Solution, dealt: Sequence[Dealt], *, asked: bool
+) -> Result:
+    """Splice a solution and measure it on the test samples.
+
+    Args:
+        asked: True if its cost was asked for, however far it is from the original.
+    """
+    test = [batch for part, _, batch in dealt if part == "test"]
     compressed = splice(original, found.plan, found.tensors, traces=seen.traces)
     steps = _Steps()
     front = steps.run(
         "the front", lambda: measure_front(original, seen, found, test, samples=HELD_OUT), ()
     )
-    unmeasured = _unmeasured(seen, found.plan)
+    bare = unmeasured(seen, found.plan)
     report = (
         front[-1].report
         if front
         else steps.run(
             "the report",
-            lambda: compare(original, compressed, test, seen, found.plan, samples=HELD_OUT),
-            unmeasured,
+            lambda: measured(original, compressed, test, seen, found.plan, samples=HELD_OUT),
+            bare,
         )
     )
     # Where the exact read-out alone met the budget, there was no step.
@@ -224,8 +258,8 @@ def compress(
         ),
         None,
     )
-    if report is not unmeasured:
-        _require_near(report, budget, seen.criterion.outputs)
+    if report is not bare:
+        _require_near(report, seen.criterion.outputs, asked=asked)
     reference = steps.run(
         "the statistics of `check`", lambda: _reference(compressed, found.plan, seen, dealt), None
     )
@@ -260,42 +294,8 @@ def _rival(original: nn.Module, seen: Profile, report: Report, test: Sequence[Ba
     if rival is None:
         return []
     network = splice_shared(original, rival.plan, rival.tensors)
-    measured = compare(original, network, test, seen, rival.plan, samples=HELD_OUT, seconds=0)
-    return [measured.summary.model_copy(update={"method": "paper"})]
-
-
-def _unmeasured(seen: Profile, plan: Plan) -> Report:
-    """Return a report of a plan's cost alone."""
-    nan = math.nan
-    return Report(
-        model=seen.model,
-        plan=str(plan),
-        samples=HELD_OUT,
-        original=seen.original,
-        compressed=Cost(**{k: getattr(network_cost(seen, plan), k) for k in ("macs", "params")}),
-        fidelity=Fidelity(
-            samples=0,
-            kind=seen.criterion.kind,
-            divergence=nan,
-            agreement=None,
-            cosine=nan,
-            accuracy_original=None,
-            accuracy_compressed=None,
-        ),
-        latency=Latency(
-            original_ms=nan,
-            compressed_ms=nan,
-            ratio=nan,
-            ratio_low=nan,
-            ratio_high=nan,
-            pairs=0,
-            batch=len(seen.example),
-            device="",
-        ),
-        forward_passes=plan.forward_passes,
-        notes=(*seen.notes, *plan.notes),
-        warnings=seen.warnings,
-    )
+    found = measured(original, network, test, seen, rival.plan, samples=HELD_OUT, seconds=0)
+    return [found.summary.model_copy(update={"method": "paper"})]
 
 
 def _reference(
@@ -306,8 +306,8 @@ def _reference(
     return ReferenceStatistics.of(compressed, plan, seen.chains, held)
 
 
-def _require_near(report: Report, budget: Budget | None, compared: Sequence[ComparedOutput]) -> None:
-    """Require a network that is near the original, unless a budget was given.
+def _require_near(report: Report, compared: Sequence[ComparedOutput], *, asked: bool) -> None:
+    """Require a network that is near the original, unless its cost was asked for.
 
     Raises:
         FidelityError: the output is not finite, or without a budget further away than `BOUNDS`.
@@ -321,7 +321,7 @@ def _require_near(report: Report, budget: Budget | None, compared: Sequence[Comp
     means = found.outputs or {"": found.divergence}
     bounds = {name: BOUNDS.get(kinds.get(name, found.kind), math.inf) for name in means}
     far = next((name for name, mean in means.items() if mean > bounds[name]), None)
-    if budget is not None or far is None:
+    if asked or far is None:
         return
     low, high = found.divergence_low, found.divergence_high
     interval = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
@@ -436,7 +436,7 @@ def heal(
         plan, tensors = healed_plan, {**tensors, **course.weights}
         model = copy_model(model)
         replace_parameters(model, course.weights)
-    report = compare(original, model, split.part("test"), seen, plan, samples=HELD_OUT)
+    report = measured(original, model, split.part("test"), seen, plan, samples=HELD_OUT)
     details = compressed.report.details
     if details is not None and course.healed is not None:
         healed_row = report.summary.model_copy(update={"method": "healed"})
@@ -484,22 +484,9 @@ def reopen(directory: str | Path, loader: Iterable[Any], *, original: nn.Module)
     plan, how = manifest.plan, manifest.plan.config
     split = Split(loader, how.seed, stretch=how.stretch)
     example = split.first(form_of(original))
-    assert split.form is not None
-    seen = Profile(
-        model=manifest.model,
-        weights=weights,
-        chains=(),
-        refusals=plan.refusals,
-        original=cost(original, example),
-        criterion=Criterion(kind, None, plan.outputs),
-        samples=0,
-        config=plan.config,
-        example=example,
-        order=(),
-        lengths=(),
-        form=split.form,
-    )
-    report = read_report(Path(directory)) or compare(
+    criterion = Criterion(kind, None, plan.outputs)
+    seen = without_moments(original, split, example, criterion, config=how, refusals=plan.refusals)
+    report = read_report(Path(directory)) or measured(
         original, compressed, seen.split(loader).part("test"), seen, plan, samples=HELD_OUT
     )
     return Result(compressed, plan, report, fitted_tensors(plan, compressed.state_dict()), seen)
@@ -514,7 +501,7 @@ def measure_front(
         compressed = splice_shared(original, solution.plan, solution.tensors, seen.traces)
         # The steps before the last are timed for less: at least seven pairs.
         seconds = 0.5 if solution is found.points[-1] else 0.05
-        report = compare(
+        report = measured(
             original, compressed, batches, seen, solution.plan, samples=samples, seconds=seconds
         )
         points.append(Point(solution.plan, report, solution.tensors))
@@ -544,11 +531,17 @@ def save(
         hub: write config.json and a model card beside it, to upload with `huggingface_hub`.
 
     Raises:
-        ArtifactError: the directory is taken or cannot be written; `delta` was combined with `fold` or
-            `hub`.
+        ArtifactError: `result` is no result; the directory is taken or cannot be written; `delta` was
+            combined with `fold` or `hub`.
         PlanError: the plan cannot be folded; search with `Config(stock=True)`.
         WeightsError: `architecture` does not build this network.
     """
+    if not isinstance(result, Result):
+        raise ArtifactError(
+            f"save takes what compress returned, not a {type(result).__name__}: "
+            "compress(model, loader, spans=[(3, 6)]) replaces blocks that you choose, and what it "
+            "returns can be saved, reported and exported"
+        )
     if not current().leads:
         return
     write_artifact(
@@ -563,57 +556,3 @@ def save(
         fold=fold,
         hub=hub,
     )
-
-
-def compare(
-    original: nn.Module,
-    compressed: nn.Module,
-    batches: Iterable[Batch],
-    seen: Profile,
-    plan: Plan,
-    *,
-    samples: str,
-    seconds: float = 0.5,
-) -> Report:
-    """Measure a compressed network against the original: fidelity on `batches`, which `samples` names,
-    cost and latency, for about `seconds`, on the first batch that was profiled.
-    """
-    watch = MostChanged(original)
-    found = fidelity(original, compressed, batches, seen.criterion, watch)
-    timed = Latency(
-        **current().broadcast(
-            lambda: benchmark(original, compressed, seen.example, seconds=seconds).model_dump()
-        )
-    )
-    return Report(
-        model=seen.model,
-        plan=str(plan),
-        samples=samples,
-        original=seen.original,
-        compressed=cost(compressed, seen.example),
-        cache_original=cache_bytes(original, seen.example),
-        cache_compressed=cache_bytes(compressed, seen.example),
-        fidelity=found,
-        latency=timed,
-        forward_passes=plan.forward_passes,
-        notes=(*seen.notes, *plan.notes),
-        warnings=(*seen.warnings, *_unsure(found), *_missed(plan.budget, found, timed)),
-        changed=watch.found(),
-    )
-
-
-def _unsure(found: Fidelity) -> list[str]:
-    if found.divergence_low is not None:
-        return []
-    return [f"no interval can be given on {found.samples} held-out samples: pass 20 samples or more"]
-
-
-def _missed(budget: Budget | None, found: Fidelity, timed: Latency) -> list[str]:
-    """Return the limits that held on the validation samples, or in earlier timing, but not here."""
-    if budget is None:
-        return []
-    missed = budget.broken(found.divergence, found.agreement, found.accuracy_drop)
-    limit = budget.latency
-    if limit is not None and (timed.ratio if limit <= 1 else timed.compressed_ms) > limit:
-        missed.append(f"latency <= {limit:g} (it is {timed.ratio:.3f}, {timed.compressed_ms:.4g} ms)")
-    return [f"on these samples it does not hold that {text}" for text in missed]

@@ -12,10 +12,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from rba_compress import Budget, Result, api, benchmark, compress
+from rba_compress import Budget, Result, benchmark, compress
 from rba_compress.artifacts import onnx_export
 from rba_compress.cli.digits import Split, batches, digits_data, digits_model
 from rba_compress.profiling.latency import Latency
+from rba_compress.reporting import comparison
 from tests.networks import BRIEF_SEARCH
 
 FIRST = {"test_clinical", "test_real_text", "test_real_data", "test_docs"}
@@ -34,7 +35,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(original: nn.Module, compressed: nn.Module, example: Any, *, seconds: float) -> Latency:
         return benchmark(original, compressed, example, seconds=0)
 
-    monkeypatch.setattr(api, "benchmark", timed)
+    monkeypatch.setattr(comparison, "benchmark", timed)
     monkeypatch.setattr(onnx_export, "benchmark", timed)
 
 

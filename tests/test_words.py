@@ -15,6 +15,7 @@ NO_OPENING = {"Of", "As", "What", "Whether", "How", "One", "Why", "Where", "Whic
 """First words of a phrase that is no sentence and names nothing."""
 LINES, PARAMETERS = 60, 7
 LONG = {
+    "rba_compress/api.py:compress",
     "artifacts/artifact.py:write_artifact",
     "latent/bootstrapping.py:bootstrap_anchors",
 }

@@ -17,7 +17,7 @@ import tyro
 from pydantic import JsonValue
 from torch import nn
 
-from rba_compress.api import Result, compare, compress, heal, measure_front, reopen
+from rba_compress.api import Result, compress, heal, measure_front, reopen
 from rba_compress.artifacts.architecture import Architecture
 from rba_compress.artifacts.artifact import REPORT, load, read_manifest, read_report
 from rba_compress.artifacts.gguf_export import GgufType, export_gguf
@@ -42,6 +42,7 @@ from rba_compress.profiling.chain_statistics import ChainProfile
 from rba_compress.profiling.latency import benchmark
 from rba_compress.profiling.profiler import Profile as Profiled
 from rba_compress.profiling.profiler import profile
+from rba_compress.reporting.comparison import measured
 from rba_compress.reporting.plots import plot_similarity
 from rba_compress.reporting.report import PAGE
 from rba_compress.reporting.report import Report as Measured
@@ -184,7 +185,7 @@ class _Read:
             return result
         seen = result.profile
         batches = self.reported_on(seen)
-        report = compare(original, result.model, batches, seen, result.plan, samples=self.samples)
+        report = measured(original, result.model, batches, seen, result.plan, samples=self.samples)
         return result.with_report(report)
 
     def delivered(
@@ -251,7 +252,7 @@ class _Job(_Data):
             RBAError: one of its subclasses, with what is wrong.
         """
         require_vacant(self.out)
-        given = {name: getattr(self, name) for name in Budget.model_fields}
+        given = {name: getattr(self, name, None) for name in Budget.model_fields}
         budget = Budget(**given) if any(v is not None for v in given.values()) else None
         own = (
             "maps",

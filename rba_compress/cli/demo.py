@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rba_compress.api import compare, compress
+from rba_compress.api import compress
 from rba_compress.artifacts.architecture import Architecture
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, batches, digits_data, digits_model
 from rba_compress.core.config import Budget
 from rba_compress.core.errors import ArtifactError
 from rba_compress.core.loader import read
+from rba_compress.reporting.comparison import measured
 from rba_compress.reporting.plots import plot_similarity
 from rba_compress.reporting.report import PAGE, Report
 
@@ -44,7 +45,7 @@ def run_demo(out: Path, *, kept: float = 0.8, say: Callable[[str], None] = print
     train, test = digits_data()
     say("A 12-block vision transformer on 8 x 8 digits; calibrated on its training digits.\n")
     result = compress(original, batches(train), budget=Budget(macs=kept, params=kept))
-    report = compare(
+    report = measured(
         original,
         result.model,
         read(batches(test)),

@@ -7,7 +7,8 @@ import hashlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -98,6 +99,9 @@ class Budget(Asked):
     """The lowest share of equal argmax on the validation samples."""
     accuracy_drop: float | None = None
     """The largest drop of accuracy on the validation samples, 0.01 for one point; needs labels."""
+    metric_drop: dict[str, float] | None = None
+    """The largest drop of metrics of the task on the validation samples, by the names that `metrics` of
+    `compress` gives them."""
 
     @field_validator("macs", "params", mode="before")
     @classmethod
@@ -125,6 +129,19 @@ class Budget(Asked):
             raise BudgetError(f"{info.field_name}={value!r} is not between 0 and {top:g}")
         return None if limit is None else float(limit)
 
+    @field_validator("metric_drop", mode="before")
+    @classmethod
+    def _of_each(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, dict) or not value:
+            raise BudgetError(f"metric_drop={value!r} is no limit: give {{'mIoU': 0.01}}")
+        limits = {name: _number(limit, "a number such as 0.01") for name, limit in value.items()}
+        for name, limit in limits.items():
+            if limit is None or not 0 <= limit < math.inf:
+                raise BudgetError(f"metric_drop of {name!r} is {limit!r}: give a number such as 0.01")
+        return limits
+
     @model_validator(mode="after")
     def _something_is_asked(self) -> Self:
         if all(getattr(self, name) is None for name in type(self).model_fields):
@@ -146,7 +163,11 @@ class Budget(Asked):
         return limits
 
     def broken(
-        self, divergence: float, agreement: float | None, accuracy_drop: float | None
+        self,
+        divergence: float,
+        agreement: float | None,
+        accuracy_drop: float | None,
+        metric_drops: Mapping[str, float] = MappingProxyType({}),
     ) -> list[str]:
         """Return the limits of quality that do not hold, in words."""
         found = []
@@ -158,6 +179,10 @@ class Budget(Asked):
         allowed = None if self.accuracy_drop is None else self.accuracy_drop + 1e-9
         if allowed is not None and accuracy_drop is not None and accuracy_drop > allowed:
             found.append(f"accuracy_drop <= {self.accuracy_drop:g} (it is {accuracy_drop:.4g})")
+        for name, limit in (self.metric_drop or {}).items():
+            drop = metric_drops.get(name)
+            if drop is not None and not drop <= limit + 1e-9:
+                found.append(f"drop of {name} <= {limit:g} (it is {drop:.4g})")
         return found
 
 

@@ -266,6 +266,16 @@ class Split:
 
         return next(self._read(ALONE, form if form_of else None))[1]
 
+    def expected(self, part: Part, size: int) -> int | None:
+        """Return the number of batches of a part that this rank reads if each batch of the loader has
+        `size` samples; None where the loader has no length.
+        """
+        length = _length(self.loader)
+        if length is None:
+            return None
+        own = range(self.ranks.rank, length, self.ranks.count)
+        return sum(any(self._dealt(k * size + r) == part for r in range(size)) for k in own)
+
     def order(self) -> tuple[int, ...]:
         """Return digests of the loader's batches, known after a whole read."""
         known = torch.tensor(sorted(self._digests.items()))

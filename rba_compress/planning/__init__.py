@@ -21,4 +21,5 @@ stages          one stage: options measured, combined, the best evaluated
 descent         from stage to stage, down to the budget
 progress        bar, log lines, checkpoint
 search          `search`
+by_hand         spans that a user chose, without a search
 """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rba_compress.core.batch import Batch
 from rba_compress.core.cost import UNREACHABLE, Cost
 from rba_compress.core.distributed import current
+from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.memory import out_of_memory
 from rba_compress.core.plan import (
     STATISTICS,
@@ -216,10 +217,13 @@ class CandidateFitter:
         model = self.compressed(solution)
         forms = {block.path: form for block, form in forms_of(solution.plan)[1]}
         failed: Exception | None = None
+        whole = _between(chain, (p for pair in ends for p in pair))
+        part = _between(chain, (source for source, _ in ends))
+        same = not (solution.plan.replacements or solution.plan.refits)
         try:
             rows = span_rows(
-                probed(self.model, _between(chain, (p for pair in ends for p in pair)), self.traces),
-                probed(model, _between(chain, (source for source, _ in ends)), self.traces, forms),
+                None if same else probed(self.model, whole, self.traces),
+                probed(model, whole if same else part, self.traces, forms),
                 chain,
                 self.batches,
                 spans=ends,
@@ -233,7 +237,7 @@ class CandidateFitter:
         if self.ranks.sum(failed is not None):  # on any rank: all ranks take the same branch
             return self._in_halves(solution, c, sites, folds, failed)
         rows = {source: seen.merged(self.total, self.weight) for source, seen in rows.items()}
-        last = max(s.stop for s in sites) + max(s.start for s in sites)
+        last = max(s.stop for s in sites) + (0 if same else max(s.start for s in sites))
         self.samples += self.held * last / len(chain)
         return self._fits(model, sites, rows, folds)
 
@@ -247,16 +251,17 @@ class CandidateFitter:
         """Fit every level of sites in one chain, from its regression statistics."""
         found: list[Candidate] = []
         weight = self.class_weight(sites[0].chain)
-        maps: dict[tuple[float, bool], PairMoments] = {}  # sites of one source share a spectrum
+        maps: dict[Hashable, PairMoments] = {}  # sites of one source share a spectrum
         gaps = {i: seen.folds.weighted(weight) for i, seen in rows.items() if seen.folds is not None}
         for site in sites:
             unit, (source, target) = unit_of(site.unit), _ends(site)
-            seen, key = rows[source], (source, unit.unread)
-            if key not in maps:
-                pair = seen.maps.others if unit.unread else seen.maps.weighted(weight)
-                maps[key] = pair.with_spectrum()
-            columns = seen.columns(target)
+            seen, columns = rows[source], rows[source].columns(target)
             for level in unit.levels(self.config, self.chains[site.chain]):
+                plain = isinstance(level, MapSpec) and level.kind == "linear"  # as in the paper
+                key = source, unit.unread, plain
+                if key not in maps:
+                    weighted = seen.maps.weighted(1.0 if plain else weight)
+                    maps[key] = (seen.maps.others if unit.unread else weighted).with_spectrum()
                 new, tensors = unit.fit(self.unfitted(site, level), maps[key].targets(columns))
                 if not unit.folds(level):
                     found.append(Candidate(site.chain, new, keyed(new, tensors)))

@@ -35,6 +35,8 @@ many: choosing needs fewer of them than fitting does.
 """
 SEQUENCES = 32
 """Samples that are validated on nevertheless."""
+SCREENED = 2_048
+"""Tokens that are screened on at least."""
 
 
 class SearchContext:
@@ -53,7 +55,8 @@ class SearchContext:
         samples = list(dealt)
         fit = [batch.to(model) for part, _, batch in samples if part == "fit"]
         held = [(places, batch) for part, places, batch in samples if part == "validation"]
-        held = fewer(held, max(SEQUENCES, TOKENS // _distributions(model, profile)), self.ranks)
+        tokens = _distributions(model, profile)
+        held = fewer(held, max(SEQUENCES, TOKENS // tokens), self.ranks)
         self.fitter = CandidateFitter(model, profile, fit)
         self.evaluator = Evaluator(
             model,
@@ -62,7 +65,7 @@ class SearchContext:
             held,
             size=len(profile.example),
             memory=self.config.memory,
-            effort=self.spent,
+            effort=replace(self.spent, fewest=min(self.spent.fewest, max(SCREENED // tokens, 4))),
         )
         self._current: Solution | None = None
         self.ran: Callable[[], None] = lambda: None
@@ -183,7 +186,9 @@ class SearchContext:
 
 def evaluation_of(network: EvaluatedNetwork) -> Evaluation:
     """Return the evaluation of a recorded network."""
-    return Evaluation(network.divergence, network.agreement, network.accuracy_drop)
+    return Evaluation(
+        network.divergence, network.agreement, network.accuracy_drop, network.metric_drops
+    )
 
 
 def _distributions(model: nn.Module, profile: Profile) -> int:

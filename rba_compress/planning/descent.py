@@ -373,6 +373,7 @@ def _recorded(verified: Verified) -> EvaluatedNetwork:
         divergence=seen.divergence,
         agreement=seen.agreement,
         accuracy_drop=seen.accuracy_drop,
+        metric_drops=seen.metric_drops,
         predicted=verified.predicted,
         settled=verified.settled,
         refined=verified.refined,

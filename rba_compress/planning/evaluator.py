@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Evaluation:
     """Share of equal argmax; None where the output is not class scores."""
     accuracy_drop: float | None = None
     """Loss of accuracy; None without labels."""
+    metric_drops: dict[str, float] = field(default_factory=dict)
+    """Loss of each metric of the task."""
 
     @property
     def mean(self) -> float:
@@ -89,13 +91,33 @@ class Evaluator:
         self._streams: list[list[dict[int, Tensor]]] = []
         self.current: list[Any] = []
         """Outputs of the current network on the screened batches."""
+        self._measured: dict[int, Tensor] = {}
+        """Metrics of the network that was run last, by batch."""
+        self.expected: list[Any] = []
         with evaluating(original):
-            self.expected = [criterion.kept(ran(original, batch)) for batch in self.batches]
+            for k, batch in enumerate(self.batches):
+                self.expected.append(self._compared(k, ran(original, batch)))
+        self._wanted = self._means()
         self.samples += self.held
         leaves = (leaf for output in self.expected for leaf in pytree.tree_leaves(output))
         flaws = sum(not bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))
         if self.ranks.sum(flaws):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
+
+    def _compared(self, k: int, output: Any) -> Any:
+        """Return what is compared of an output on the batch k, whose metrics are kept."""
+        if self.criterion.metrics:
+            self._measured[k] = self.criterion.measured(output, self.batches[k])
+        return self.criterion.kept(output)
+
+    def _means(self) -> Tensor:
+        """Return the mean of each metric of the network that was run last, (metrics,)."""
+        names = self.criterion.metrics
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        for values in self._measured.values():
+            sums += torch.cat([values.sum(0), values.new_tensor([len(values)])])
+        sums = self.ranks.total(sums) if names else sums
+        return sums[:-1] / sums[-1].clamp_min(1)
 
     def rebase(self, model: nn.Module, chain: int = 0, boundary: int = 0) -> Evaluation:
         """Make `model` the current network, from which candidates differ, and evaluate it.
@@ -123,7 +145,7 @@ class Evaluator:
                     first = {b: h for b, h in old.items() if b <= boundary}
                     streams[chain] = first | {b: h for b, h in streams[chain].items() if b > boundary}
                 self._streams.append(streams)
-                outputs.append(self.criterion.kept(seen.output))
+                outputs.append(self._compared(k, seen.output))
         self.current = outputs[: self._screened]
         return self._evaluated(enumerate(outputs))
 
@@ -144,7 +166,8 @@ class Evaluator:
             if self.criterion.scores:
                 tally.add(self.criterion.scored(self.expected[k], output, self.batches[k]))
         tally = tally.merged(self.ranks.total)
-        return Evaluation(self.of_all(each), tally.agreement, tally.accuracy_drop)
+        drops = dict(zip(self.criterion.metrics, (self._wanted - self._means()).tolist(), strict=True))
+        return Evaluation(self.of_all(each), tally.agreement, tally.accuracy_drop, drops)
 
     @staticmethod
     def _kept(streams: dict[int, Tensor], apart: int) -> dict[int, Tensor]:
@@ -184,7 +207,7 @@ class Evaluator:
         with evaluating(model):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
-                yield k, self.criterion.kept(output)
+                yield k, self._compared(k, output)
 
     def price(self, chain: int, boundary: int, *, screen: bool = False) -> float:
         """Return the samples that a run counts for, as `outputs`; a partial run counts as its share."""

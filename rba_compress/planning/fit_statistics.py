@@ -180,7 +180,7 @@ def probed(
 
 
 def span_rows(
-    original: nn.Module,
+    original: nn.Module | None,
     compressed: nn.Module,
     chain: Chain,
     batches: Iterable[Batch],
@@ -194,7 +194,8 @@ def span_rows(
     Where the compressed network merges positions before a source, the targets are merged as well.
 
     Args:
-        original, compressed: the networks, `probed` where a source or target lies between sublayers.
+        original, compressed: the networks, `probed` where a source or target lies between sublayers;
+            None for the original if the other one is equal to it.
         spans: (source, target): boundaries of the chain, or halves between the sublayers of a block.
         folds: the last branch before a source, where that can be refitted.
         merges: the blocks in which the compressed network merges positions.
@@ -208,18 +209,23 @@ def span_rows(
     before = {i: [_merge_at(chain, b) for b in sorted(merges) if b < i] for i in targets}
     of_compressed += before[max(before)]
     last_h = math.ceil(max(j for _, j in spans))
-    last_g = math.ceil(max(targets))
+    last_g = last_h if original is None else math.ceil(max(targets))
+    of_compressed += [*paths.values()] if original is None else []
 
     def streams(seen: Observed) -> dict[float, Tensor]:
         between = {i: seen.layers[path][0] for i, path in paths.items() if path in seen.layers}
         return {float(i): h for i, h in seen.streams[0].items()} | between
 
-    with evaluating(original), evaluating(compressed):
+    with evaluating(original or compressed), evaluating(compressed):
         for moved in batches:
-            # Targets are the original network's streams, sources the compressed network's.
-            h = streams(observe(original, [chain], moved, layers=[*paths.values()], stop=(0, last_h)))
             seen = observe(compressed, [chain], moved, layers=of_compressed, stop=(0, last_g))
-            g, mask = streams(seen), attention_mask(moved, chain)
+            # Targets are the original network's streams, sources the compressed network's.
+            h = g = streams(seen)
+            if original is not None:
+                h = streams(
+                    observe(original, [chain], moved, layers=[*paths.values()], stop=(0, last_h))
+                )
+            mask = attention_mask(moved, chain)
             for i, ends in targets.items():
                 own, aims = g[i], [h[j] for j in ends]
                 if before[i]:

@@ -64,7 +64,7 @@ class Limits:
         """Require that the limits of quality can be measured.
 
         Raises:
-            BudgetError: a limit is on class scores or labels, which this model and loader do not have.
+            BudgetError: a limit is on class scores, labels or a metric, which there are none of.
         """
         asked = self.budget
         if original.agreement is None and (asked.agreement, asked.accuracy_drop) != (None, None):
@@ -76,6 +76,13 @@ class Limits:
             raise BudgetError(
                 "accuracy_drop needs labels: let every batch of the loader be (input, labels)"
             )
+        for name in asked.metric_drop or {}:
+            if name not in original.metric_drops:
+                known = ", ".join(map(repr, original.metric_drops)) or "none"
+                raise BudgetError(
+                    f"metric_drop limits {name!r}, and the metrics are {known}: pass "
+                    f"metrics={{{name!r}: function}} to compress, or to profile"
+                )
 
     def unreached(self, best: SearchState, after: SearchState | None, config: Config) -> str:
         """Return the message of a budget that no plan was found for.
@@ -111,7 +118,7 @@ class Limits:
     def broken(self, state: SearchState) -> list[str]:
         """Return the limits of quality that do not hold, in words."""
         seen = state.evaluation
-        return self.budget.broken(seen.mean, seen.agreement, seen.accuracy_drop)
+        return self.budget.broken(seen.mean, seen.agreement, seen.accuracy_drop, seen.metric_drops)
 
     def lacking(self, cost: Cost) -> list[str]:
         """Return the names of the limited costs that are above their limits."""

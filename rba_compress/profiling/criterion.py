@@ -9,6 +9,8 @@ reaches are not compared.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from rba_compress.core.plan import ComparedOutput, Divergence
 from rba_compress.core.schema import Path
 from rba_compress.graph.liveness import packet_of
 from rba_compress.graph.tracer import Recording
-from rba_compress.profiling.fidelity import Criterion, Function
+from rba_compress.profiling.fidelity import Criterion, Function, Metric, require_labels
 
 _aten = torch.ops.aten
 _PASSED = {
@@ -50,6 +52,27 @@ NAMES: dict[Divergence, str] = {
     "cosine": "one minus the cosine",
     "given": "a function",
 }
+
+
+def require_criterion(
+    model: nn.Module,
+    recording: Recording,
+    config: Config,
+    labels: Tensor | None,
+    *,
+    function: Function | None,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[Criterion, tuple[str, ...]]:
+    """Return the criterion with the metrics, and the notes, as `criterion_of`.
+
+    Raises:
+        ModelError: as `criterion_of`.
+        LoaderError: a label is none of the classes.
+    """
+    criterion, notes, classes = criterion_of(model, recording, config, labels, function)
+    if criterion.kind == "kl":
+        require_labels(labels, classes)
+    return replace(criterion, metrics=dict(metrics or {})), notes
 
 
 def criterion_of(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +30,10 @@ Function = Callable[[Any, Any, Batch], Tensor]
 """User-defined divergence: the raw outputs of the original and of the compressed network, and the batch
 -> the divergence of each sample, (N,), at least 0."""
 
+Metric = Callable[[Any, Batch], Tensor]
+"""Metric of the task: the raw output of a network, and the batch -> the value of each sample, (N,);
+higher is better."""
+
 DIVERGENCES = {
     "kl": "KL divergence to original (nats)",
     "bernoulli": "Bernoulli KL to original (nats)",
@@ -37,6 +41,21 @@ DIVERGENCES = {
     "cosine": "1 - cosine to original",
     "given": "divergence to original",
 }
+
+
+class MetricChange(Frozen):
+    """Mean of a metric over samples, before and after."""
+
+    original: float
+    compressed: float
+    drop_low: float | None = None
+    """95 % interval of `drop`, over paired samples."""
+    drop_high: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """Metric of the original minus that of the compressed network."""
+        return self.original - self.compressed
 
 
 class Fidelity(Frozen):
@@ -70,6 +89,13 @@ class Fidelity(Frozen):
     drop_low: float | None = None
     """95 % interval of `accuracy_drop`, over paired samples."""
     drop_high: float | None = None
+    metrics: dict[str, MetricChange] = Field(default_factory=dict)
+    """Metrics of the task, by name."""
+
+    @property
+    def metric_drops(self) -> dict[str, float]:
+        """Drop of each metric of the task."""
+        return {name: change.drop for name, change in self.metrics.items()}
 
     @property
     def accuracy_drop(self) -> float | None:
@@ -191,6 +217,25 @@ class Criterion:
     """User-defined divergence, for `given` alone."""
     outputs: tuple[ComparedOutput, ...] = ()
     """Outputs that are compared; if empty, every floating-point output is compared by `kind`."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict, hash=False)
+    """Metrics of the task, which are reported and may be limited; no divergence depends on them."""
+
+    def measured(self, output: Any, batch: Batch) -> Tensor:
+        """Return the metrics of each sample, (N, metrics) float64 on the CPU.
+
+        Raises:
+            ActivationError: a metric did not return one number per sample.
+        """
+        rows = []
+        for name, metric in self.metrics.items():
+            given = metric(output, batch)
+            if not isinstance(given, Tensor) or given.shape != (len(batch),):
+                shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise ActivationError(
+                    f"the metric {name!r} gave {shape} for {len(batch)} samples: return a tensor (N,)"
+                )
+            rows.append(given.detach().double().cpu()[:, None])
+        return torch.cat(rows, 1)
 
     def kept(self, output: Any) -> Any:
         """Return the part of an output that is compared: tensors by name; all of it for `given`."""
@@ -465,6 +510,7 @@ def compare_outputs(
     how = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
     found: list[Tensor] = []
     means: dict[str, Tensor] = {}
+    measured: list[tuple[Tensor, Tensor]] = []
     for original, compressed, batch in outputs:
         kept_by = how if how.function is None else Criterion("nse")
         a, b = (_on_cpu(kept_by.kept(output)) for output in (original, compressed))
@@ -476,6 +522,8 @@ def compare_outputs(
         columns = [sum(each.values())[:, None], 1 - torch.stack([*cosines]).mean(0)[:, None]]  # type: ignore[index]
         columns.append(how.scored(a, b, batch))
         found.append(torch.cat(columns, 1))
+        if how.metrics:
+            measured.append((how.measured(original, batch), how.measured(compressed, batch)))
         if watch is not None:
             watch(Compared(original, compressed, batch, found[-1]))
     rows = torch.cat(current().gathered(torch.cat([torch.zeros(0, 5, dtype=torch.float64), *found])))
@@ -500,7 +548,33 @@ def compare_outputs(
         accuracy_compressed=_known_mean(right[1]),
         drop_low=drop_low,
         drop_high=drop_high,
+        metrics=_metric_changes([*how.metrics], measured),
     )
+
+
+def _metric_changes(names: list[str], measured: list[tuple[Tensor, Tensor]]) -> dict[str, MetricChange]:
+    """Return the mean of each metric over the samples of all ranks, with the interval of its drop.
+
+    Raises:
+        ActivationError: a metric of the original is not finite.
+    """
+    none = torch.zeros(0, len(names), dtype=torch.float64)
+    before, after = (
+        torch.cat(current().gathered(torch.cat([none, *part])))
+        for part in (zip(*measured, strict=True) if measured else ([], []))
+    )
+    changes = {}
+    for k, name in enumerate(names):
+        if not bool(before[:, k].isfinite().all()):
+            raise ActivationError(f"the metric {name!r} of the original is NaN or infinite on a sample")
+        low, high = interval(before[:, k] - after[:, k])
+        changes[name] = MetricChange(
+            original=float(before[:, k].mean()),
+            compressed=float(after[:, k].mean()),
+            drop_low=low,
+            drop_high=high,
+        )
+    return changes
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -544,7 +618,7 @@ def fidelity(
 
     Raises:
         ModelError: a forward pass fails.
-        ActivationError: the output of the original network holds NaN or infinity.
+        ActivationError: the output of the original network, or a metric of it, holds NaN or infinity.
     """
 
     def outputs() -> Iterator[tuple[Any, Any, Batch]]:

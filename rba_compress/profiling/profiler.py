@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,14 @@ from rba_compress.graph.activations import attention_mask, run_with_streams
 from rba_compress.graph.discovery import require_chains
 from rba_compress.linalg.moments import moment_bytes
 from rba_compress.profiling.chain_statistics import ChainProfile, started, states_of
-from rba_compress.profiling.criterion import criterion_of
-from rba_compress.profiling.fidelity import Criterion, Function, OutputScales, require_labels
+from rba_compress.profiling.cost import cost
+from rba_compress.profiling.criterion import require_criterion
+from rba_compress.profiling.fidelity import (
+    Criterion,
+    Function,
+    Metric,
+    OutputScales,
+)
 from rba_compress.profiling.search_record import SavedRecord, SearchRecord
 from rba_compress.units.block_variants import Traces
 from rba_compress.units.offers import discover
@@ -138,8 +144,8 @@ class Profile:
             if getattr(self, what) != getattr(other, what):
                 raise PlanError(f"the two profiles differ in their {what}: profile both alike")
         kinds = [[(o.name, o.divergence) for o in p.criterion.outputs] for p in (self, other)]
-        functions = self.criterion.function, other.criterion.function
-        if kinds[0] != kinds[1] or functions[0] is not functions[1]:
+        given = [(p.criterion.function, p.criterion.metrics) for p in (self, other)]
+        if kinds[0] != kinds[1] or given[0] != given[1]:
             raise PlanError("the two profiles differ in their criterion: profile both alike")
         pairs = list(zip(self.chains, other.chains, strict=True))
         of_rows = {*_warnings(self.chains), *_warnings(other.chains)}
@@ -157,7 +163,8 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile to one safetensors file with a JSON header; only the first rank writes.
 
-        The file holds the loader's first batch, because costs and latency are measured on it.
+        The file holds the loader's first batch, because costs and latency are measured on it, and no
+        metrics, which are functions.
 
         Raises:
             ArtifactError: the file cannot be written, or the divergence is a function, which no file
@@ -239,13 +246,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @workers_named()
-@torch.inference_mode(False)
 def profile(
     model: nn.Module,
     loader: Iterable[Any],
     *,
     config: Config | None = None,
     divergence: Function | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     checkpoint: str | Path | None = None,
 ) -> Profile:
     """Find the chains of `model` and take the joint moments of their boundaries in one pass.
@@ -257,6 +264,8 @@ def profile(
         config: `window`, `stride`, `memory`, `divergence` and `seed` matter here.
         divergence: a user-defined function in place of `config.divergence`: it maps the two networks'
             outputs and the batch to the divergence of each sample, (N,).
+        metrics: metrics of the task by name, which a budget may limit: each maps a network's output and
+            the batch to the value of each sample, (N,); higher is better.
         checkpoint: a file that is written twice a minute, and removed at the end. If the file exists at
             the start, profiling resumes from it, with the same result as without an interruption.
 
@@ -268,6 +277,23 @@ def profile(
         ActivationError: activations hold NaN or infinity.
         ArtifactError: the checkpoint cannot be written, or is of another profile.
     """
+    return profiled(
+        model, loader, config=config, divergence=divergence, metrics=metrics, checkpoint=checkpoint
+    )
+
+
+@torch.inference_mode(False)
+def profiled(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    config: Config | None,
+    divergence: Function | None,
+    metrics: Mapping[str, Metric] | None,
+    checkpoint: str | Path | None,
+    require: Callable[[Sequence[Chain]], None] | None = None,
+) -> Profile:
+    """Profile as `profile` does, and call `require` with the chains before the loader is read."""
     config = Config.of(config) or Config()
     model, traces = undispatched(unwrap(model)), Traces()
     split = Split(loader, config.seed, stretch=config.stretch)
@@ -275,27 +301,21 @@ def profile(
     support, recording = discover(
         model, example, traces, config.units, read_outs=not config.keep_features
     )
-    criterion, notes, classes = criterion_of(model, recording, config, example.labels, divergence)
+    criterion, notes = require_criterion(model, recording, config, example.labels, divergence, metrics)
     require_chains(support, model)
-    if criterion.kind == "kl":
-        require_labels(example.labels, classes)
-    assert split.form is not None
+    if require is not None:
+        require(support.chains)
     ranks, weights = split.ranks, fingerprint(model)
     if ranks.count > 1:
         _require_equal_ranks(ranks, weights, example, config)
     window, narrowed = _window(support.chains, config, _accumulator_device(model))
     size = _moments_size(support.chains, window)
-    dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
-    streams = sum((len(c) + 1) * c.positions * c.width for c in support.chains) * len(example) * 4
     scales = OutputScales(criterion)
-    with within_memory(
-        f"the moments take {size:,} bytes, and the streams of {len(example)} samples {streams:,}, "
-        "beside the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
-    ):
+    with within_memory(_taken(support.chains, len(example), size)):
         states, samples = calibrate(
             model,
             support.chains,
-            ranks.bar(dealt, _progress(split.form, size), unit="batch"),
+            _fit_batches(split, len(example), size),
             window=window,
             stride=config.stride,
             checkpoint=None if checkpoint is None else _started(checkpoint, weights, example, config),
@@ -315,10 +335,44 @@ def profile(
         order=split.order(),
         lengths=(split.samples,),
         window=window,
-        form=split.form,
+        form=split.form or Form(),
         notes=(str(split.form), *notes),
         traces=traces,
         warnings=(*narrowed, *_copied(*split.copies), *_warnings(states)),
+    )
+
+
+def without_moments(
+    model: nn.Module,
+    split: Split,
+    example: Batch,
+    criterion: Criterion,
+    *,
+    config: Config | None = None,
+    refusals: tuple[Refusal, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Profile:
+    """Return a profile of a loader that was not read, to measure networks by.
+
+    Args:
+        split: the split of the loader, whose first batch was read.
+        example: that batch.
+    """
+    assert split.form is not None
+    return Profile(
+        model=type(model).__name__,
+        weights=fingerprint(model),
+        chains=(),
+        refusals=refusals,
+        original=cost(model, example),
+        criterion=criterion,
+        samples=0,
+        config=config or Config(),
+        example=example,
+        order=(),
+        lengths=(),
+        form=split.form,
+        notes=(str(split.form), *notes),
     )
 
 
@@ -330,6 +384,25 @@ def _require_equal_ranks(ranks: Ranks, weights: str, example: Batch, config: Con
     ranks.require_equal("model", int(weights[:15], 16))
     ranks.require_equal("loader", example.digest())
     ranks.require_equal("config", zlib.crc32(config.model_dump_json().encode()))
+
+
+def _fit_batches(split: Split, size: int, memory: int) -> Iterable[tuple[int, Batch]]:
+    """Return the fit batches behind a bar, each with the index of its first sample."""
+    dealt = ((places[0], batch) for _, places, batch in split.deal("fit"))
+    said = f"profile of {split.form}, {memory / 2**20:,.0f} MB of moments"
+    bar: Iterable[tuple[int, Batch]] = split.ranks.bar(
+        dealt, said, split.expected("fit", size), unit="batch"
+    )
+    return bar
+
+
+def _taken(chains: Sequence[Chain], samples: int, size: int) -> str:
+    """Return what a profile takes of memory, and what to do where that is too much."""
+    streams = sum((len(c) + 1) * c.positions * c.width for c in chains) * samples * 4
+    return (
+        f"the moments take {size:,} bytes, and the streams of {samples} samples {streams:,}, "
+        "beside the network. Pass smaller batches, or Config(window=...), or Config(memory=...)"
+    )
 
 
 def _started(
@@ -347,10 +420,6 @@ def _started(
         samples=0,
     )
     return path, header
-
-
-def _progress(form: Form, size: int) -> str:
-    return f"profile of {form}, {size / 2**20:,.0f} MB of moments"
 
 
 def calibrate(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from rba_compress.core.errors import ArtifactError
@@ -22,6 +23,7 @@ _PLAIN = (
     "refits",
     "agreement",
     "accuracy_drop",
+    "metric_drops",
     "predicted",
     "settled",
     "refined",
@@ -49,6 +51,7 @@ class EvaluatedNetwork:
     accuracy_drop: float | None
     predicted: float
     """Mean divergence that was predicted."""
+    metric_drops: dict[str, float] = field(default_factory=dict)
     settled: bool = False
     """True where BatchNorms were re-estimated, or where that did not help."""
     refined: Refined = "not"
@@ -155,6 +158,7 @@ class SavedNetwork(Frozen):
     divergence: int
     agreement: float | None
     accuracy_drop: float | None
+    metric_drops: dict[str, float] = Field(default_factory=dict)
     predicted: float
     settled: bool
     refined: Refined

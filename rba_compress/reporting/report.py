@@ -24,6 +24,8 @@ from rba_compress.profiling.latency import Latency
 from rba_compress.reporting.changed_samples import Changed
 from rba_compress.reporting.report_data import Details, Summary
 
+FEW = 100
+"""Samples below which a report says that it is of few."""
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name(PAGE)
 METHODS = {"ours": "this search", "paper": "the paper's map over one span", "healed": "healed"}
@@ -99,6 +101,9 @@ class Report(Frozen):
             )
         if f.agreement is not None:
             rows.append(_row("agreement", "1", f"{f.agreement:.4f}"))
+        for name, metric in f.metrics.items():
+            share = metric.compressed / metric.original if metric.original else None
+            rows.append(_row(name, f"{metric.original:.4f}", f"{metric.compressed:.4f}", share))
         rows += [
             _row(divergence_name(f), "0", f"{f.divergence:.4f}"),
             *(
@@ -119,6 +124,17 @@ class Report(Frozen):
             rows.append(_row("cache, bytes a token", f"{before:,}", f"{after:,}", after / before))
         return rows
 
+    @property
+    def of_few(self) -> list[str]:
+        """Warning that a report is of few samples, if it is."""
+        n = self.fidelity.samples
+        if not 0 < n < FEW:
+            return []
+        return [
+            f"warning: on {n} samples one of them is {100 / n:.1f} points: measure on {FEW} or more, "
+            "with compare(original, compressed, loader), or --test-split"
+        ]
+
     def _repr_html_(self) -> str:
         head = ("", "before", "after", "after/before", "95 % interval", "so")
         return html_table(f"{self.model}: {self.plan}", head, verdicts(self))
@@ -126,7 +142,7 @@ class Report(Frozen):
     def table(self) -> str:
         """Return the report as text for a terminal."""
         f, t = self.fidelity, self.latency
-        lines = [*self.notes]
+        lines = [*self.notes, *self.of_few]
         lines += text_table(("", "before", "after", "after/before"), self.rows())
         lines += [
             f"{self.model}: {self.plan}",
@@ -219,6 +235,15 @@ def verdicts(report: Report) -> list[Row]:
             "no difference within the interval" if none else f"{more} of {abs(100 * drop):.1f} points"
         )
         said["accuracy"] = f"{low:+.1f} to {high:+.1f} points", verdict
+    for name, metric in f.metrics.items():
+        if metric.drop_low is not None and metric.drop_high is not None:
+            low, high = -metric.drop_high + 0.0, -metric.drop_low + 0.0
+            verdict = (
+                "no difference within the interval"
+                if low <= 0 <= high
+                else (f"{'a loss' if metric.drop > 0 else 'a gain'} of {abs(metric.drop):.4f}")
+            )
+            said[name] = f"{low:+.4f} to {high:+.4f}", verdict
     if f.agreement is not None and f.agreement_low is not None and f.agreement_high is not None:
         changed = (1 - f.agreement) * f.samples
         whole = math.isclose(changed, round(changed), abs_tol=1e-6)

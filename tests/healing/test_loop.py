@@ -28,7 +28,7 @@ from rba_compress import (
     splice,
     verify,
 )
-from rba_compress.api import compare, reopen
+from rba_compress.api import reopen
 from rba_compress.artifacts.artifact import read_manifest
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.core.batch import Batch
@@ -38,6 +38,7 @@ from rba_compress.core.map_spec import MapSpec
 from rba_compress.healing.augmentation import augmented
 from rba_compress.healing.student import Student
 from rba_compress.planning.span_fits import fit_spans
+from rba_compress.reporting.comparison import measured
 from tests.networks import BRIEF, LIGHT, Chain, loader, rows, seeded, to_heal
 
 TRAINED = ("maps", "norms", "adapters", "all")
@@ -108,7 +109,7 @@ def test_it_is_saved_reloaded_exported_and_certified_as_any_other(
     seen = profile(digits, digits_loader)
     found = fit_spans(seen.chains[0], [(3, 4), (6, 7), (8, 10)], MapSpec(kind="shrunk", shrink=0.7))
     compressed = splice(digits, found.plan, found.tensors)
-    report = compare(digits, compressed, read(digits_loader), seen, found.plan, samples="all of them")
+    report = measured(digits, compressed, read(digits_loader), seen, found.plan, samples="all of them")
     result = Result(compressed, found.plan, report, found.tensors, seen)
     healing = Healing(train="all", rate=1e-4, epochs=4, batch=32, augment=())
     healed = heal(result, digits_loader, original=digits, healing=healing)

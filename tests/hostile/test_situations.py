@@ -564,7 +564,7 @@ def test_rows_that_belong_to_no_sample_alone(build: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["measure_front", "compare", "paper_span", "_reference", "architecture_of"]
+    "step", ["measure_front", "measured", "paper_span", "_reference", "architecture_of"]
 )
 def test_a_step_after_the_search_loses_none_of_its_work(step: str, monkeypatch: Any) -> None:
     def broken(*_: Any, **__: Any) -> Any:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from rba_compress import Budget, BudgetError, Config, compress
-from rba_compress.api import compare
 from rba_compress.core.loader import Split
 from rba_compress.core.plan import Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.profiling.fidelity import fidelity
 from rba_compress.profiling.latency import Latency, benchmark, block_times
 from rba_compress.profiling.profiler import profile
+from rba_compress.reporting.comparison import measured
 from tests.networks import LIGHT, Block, Chain, loader, seeded
 
 QUICK = LIGHT.model_copy(update={"window": 2})
@@ -105,7 +105,7 @@ def test_what_does_not_hold_on_the_held_out_samples_is_said(
     scale = compressed.report.fidelity.divergence if name == "divergence" else 1.0
     for limit, said in ((holds, False), (breaks, True)):
         plan = compressed.plan.model_copy(update={"budget": Budget(**{name: limit * scale})})
-        warnings = compare(model, compressed.model, confirm, seen, plan, samples="some").warnings
+        warnings = measured(model, compressed.model, confirm, seen, plan, samples="some").warnings
         assert any(f"on these samples it does not hold that {name} <=" in w for w in warnings) is said
 
 
