@@ -301,7 +301,9 @@ def profiled(
     support, recording = discover(
         model, example, traces, config.units, read_outs=not config.keep_features
     )
-    criterion, notes = require_criterion(model, recording, config, example.labels, divergence, metrics)
+    criterion, notes = require_criterion(
+        model, recording, config, example.labels, function=divergence, metrics=metrics
+    )
     require_chains(support, model)
     if require is not None:
         require(support.chains)
