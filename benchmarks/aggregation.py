@@ -21,7 +21,8 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.stitching import read
-from rba_compress.cli.latent_demos.aggregation_trial import AggregationTrial, aggregating
+from rba_compress.cli.latent_demos.aggregation_trial import aggregating
+from rba_compress.cli.latent_demos.trials import AggregationTrial
 
 RESULTS = Path(__file__).parent / "results"
 

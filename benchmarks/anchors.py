@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from benchmarks.real_data import cifar10, deit_tiny, resnet20
 from rba_compress.cli.digits import digits_data
-from rba_compress.cli.latent_demos.anchor_trial import AnchorTrial, Pair, recovering
-from rba_compress.cli.latent_demos.networks import Data, Kind, trained
+from rba_compress.cli.latent_demos.anchor_trial import Pair, recovering
+from rba_compress.cli.latent_demos.networks import Data, trained
+from rba_compress.cli.latent_demos.trials import AnchorTrial, Kind
 
 RESULTS = Path(__file__).parent / "results"
 

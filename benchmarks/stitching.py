@@ -22,7 +22,8 @@ import tyro
 from benchmarks.resnet import loaders
 from rba_compress.cli.digits import digits_data
 from rba_compress.cli.latent_demos.networks import Data
-from rba_compress.cli.latent_demos.stitching_trial import MAPS, METHODS, Trial, stitching
+from rba_compress.cli.latent_demos.stitching_trial import MAPS, METHODS, stitching
+from rba_compress.cli.latent_demos.trials import Trial
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,21 +25,23 @@ import tyro
 from pydantic import ValidationError
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rba_compress.cli.commands import (
+from rba_compress.cli.options import (
     Bench,
     Compress,
     Demo,
+    Evaluate,
     Export,
     Generate,
     Heal,
+    LatentAggregate,
+    LatentAnchors,
+    LatentStitch,
     Profile,
     Report,
     Search,
     Supports,
     Verify,
 )
-from rba_compress.cli.latent_commands import LatentAggregate, LatentAnchors, LatentStitch
-from rba_compress.core.distributed import launched
 from rba_compress.core.errors import ArtifactError, BudgetError, ExportError, FidelityError, RBAError
 
 Latent = (
@@ -58,6 +60,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[
@@ -102,13 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(line)
 
     try:
+        command.check()
+        from rba_compress.cli import latent_commands  # after the check, for torch is slow to load
+        from rba_compress.core.distributed import launched
+
         # Of several processes the first one alone prints.
         with (
             launched() as ranks,
             nullcontext() if ranks.leads else redirect_stdout(None),
             nullcontext() if command.json else _progress_lines(),
         ):
-            value = command.run(say)
+            value = latent_commands.run(command, say)
             if command.json:
                 print(json.dumps(value))
     except ValidationError as error:

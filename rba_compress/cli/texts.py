@@ -15,9 +15,6 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.errors import LoaderError, ModelError
 from rba_compress.core.inference import evaluating
 
-PREFIX = "hf:"
-"""Beginning of the name of a model that transformers reads: a directory, or a name of its hub."""
-
 FEWEST = 8
 """Words that a line must have more of, to be a text to continue."""
 

@@ -14,17 +14,17 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rba_compress.core.errors import ArtifactError, ExportError, RBAError
 from rba_compress.core.file_formats import other_format
 from rba_compress.core.schema import Frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLANK = "0" * 64
 LARGEST = 1 << 28
@@ -136,6 +136,8 @@ def sha256(path: Path) -> str:
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 over the names, dtypes, shapes and bytes of tensors, taken one by one."""
+    import torch  # slow to load
+
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -173,6 +175,8 @@ def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> 
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"record": record.model_dump_json(), "sha256": tensor_digest(sorted(data.items()))}
+    from safetensors.torch import save_file  # loads torch
+
     try:
         with sibling(path) as folder:
             save_file(data, folder / path.name, metadata=header)

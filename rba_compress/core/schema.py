@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -15,6 +14,8 @@ Path = tuple[str | int, ...]
 
 
 def _dtype(name: str) -> str:
+    import torch  # slow to load, and settings are read without it
+
     if not isinstance(getattr(torch, name, None), torch.dtype):
         raise ValueError(f"{name!r} is no dtype of torch")
     return name

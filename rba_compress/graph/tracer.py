@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ModelError
@@ -95,6 +94,8 @@ def op_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet in _CPU_ATTENTION:
         queries, keys, values = (t.shape for t in args[:3])
         return int(math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
+    from torch.utils.flop_counter import flop_registry  # loads triton
+
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) // 2 if formula else 0
 

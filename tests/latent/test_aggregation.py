@@ -12,15 +12,10 @@ from hypothesis import strategies as st
 
 from rba_compress import SpaceError
 from rba_compress.cli.digits import digits_data
-from rba_compress.cli.latent_demos.aggregation_trial import (
-    SETTINGS,
-    SEVERAL,
-    AggregationTrial,
-    aggregating,
-    divided,
-)
+from rba_compress.cli.latent_demos.aggregation_trial import SEVERAL, aggregating, divided
 from rba_compress.cli.latent_demos.networks import Data
 from rba_compress.cli.latent_demos.pictures import plot_aggregated
+from rba_compress.cli.latent_demos.trials import SETTINGS, AggregationTrial
 from rba_compress.latent import Anchors, RelativeProjection, aggregate, class_separability
 from rba_compress.linalg.similarity import INVARIANTS
 from tests.latent.test_stitching import broken, rotation, space

@@ -13,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rba_compress import SpaceError
-from rba_compress.cli.latent_demos.anchor_trial import SEEDS, TRUE, AnchorTrial, Pair, recovering
+from rba_compress.cli.latent_demos.anchor_trial import SEEDS, TRUE, Pair, recovering
 from rba_compress.cli.latent_demos.pictures import plot_anchors
+from rba_compress.cli.latent_demos.trials import AnchorTrial
 from rba_compress.latent import bootstrap_anchors, retrieval, sinkhorn, stitch
 from rba_compress.linalg.similarity import relative
 from tests.latent.test_stitching import broken, rotation, space

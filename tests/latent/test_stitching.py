@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rba_compress import SpaceError, export_onnx
 from rba_compress.cli.digits import digits_data
 from rba_compress.cli.latent_demos.networks import Data
-from rba_compress.cli.latent_demos.stitching_trial import METHODS, Trial, stitching
+from rba_compress.cli.latent_demos.stitching_trial import METHODS, stitching
+from rba_compress.cli.latent_demos.trials import Trial
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.latent import (
     Anchors,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -16,39 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress.cli.latent_demos.networks import Data, trained
+from rba_compress.cli.latent_demos.trials import AggregationTrial, Setting
 from rba_compress.latent.aggregation import aggregate, class_separability
 from rba_compress.latent.anchors import Anchors
 from rba_compress.linalg.similarity import relative
 
 WHOLE, SINGLE = "end to end", "single"
 SEVERAL, NONE = -1, -2
-Setting = Literal["shared samples", "shared classes", "neither"]
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
-
-
-@dataclass(frozen=True)
-class AggregationTrial:
-    """Settings of the aggregation trial: division, training and merging.
-
-    Args:
-        settings: what the tasks have in common: the samples of four classes, beside two classes of its
-            own in each; all classes, with different samples; or neither, three or four classes each.
-        seeds: seeds of the division, the weights and the order of samples.
-        tasks: number of tasks.
-        anchors: number of anchors, from the shared samples in the first setting, otherwise set apart
-            before the division.
-        width: channels of every space.
-        steps: steps of Adam for each network.
-        neighbours: number of neighbours in k-NN.
-    """
-
-    settings: tuple[Setting, ...] = SETTINGS
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    tasks: int = 3
-    anchors: int = 128
-    width: int = 64
-    steps: int = 600
-    neighbours: int = 5
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rba_compress.cli.latent_demos.networks import fit, head, score
+from rba_compress.cli.latent_demos.trials import AnchorTrial
 from rba_compress.latent.anchors import random_points
 from rba_compress.latent.bootstrapping import EPSILON, Bootstrapped, bootstrap_anchors, retrieval
 from rba_compress.linalg.similarity import relative
@@ -25,27 +26,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "least squares": {"solver": "least_squares"},
 }
 """Ways to bootstrap; each is measured with its final vectors, and with the samples nearest to them."""
-
-
-@dataclass(frozen=True)
-class AnchorTrial:
-    """Settings of the anchor trial: hidden pairs, recovery and heads.
-
-    Args:
-        repetitions: number of repetitions, each with seeds, anchors and a head of its own.
-        seeds: number of pairs that are not hidden.
-        anchors: number of anchors in all.
-        samples: number of training samples that anchors are looked for in.
-        head_steps: training steps of the head that reads the relative space.
-        runs: names of `RUNS`.
-    """
-
-    repetitions: int = 5
-    seeds: int = 15
-    anchors: int = 300
-    samples: int = 1000
-    head_steps: int = 400
-    runs: tuple[str, ...] = tuple(RUNS)
 
 
 @dataclass(frozen=True)

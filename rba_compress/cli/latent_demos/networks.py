@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["mlp", "conv"]
+from rba_compress.cli.latent_demos.trials import Kind
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rba_compress.cli.latent_demos.networks import Data, Kind, encoder, fit, head, score
+from rba_compress.cli.latent_demos.networks import Data, encoder, fit, head, score
+from rba_compress.cli.latent_demos.trials import Kind, Task, Trial
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.latent.anchors import Anchors, random_points
 from rba_compress.latent.relative import Aggregation, InvarianceProduct
 from rba_compress.latent.stitching import bridge_between
 from rba_compress.linalg.similarity import INVARIANTS, Invariant
 
-Task = Literal["classification", "reconstruction"]
 MAPS = {
     "affine map": MapSpec(kind="affine", damping=1e-2),
     "orthogonal map": MapSpec(kind="orthogonal"),
@@ -35,29 +35,6 @@ TRAINED = ("absolute", *INVARIANTS, *PRODUCTS)
 """Methods with a head of their own; a map leads to the space that the absolute one reads."""
 METHODS = (*TRAINED, *MAPS)
 Bridge = Invariant | InvarianceProduct | MapSpec | None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Settings of the stitching trial: training and stitching.
-
-    Args:
-        seeds: seeds of initial weights and the order of samples, one network of each kind a seed.
-        kinds: kinds of encoders.
-        anchors: number of anchors.
-        width: channels of every space.
-        encoder_steps, head_steps: steps of Adam, at `batch` samples.
-    """
-
-    task: Task = "classification"
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    kinds: tuple[Kind, ...] = ("mlp", "conv")
-    anchors: int = 128
-    width: int = 64
-    encoder_steps: int = 600
-    head_steps: int = 400
-    batch: int = 64
-    rate: float = 1e-3
 
 
 @dataclass(frozen=True)
