@@ -28,13 +28,12 @@ from rba_compress.artifacts.weights import load_weights
 from rba_compress.cli.catalogue import network
 from rba_compress.cli.coverage import tried
 from rba_compress.cli.demo import free_directory, run_demo
-from rba_compress.cli.images import ImageFiles, image_loader
+from rba_compress.cli.images import ImageFiles, ImageModel, image_loader
 from rba_compress.cli.options import (
     PREFIX,
     Bench,
     Command,
     Compress,
-    Data,
     Demo,
     Evaluate,
     Export,
@@ -75,20 +74,25 @@ def run(options: Command, say: Say) -> JsonValue:
     raise NotImplementedError(type(options).__name__)
 
 
-def _images(options: Data, original: nn.Module, *, labelled: str = "") -> _Read:
+def _images(
+    options: Source, original: nn.Module, *, labelled: str = "", model: ImageModel | None = None
+) -> _Read:
     """Return the loaders of a network's images.
 
     Args:
         labelled: the name of the option that needs labels.
+        model: the model of transformers that the network is of.
 
     Raises:
         LoaderError: there are no labels where they are needed.
     """
     assert options.images is not None
-    tests = (
-        None if options.test_split is None else ImageFiles(options.images, options.test_split, original)
-    )
-    files = ImageFiles(options.images, options.split, original, without=tests.paths if tests else ())
+    transform = None if model is None else model.transform
+    test_split, tests = getattr(options, "test_split", None), None
+    if test_split is not None:
+        tests = ImageFiles(options.images, test_split, original, transform=transform)
+    without = tests.paths if tests else ()
+    files = ImageFiles(options.images, options.split, original, without=without, transform=transform)
     if labelled and not files.labelled:
         raise LoaderError(
             f"{options.images} has {len(files.labels)} class folders, the model other classes: "
@@ -97,9 +101,8 @@ def _images(options: Data, original: nn.Module, *, labelled: str = "") -> _Read:
     return _Read(
         image_loader(files, batch_size=options.batch_size),
         None if tests is None else image_loader(tests, batch_size=options.batch_size),
-        "held out of the loader"
-        if options.test_split is None
-        else f"test split {options.test_split.name}",
+        "held out of the loader" if test_split is None else f"test split {test_split.name}",
+        model,
     )
 
 
@@ -116,22 +119,28 @@ def _original(options: Source, architecture: Architecture) -> nn.Module:
     return original
 
 
-def _texts(options: Data, name: str) -> tuple[TextModel, _Read]:
-    """Return a model hf:DIR on the device, and the loaders of its text.
+def _hub(options: Source, name: str, *, labelled: str = "") -> tuple[nn.Module, _Read]:
+    """Return the network of a model hf:DIR on the device, and the loaders of its text or images.
+
+    Args:
+        labelled: as in `_images`.
 
     Raises:
-        ModelError: as `TextModel.read`.
-        LoaderError: the text is too short.
+        ModelError: as `read_network`.
+        LoaderError: the text is too short, or what the model is read with is missing.
     """
+    if options.text is None:
+        images = ImageModel.read(hub_name(name))
+        _to_device(images.network, _device(options.device))
+        return images.network, _images(options, images.network, labelled=labelled, model=images)
     model = TextModel.read(hub_name(name))
     _to_device(model.network, _device(options.device))
-    assert options.text is not None
     how = {"length": options.length, "batch_size": options.batch_size}
-    loader = model.loader(options.text, **how)
-    if options.test_text is None:
-        return model, _Read(loader, None, "held out of the text", model)
-    tests = model.loader(options.test_text, **how)
-    return model, _Read(loader, tests, f"test text {options.test_text.name}", model)
+    loader, test_text = model.loader(options.text, **how), getattr(options, "test_text", None)
+    if test_text is None:
+        return model.network, _Read(loader, None, "held out of the text", model)
+    tests = model.loader(test_text, **how)
+    return model.network, _Read(loader, tests, f"test text {test_text.name}", model)
 
 
 @dataclass
@@ -140,7 +149,8 @@ class _Read:
     tests: Iterable[Any] | None
     samples: str
     """Description of the samples that are reported on."""
-    texts: TextModel | None = None
+    model: TextModel | ImageModel | None = None
+    """Model of transformers."""
 
     def reported_on(self, seen: Profiled) -> Iterable[Batch]:
         """Return the batches that are reported on: the test data, or what was held out."""
@@ -163,24 +173,20 @@ class _Read:
         """Write what transformers reads beside a network that was saved; say and return the perplexity
         of a causal model, before and after, on what is reported on.
         """
-        if self.texts is None:
+        if self.model is not None and current().leads:
+            self.model.save(out)
+        return self.perplexity(original, result.model, self.reported_on(result.profile), say)
+
+    def perplexity(
+        self, original: nn.Module, compressed: nn.Module, batches: Iterable[Batch], say: Say
+    ) -> dict[str, JsonValue]:
+        """Say and return the perplexity of a causal model before and after; nothing for others."""
+        if not isinstance(self.model, TextModel) or not self.model.causal:
             return {}
-        if current().leads:
-            self.texts.save(out)
-        batches = self.reported_on(result.profile)
-        return _perplexity(self.texts, original, result.model, batches, say)
-
-
-def _perplexity(
-    texts: TextModel, original: nn.Module, compressed: nn.Module, batches: Iterable[Batch], say: Say
-) -> dict[str, JsonValue]:
-    """Say and return the perplexity of a causal model before and after; nothing for other models."""
-    if not texts.causal:
-        return {}
-    held = list(batches)
-    before, after = (perplexity(model, held) for model in (original, compressed))
-    say(f"perplexity {before:.2f} before, {after:.2f} after")
-    return {"perplexity": [before, after]}
+        held = list(batches)
+        before, after = (perplexity(model, held) for model in (original, compressed))
+        say(f"perplexity {before:.2f} before, {after:.2f} after")
+        return {"perplexity": [before, after]}
 
 
 @dataclass
@@ -200,11 +206,12 @@ def _prepared(options: Job) -> _Ready:
     """
     budget, config = options.budget(), options.config()
     if options.model.startswith(PREFIX):
-        texts, data = _texts(options, options.model)
-        if texts.causal:
+        labelled = "" if options.accuracy_drop is None else "accuracy_drop"
+        original, data = _hub(options, options.model, labelled=labelled)
+        if isinstance(data.model, TextModel) and data.model.causal:
             sequences = sum(len(batch["input_ids"]) for batch in data.loader)
             config = config.model_copy(update={"stretch": stretch(sequences)})
-        return _Ready(None, texts.network, budget, config, data)
+        return _Ready(None, original, budget, config, data)
     arguments = {} if options.num_classes is None else {"num_classes": options.num_classes}
     architecture = Architecture(name=options.model, arguments=dict(arguments))
     original = _original(options, architecture)
@@ -248,8 +255,9 @@ def _heal(options: Heal, say: Say) -> JsonValue:
     architecture = read_manifest(options.directory).architecture
     if options.model is not None:
         options.require_source(options.model)
-        texts, data = _texts(options, options.model)
-        original = texts.network
+        original, data = _hub(
+            options, options.model, labelled="labels" if options.healing.labels else ""
+        )
     elif architecture is None or architecture.library == "transformers":
         raise ArtifactError(
             f"{options.directory} does not hold its original: pass --model {PREFIX}DIR, or heal it in "
@@ -278,34 +286,25 @@ def _heal(options: Heal, say: Say) -> JsonValue:
 
 @run.register
 def _evaluate(options: Evaluate, say: Say) -> JsonValue:
-    texts = None if options.model is None else TextModel.read(hub_name(options.model))
-    if texts is not None:
-        original = texts.network
-        assert options.text is not None
-        loader: Iterable[Any] = texts.loader(
-            options.text, length=options.length, batch_size=options.batch_size
+    architecture = read_manifest(options.directory).architecture
+    if options.model is not None:
+        original, data = _hub(options, options.model)
+    elif architecture is None or architecture.library != "timm":
+        raise ArtifactError(
+            f"{options.directory} does not know how to build its original: pass --model {PREFIX}DIR, "
+            "or measure it in Python, with compare(original, load(directory), loader)"
         )
-        compressed = TextModel.compressed(options.directory).network
     else:
-        architecture = read_manifest(options.directory).architecture
-        if architecture is None or architecture.library != "timm":
-            raise ArtifactError(
-                f"{options.directory} does not know how to build its original: measure it in Python, "
-                "with compare(original, load(directory), loader)"
-            )
         options.require_source(architecture.name)
         original = _original(options, architecture)
-        assert options.images is not None
-        files = ImageFiles(options.images, options.split, original)
-        loader = image_loader(files, batch_size=options.batch_size)
-        compressed = load(options.directory, original=original)
-    for each in (original, compressed):
-        _to_device(each, _device(options.device))
-    report = compare(original, compressed, loader)
+        data = _images(options, original)
+    compressed = load(options.directory, original=None if architecture else original)
+    _to_device(compressed, _device(options.device))
+    report = compare(original, compressed, data.loader)
     said = report.model_copy(update={"samples": str(options.text or options.images)})
     say(said.table())
-    told = _told(said, options.directory)
-    return told | _perplexity(texts, original, compressed, [*read(loader)], say) if texts else told
+    found = data.perplexity(original, compressed, read(data.loader), say)
+    return _told(said, options.directory) | found
 
 
 @run.register

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from rba_compress.cli.texts import read_network
 from rba_compress.core.errors import LoaderError
 
+Transform = Callable[[Any], Tensor]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -23,6 +27,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
         root: the folder; labels count all of its class folders, whatever `split` names.
         split: a text file with one path relative to `root` a line; None takes every image.
         model: a timm model, whose own size, crop, mean and standard deviation are applied.
+        transform: what is applied instead, for other models.
         without: images that must not be among the images; left out if there is no `split`.
 
     Raises:
@@ -30,10 +35,14 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
     """
 
     def __init__(
-        self, root: Path, split: Path | None, model: nn.Module, *, without: Sequence[Path] = ()
+        self,
+        root: Path,
+        split: Path | None,
+        model: nn.Module,
+        *,
+        without: Sequence[Path] = (),
+        transform: Transform | None = None,
     ) -> None:
-        from timm.data import create_transform, resolve_model_data_config
-
         if not root.is_dir():
             raise LoaderError(f"{root} is not a folder of images")
         if split is None:
@@ -69,9 +78,14 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
             raise LoaderError(f"{shallow[0]} lies in no class folder: expected {root}/<class>/<image>")
         self.root = root
         classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        config = getattr(model, "config", None)
+        known = getattr(config, "label2id", None) or {}
         self.labels = {name: index for index, name in enumerate(classes)}
-        self.labelled = len(classes) == getattr(model, "num_classes", None)
-        self.transform = create_transform(**resolve_model_data_config(model), is_training=False)
+        if all(name in known for name in classes):
+            self.labels = {name: int(known[name]) for name in classes}
+        count = getattr(model, "num_classes", getattr(config, "num_labels", None))
+        self.labelled = len(classes) == count or (bool(classes) and all(n in known for n in classes))
+        self.transform = transform or _of_timm(model)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,6 +102,49 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor] | Tensor]):
         if not self.labelled:
             return pixels
         return pixels, torch.tensor(self.labels[path.relative_to(self.root).parts[0]])
+
+
+def _of_timm(model: nn.Module) -> Transform:
+    from timm.data import create_transform, resolve_model_data_config
+
+    made: Transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return made
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """Network of transformers with its image processor."""
+
+    network: nn.Module
+    processor: Any
+
+    @classmethod
+    def read(cls, name: str) -> ImageModel:
+        """Read a directory or a name of a hub.
+
+        Raises:
+            ModelError: as `read_network`.
+            LoaderError: its image processor is missing.
+        """
+        import transformers
+
+        network = read_network(name)
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(  # nosec B615 # the user's
+                name, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise LoaderError(f"{name} has no image processor that can be read: {error}") from error
+        return cls(network, processor)
+
+    def transform(self, image: Any) -> Tensor:
+        """Return the pixels of an image as the network takes them, (3, height, width)."""
+        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def save(self, directory: Path) -> None:
+        """Write what transformers reads beside a network: the processor."""
+        self.processor.save_pretrained(directory)
 
 
 def _lines(split: Path) -> list[str]:

@@ -54,7 +54,7 @@ class Source(Command):
     weights: Path | None = None
     """Safetensors file with the weights of the original network, a timm model."""
     images: Path | None = None
-    """Folder of images, <class>/<image>, for a timm model."""
+    """Folder of images, <class>/<image>, for a timm model or an image model hf:DIR."""
     split: Path | None = None
     """Text file with the images to read, one path a line; by default all."""
     text: Path | None = None
@@ -94,19 +94,24 @@ class Source(Command):
             raise LoaderError(f"{name} is {kind}: leave out {names}")
 
     def require_source(self, name: str, *others: str) -> None:
-        """Require what a model is read with: a text for hf:DIR, images for a network of timm.
+        """Require what a model is read with: a text or images for hf:DIR, images for a network of timm.
 
         Args:
-            others: further options that a model hf:DIR does not have.
+            others: further options that a model that is read with a text does not have.
 
         Raises:
             LoaderError: it is missing, or options of the other kind are given.
         """
         if name.startswith(PREFIX):
-            images = ("weights", "images", "split", "test_split")
-            self.require_unset(name, "read with a text", *images, *others)
-            if self.text is None:
-                raise LoaderError(f"a model {PREFIX}DIR is compressed on --text FILE")
+            images = ("images", "split", "test_split")
+            kind, unknown = "read with a text", ("weights", *images, *others)
+            if self.text is None and self.images is not None:
+                kind, unknown = "read with images", ("weights", "num_classes", "test_text")
+            self.require_unset(name, kind, *unknown)
+            if self.text is None and self.images is None:
+                raise LoaderError(
+                    f"a model {PREFIX}DIR is compressed on --text FILE, or --images FOLDER"
+                )
             return
         self.require_unset(name, "read with images", "text", "test_text")
         if self.weights is None:

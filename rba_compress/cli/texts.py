@@ -28,26 +28,13 @@ class TextModel:
 
     @classmethod
     def read(cls, name: str) -> TextModel:
-        """Read a directory or a name of a hub; code that comes with it is not run.
+        """Read a directory or a name of a hub.
 
         Raises:
-            ModelError: there is no such model, or it is of a kind that is not compressed from a text.
+            ModelError: as `read_network`.
             LoaderError: its tokenizer is missing, or has more tokens than the model.
         """
-        import transformers
-
-        safe = {"trust_remote_code": False}
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, **safe)  # nosec B615 # the user's
-            kinds = [getattr(transformers, each, None) for each in config.architectures or ()]
-            if config.is_encoder_decoder:
-                raise ModelError(f"{name} is an encoder-decoder: compress it in Python, by its loader")
-            if not kinds or kinds[0] is None:
-                raise ModelError(f"{name} is a {config.architectures}, which transformers lacks")
-            network = kinds[0].from_pretrained(name, **safe).eval()  # nosec B615
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"transformers cannot read {name}: {error}") from error
-        return cls._with_tokenizer(network, name)
+        return cls._with_tokenizer(read_network(name), name)
 
     @classmethod
     def compressed(cls, directory: Path) -> TextModel:
@@ -133,6 +120,28 @@ class TextModel:
                 "text, or a smaller --length"
             )
         return [{"input_ids": part, "use_cache": False} for part in rows.split(batch_size)]
+
+
+def read_network(name: str) -> nn.Module:
+    """Read a network of transformers from a directory or a hub; code that comes with it is not run.
+
+    Raises:
+        ModelError: there is no such model, or it is an encoder-decoder.
+    """
+    import transformers
+
+    safe = {"trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **safe)  # nosec B615 # the user's
+        kinds = [getattr(transformers, each, None) for each in config.architectures or ()]
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder: compress it in Python, by its loader")
+        if not kinds or kinds[0] is None:
+            raise ModelError(f"{name} is a {config.architectures}, which transformers lacks")
+        network: nn.Module = kinds[0].from_pretrained(name, **safe).eval()  # nosec B615
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"transformers cannot read {name}: {error}") from error
+    return network
 
 
 def documents(path: Path, most: int) -> list[str]:

@@ -184,6 +184,61 @@ class PairMoments:
         return self.xy + self.n * torch.outer(self.mean_x, self.mean_y)
 
 
+class PairSums:
+    """Moments of paired rows that are added batch by batch, in one pass over the matrices for each.
+
+    Sums are taken around the means of the first batch, rounded to the dtype of its rows; those of all
+    rows are subtracted at the end.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0.0
+        self._shifts: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        """Sums of x and of y, and of the products xx, xy and yy, float64."""
+
+    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Add rows x (rows, d_x) and y (rows, d_y), each counted `weight` times."""
+        x, y = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, y))
+        if not self._n:
+            known = bool(len(x))
+            self._shifts = [
+                (rows.mean(0) if known else rows.new_zeros(rows.shape[1:])) for rows in (x, y)
+            ]
+            d_x, d_y = x.shape[1], y.shape[1]
+            sizes = ((d_x,), (d_y,), (d_x, d_x), (d_x, d_y), (d_y,))
+            self._sums = [torch.zeros(size, dtype=_FLOAT64, device=x.device) for size in sizes]
+        if not len(x):
+            return
+        x, y = (rows - shift for rows, shift in zip((x, y), self._shifts, strict=True))
+        by_x, by_y = (_power(rows.abs().amax()) if rows.numel() else 1.0 for rows in (x, y))
+        if (by_x, by_y) != (1.0, 1.0):
+            x, y = x * by_x, y * by_y
+        self._n += weight * len(x)
+        sum_x, sum_y, xx, xy, yy = self._sums
+        sum_x.add_(x.sum(0, dtype=_FLOAT64), alpha=weight / by_x)
+        sum_y.add_(y.sum(0, dtype=_FLOAT64), alpha=weight / by_y)
+        with full_precision(x.device):
+            xx.add_(x.T @ x, alpha=weight / by_x**2)
+            xy.add_(x.T @ y, alpha=weight / (by_x * by_y))
+        yy.add_(y.square().sum(0, dtype=_FLOAT64), alpha=weight / by_y**2)
+
+    def moments(self) -> PairMoments | None:
+        """Return the moments of all rows so far; None where nothing was added."""
+        if not self._sums:
+            return None
+        sum_x, sum_y, xx, xy, yy = self._sums
+        rest_x, rest_y = (sums / (self._n or 1.0) for sums in (sum_x, sum_y))
+        return PairMoments(
+            self._n,
+            self._shifts[0].to(_FLOAT64) + rest_x,
+            self._shifts[1].to(_FLOAT64) + rest_y,
+            xx.addr(rest_x, rest_x, alpha=-self._n),
+            xy.addr(rest_x, rest_y, alpha=-self._n),
+            yy - self._n * rest_y.square(),
+        )
+
+
 def _power(peak: Tensor) -> float:
     """Return the power of two that scales rows with this largest absolute value to about 1; 1 where the
     squares of the rows lie well within the range of their dtype.

@@ -27,7 +27,7 @@ from rba_compress.core.schema import nested
 from rba_compress.graph.activations import Observed, attention_mask, observe
 from rba_compress.graph.rewrite import MERGE, copy_model, replace_blocks
 from rba_compress.graph.token_merging import merge
-from rba_compress.linalg.moments import PairMoments, Spread, Total
+from rba_compress.linalg.moments import PairMoments, PairSums, Spread, Total
 from rba_compress.planning.partial_run import Resumed, Streams
 from rba_compress.planning.state import Solution
 from rba_compress.units.block_variants import Form, Traces, thin
@@ -59,31 +59,13 @@ class Rows:
     others: PairMoments
     class_tokens: PairMoments | None = None
 
-    @classmethod
-    def of(cls, chain: Chain, x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
-        """Take moments of inputs x and targets y, channels on the chain's axis; widths may differ."""
-        y = y.movedim(chain.axis, -1)
-        x = x.movedim(chain.axis, -1).reshape(*y.shape[:-1], -1)
-        counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
-        if mask is not None and mask.shape == counted.shape:
-            counted = mask
-        read = sorted({*chain.class_tokens, *range(chain.reads)})
-        if not read:
-            return cls(PairMoments.from_rows(x[counted], y[counted]))
-        tokens = torch.zeros_like(counted)
-        tokens[:, read] = True
-        others, tokens = counted & ~tokens, counted & tokens
-        return cls(
-            PairMoments.from_rows(x[others], y[others]), PairMoments.from_rows(x[tokens], y[tokens])
-        )
-
     def __add__(self, other: Rows) -> Rows:
         if self.class_tokens is None or other.class_tokens is None:
             return Rows(self.others + other.others)
         return Rows(self.others + other.others, self.class_tokens + other.class_tokens)
 
     def merged(self, total: Total | None, weight: float) -> Rows:
-        """Return the moments of all ranks' rows, those of this rank weighted; unchanged on one rank."""
+        """Return the moments of all ranks, with those of this rank counted `weight` times."""
         if total is None:
             return self
         tokens = self.class_tokens
@@ -93,10 +75,39 @@ class Rows:
         )
 
     def weighted(self, weight: float) -> PairMoments:
-        """Return the moments of all rows, each class token counted `weight` times."""
+        """Return the moments of all rows, with a class token counted `weight` times."""
         if self.class_tokens is None:
             return self.others
         return self.others + self.class_tokens.weighted(weight)
+
+
+class RowSums:
+    """Sums of `Rows`, batch by batch."""
+
+    def __init__(self) -> None:
+        self.others, self.class_tokens = PairSums(), PairSums()
+
+    def add(self, chain: Chain, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        """Add inputs x and targets y, channels on the chain's axis; widths may differ."""
+        y = y.movedim(chain.axis, -1)
+        x = x.movedim(chain.axis, -1).reshape(*y.shape[:-1], -1)
+        counted = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
+        if mask is not None and mask.shape == counted.shape:
+            counted = mask
+        read = sorted({*chain.class_tokens, *range(chain.reads)})
+        if read:
+            tokens = torch.zeros_like(counted)
+            tokens[:, read] = True
+            apart = counted & tokens
+            self.class_tokens.add(x[apart], y[apart])
+            counted = counted & ~tokens
+        self.others.add(x[counted], y[counted])
+
+    def rows(self) -> Rows:
+        """Return the moments of all rows so far."""
+        others, tokens = self.others.moments(), self.class_tokens.moments()
+        assert others is not None
+        return Rows(others, tokens)
 
 
 @dataclass(frozen=True)
@@ -201,7 +212,7 @@ def span_rows(
         merges: the blocks in which the compressed network merges positions.
     """
     targets = {i: tuple(sorted({j for start, j in spans if start == i})) for i, _ in spans}
-    found: dict[float, SpanRows] = {}
+    found: dict[float, tuple[RowSums, RowSums]] = {i: (RowSums(), RowSums()) for i in targets}
     middles = sorted({place for span in spans for place in span if place % 1})
     paths = {place: f"{chain.blocks[int(place)].path}.map" for place in middles}
     of_compressed = observed(folds[i] for i in targets if i in folds)
@@ -232,15 +243,16 @@ def span_rows(
                     own, left = own[..., : chain.width], own.shape[1]
                     by = reduce(_behind, (Merge(*seen.layers[path]) for path in before[i]), None)
                     aims = [_merged(aim, by, left) for aim in aims]
-                maps = Rows.of(chain, own, torch.cat(aims, chain.axis), mask)
-                gaps = None
+                maps, gaps = found[i]
+                maps.add(chain, own, torch.cat(aims, chain.axis), mask)
                 if i in folds:
                     lacking = [_lacking(compressed, folds[i], seen.layers, aim - own) for aim in aims]
                     gap = torch.cat(lacking, chain.axis)
-                    gaps = Rows.of(chain, seen.layers[folds[i].path][0], gap, mask)
-                new = SpanRows(ends, chain.width, maps, gaps)
-                found[i] = found[i] + new if i in found else new
-    return found
+                    gaps.add(chain, seen.layers[folds[i].path][0], gap, mask)
+    return {
+        i: SpanRows(ends, chain.width, found[i][0].rows(), found[i][1].rows() if i in folds else None)
+        for i, ends in targets.items()
+    }
 
 
 class Wanted(NamedTuple):
@@ -272,7 +284,7 @@ def layer_moments(
         weight: weight of a class token among the outputs.
     """
     chain, samples = chains[c], sum(map(len, batches))
-    rows: dict[str, Rows] = {}
+    rows: dict[str, RowSums] = {}
     heads: dict[str, HeadMoments] = {}
     # A part of a layer is a layer of its own where it is narrowed already.
     sources: dict[str, list[str]] = {}
@@ -287,12 +299,12 @@ def layer_moments(
     def add(path: str, given: Tensor, output: Any) -> None:
         if path in wanted.modules:
             target = wanted.modules[path].stream_out(output)
-            new = _rows(given, classes, mask, samples, most=ROWS, target=target)
-            rows[path] = rows[path] + new if path in rows else new
+            sums = rows.setdefault(path, RowSums())
+            _add_rows(sums, given, classes, mask, rate=_Rate(samples, ROWS), target=target)
         if path in inputs:
-            most = PATCHES if given.ndim == 4 else ROWS
-            new = _rows(_features(modules.get(path), given), classes, mask, samples, most=most)
-            rows[path] = rows[path] + new if path in rows else new
+            rate = _Rate(samples, PATCHES if given.ndim == 4 else ROWS)
+            features = _features(modules.get(path), given)
+            _add_rows(rows.setdefault(path, RowSums()), features, classes, mask, rate=rate)
         for name in sources.get(path, ()):
             part = wanted.heads[name]
             own = output if path == name else output[..., part.rows]
@@ -303,7 +315,7 @@ def layer_moments(
         for batch in batches:
             mask = attention_mask(batch, chain)
             observe(model, chains, batch, layers=layers, stop=(c, last + 1), on_layer=add)
-    return rows, heads
+    return {path: sums.rows() for path, sums in rows.items()}, heads
 
 
 def _source(model: nn.Module, path: str, part: HeadRows) -> str:
@@ -313,37 +325,41 @@ def _source(model: nn.Module, path: str, part: HeadRows) -> str:
     return path.removesuffix(part.layer) + part.source.removesuffix(".weight")
 
 
-def _rows(
+class _Rate(NamedTuple):
+    """Rows that moments are taken from."""
+
+    samples: int
+    """Number of samples of all batches."""
+    most: int
+    """Rows for each feature."""
+
+
+def _add_rows(
+    sums: RowSums,
     x: Tensor,
     classes: Sequence[int],
     mask: Tensor | None,
-    samples: int,
     *,
-    most: int,
+    rate: _Rate,
     target: Tensor | None = None,
-) -> Rows:
-    """Return the moments of rows (..., features), class tokens apart; of many rows, those of some.
+) -> None:
+    """Add rows (..., features), class tokens apart; of many rows, some that count for all.
 
     Args:
-        samples: number of samples of all batches.
-        most: rows for each feature.
         target: (..., outputs) of the same rows.
     """
     features, x = x.shape[-1], x if target is None else torch.cat([x, target], -1)
-
-    def moments(rows: Tensor) -> PairMoments:
-        return PairMoments.from_rows(rows[:, :features], rows[:, features:])
-
     counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
-    apart = x[:, classes] if classes and x.ndim == 3 else None
-    if apart is not None:
+    if classes and x.ndim == 3:
+        tokens = x[:, classes].flatten(0, 1)
+        sums.class_tokens.add(tokens[:, :features], tokens[:, features:])
         others = [t for t in range(x.shape[1]) if t not in classes]
         x = x[:, others]
         counted = None if counted is None else counted[:, others]
     rows = x.flatten(0, -2) if counted is None else x[counted]
-    step = _step(len(rows) * samples // len(x), features, most)
-    tokens = None if apart is None else moments(apart.flatten(0, 1))
-    return Rows(moments(rows[::step]).weighted(step), tokens)
+    step = _step(len(rows) * rate.samples // len(x), features, rate.most)
+    rows = rows[::step]
+    sums.others.add(rows[:, :features], rows[:, features:], step)
 
 
 def _step(rows: int, features: int, most: int) -> int:
@@ -553,7 +569,7 @@ class Walk:
         The gap is the original stream behind the branch minus the current stream there; for a reader of
         channels that ends no branch, that of its own output.
         """
-        found: list[list[Rows]] = [[] for _ in branches]
+        found = [RowSums() for _ in branches]
         stop, b = self.boundary + 1, self.boundary
         last = [*(len(chain) for chain in self.chains[: self.index]), stop]
         merge_at = [_merge_at(self.chain, b)] if b in self._merges else []
@@ -570,24 +586,24 @@ class Walk:
                     # A merge of this block lies between its sublayers: behind its first branch.
                     if isinstance(branch, Reader):
                         seen = theirs.layers, ours.layers
-                        found[index].append(self._local(k, compressed, *seen, branch))
+                        found[index].others.add(*self._local(k, compressed, *seen, branch))
                         continue
                     own = [b for b in branches[: index + 1] if isinstance(b, Branch)]
                     gap = self._gap(k, theirs.layers, ours.layers, own, new)
                     lacking = _lacking(compressed, branch, ours.layers, gap)
                     features = ours.layers[branch.path][0]
-                    found[index].append(Rows.of(self.chain, features, lacking, mask))
+                    found[index].add(self.chain, features, lacking, mask)
                 ahead.original.append(_at(theirs.streams, last))
                 ahead.compressed.append(_at(ours.streams, last))
                 before = self._now.merges[k]
                 ahead.merges.append(before if new is None else _behind(before, new))
         self._ahead = ahead
-        return [sum(rows[1:], start=rows[0]) for rows in found]
+        return [sums.rows() for sums in found]
 
     def _local(
         self, k: int, compressed: nn.Module, theirs: Layers, ours: Layers, reader: Reader
-    ) -> Rows:
-        """Return the moments of a reader's input rows and of what its output lacks.
+    ) -> tuple[Tensor, Tensor]:
+        """Return a reader's input rows, and what its output lacks in each.
 
         Where a BatchNorm's output is added to a stream, the sum is compared, and the gap divided by the
         norm's factor.
@@ -612,7 +628,7 @@ class Walk:
         y = gap.movedim(channels, -1).flatten(0, -2)
         most = PATCHES if channels == 1 else ROWS
         step = _step(len(features) * len(self.batches), features.shape[1], most)
-        return Rows(PairMoments.from_rows(features[::step], y[::step]))
+        return features[::step], y[::step]
 
     def _gap(
         self,

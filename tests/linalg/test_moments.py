@@ -17,7 +17,14 @@ from torch import Tensor
 from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.memory import device_bytes, out_of_memory
 from rba_compress.linalg.maps import fit_map
-from rba_compress.linalg.moments import Moments, PairMoments, Spread, full_precision, moment_bytes
+from rba_compress.linalg.moments import (
+    Moments,
+    PairMoments,
+    PairSums,
+    Spread,
+    full_precision,
+    moment_bytes,
+)
 
 
 def streams(rows: int, boundaries: int = 3, width: int = 4, seed: int = 0) -> list[Tensor]:
@@ -401,3 +408,33 @@ def test_a_spectrum_is_that_of_the_inputs() -> None:
     centred = (rows - rows.mean(0)).numpy()
     wanted = np.linalg.eigvalsh(centred.T @ centred)
     np.testing.assert_allclose(pair.spectrum.numpy(), wanted, rtol=1e-9)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from([1.0, 1e-22, 1e20]),
+)
+def test_sums_of_batches_are_the_moments_of_their_rows(
+    sizes: list[int], dtype: torch.dtype, scale: float
+) -> None:
+    draw = torch.Generator().manual_seed(len(sizes))
+    batches = [(scale * (torch.randn(n, 5, generator=draw) + 3)).to(dtype) for n in sizes]
+    sums, weights = PairSums(), [1.0 + k for k in range(len(sizes))]
+    for rows, weight in zip(batches, weights, strict=True):
+        sums.add(rows[:, :3], rows[:, 3:], weight)
+    found = sums.moments()
+    assert found is not None
+    if not sum(sizes):
+        assert found.n == 0
+        return
+    rows = np.concatenate([b.double().numpy() for b in batches])
+    w = np.repeat(weights, sizes)[:, None]
+    x, y = rows[:, :3], rows[:, 3:]
+    mean_x, mean_y = (w * x).sum(0) / w.sum(), (w * y).sum(0) / w.sum()
+    bound = (1e-5 if dtype != torch.float64 else 1e-10) * scale**2 * w.sum() * 10
+    assert found.n == pytest.approx(w.sum())
+    np.testing.assert_allclose(found.mean_x, mean_x, rtol=1e-6)
+    np.testing.assert_allclose(found.xx, (w * (x - mean_x)).T @ (x - mean_x), atol=bound)
+    np.testing.assert_allclose(found.xy, (w * (x - mean_x)).T @ (y - mean_y), atol=bound)
+    np.testing.assert_allclose(found.yy, (w * (y - mean_y) ** 2).sum(0), atol=bound)

@@ -20,7 +20,7 @@ from rba_compress.graph.rewrite import copy_model
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments
 from rba_compress.planning.context import SearchContext
-from rba_compress.planning.fit_statistics import Rows, _lacking, batch_statistics
+from rba_compress.planning.fit_statistics import Rows, RowSums, _lacking, batch_statistics
 from rba_compress.planning.refinement import statistics
 from rba_compress.planning.sites import sites
 from rba_compress.planning.state import with_candidate
@@ -172,16 +172,22 @@ def test_a_layer_that_is_resolved_again_is_listed_once() -> None:
     assert [r.path for r in solution.plan.refits] == ["blocks.2.mlp.fc2"]
 
 
+def summed(chain: Any, x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
+    sums = RowSums()
+    sums.add(chain, x, y, mask)
+    return sums.rows()
+
+
 def test_class_tokens_are_told_apart_behind_a_mask() -> None:
     model, data = small_vit()
     chain = profile(model, data, config=LIGHT).chains[0].chain
     x, y = images(4)[:, :2, :5, :17].mT.flatten(2), images(4, seed=1)[:, :2, :5, :17].mT.flatten(2)
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
-    plain, masked = Rows.of(chain, x, y, None), Rows.of(chain, x, y, mask)
+    plain, masked = summed(chain, x, y, None), summed(chain, x, y, mask)
     assert masked.class_tokens is not None
     torch.testing.assert_close(plain.weighted(9.0).xx, masked.weighted(9.0).xx)
     mask[:, 1] = False
-    assert Rows.of(chain, x, y, mask).others.n == masked.others.n - 4
+    assert summed(chain, x, y, mask).others.n == masked.others.n - 4
 
 
 def test_the_gap_of_a_layer_by_hand() -> None:

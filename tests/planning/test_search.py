@@ -357,9 +357,11 @@ def test_each_limit_lacks_what_is_above_it() -> None:
 
 def test_each_limit_of_quality_is_broken_by_itself() -> None:
     limits = Limits.__new__(Limits)
-    limits.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2)
+    limits.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2, metric_drop={"m": 0.3})
     good: dict[str, Any] = {"mean": 0.1, "agreement": 0.9, "accuracy_drop": 0.2}
-    for bad in ({}, {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}):
+    good["metric_drops"] = {"m": 0.3}
+    others = {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}, {"metric_drops": {"m": 0.31}}
+    for bad in ({}, *others):
         draft: Any = SimpleNamespace(evaluation=SimpleNamespace(**(good | bad)))
         said = " ".join(limits.broken(draft)).replace("divergence", "mean")
         assert [name for name in good if name in said] == [*bad]
