@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -459,3 +460,99 @@ def test_spaces_of_several_networks_are_tabled_and_drawn(
     assert len(told["rows"]) == len(lines) - 3  # without its head, a rule, and where it was saved
     assert main(["latent", "anchors", "--repetitions", "1", "--seeds", "1"]) == 2
     assert "1 seeds: pass two or more pairs that are known" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_spans_by_hand_and_an_evaluation_on_other_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = arguments(folder, maps="linear", spans="0:1", device="cpu")
+    at = options.index("--macs")
+    assert main([*options[:at], *options[at + 2 :]]) == 0
+    (only,) = read_manifest(folder / "compressed").plan.replacements
+    assert (only.start, only.stop, only.map.kind) == (0, 1, "linear")
+    capsys.readouterr()
+    asked = ["evaluate", str(folder / "compressed"), "--images", str(folder / "images")]
+    assert main([*asked, "--json", "--weights", str(folder / "weights.safetensors")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples"] == 20
+    original = seeded(timm.create_model, "test_vit", num_classes=2)
+    files = ImageFiles(folder / "images", None, original)
+    x, y = (torch.stack(part) for part in zip(*(files[k] for k in range(20)), strict=True))
+    for name, model in (("accuracy_original", original), ("accuracy", load(folder / "compressed"))):
+        with torch.no_grad():
+            assert told[name] == float((model(x).argmax(-1) == y).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"spans": "3-6"}, "--spans 3-6: write START:STOP"),
+        ({"spans": "1:2"}, "leave out the limits"),
+        ({"macs": "x"}, "macs"),
+    ],
+)
+def test_usage_is_checked_before_anything_is_loaded(
+    folder: Path, changed: dict[str, str], says: str
+) -> None:
+    code = (
+        "import sys; from rba_compress.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "print('torch' in sys.modules, code)"
+    )
+    asked = [sys.executable, "-c", code, *arguments(folder, **changed)]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["False", "2"]
+    assert says in found.stderr
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys, rba_compress\nfrom rba_compress.cli.main import main\n"
+        "try:\n    main(['compress', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'timm', 'scipy', 'transformers'} & set(sys.modules), sys.modules.keys()"
+    )
+    assert (
+        "--spans"
+        in subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+
+@pytest.mark.slow
+def test_an_image_model_of_transformers_reads_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        id2label={0: "class1", 1: "class0"},
+    )
+    model = seeded(transformers.ViTForImageClassification, config)
+    model.save_pretrained(folder / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    how = ["--model", f"hf:{folder / 'vit'}", "--images", str(folder / "images"), "--device", "cpu"]
+    out = str(folder / "out")
+    assert main(["compress", *how, "--macs", "0.9", "--effort", "quick", "--out", out]) == 0
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    assert processor.size["height"] == 32
+    capsys.readouterr()
+    assert main(["evaluate", out, *how, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    paths = sorted((folder / "images").glob("*/*.png"))
+    with torch.no_grad():
+        pixels = processor([Image.open(p) for p in paths], return_tensors="pt")["pixel_values"]
+        scores = [m(pixel_values=pixels).logits.argmax(-1) for m in (model, load(out))]
+    # The model's own names say which folder is which class.
+    wanted = torch.tensor([{"class1": 0, "class0": 1}[p.parent.name] for p in paths])
+    for name, found in zip(("accuracy_original", "accuracy"), scores, strict=True):
+        assert told[name] == pytest.approx(float((found == wanted).double().mean()))
+    assert (
+        main(["compress", *how, "--text", str(folder / "split.txt"), "--out", str(folder / "no")]) == 2
+    )
+    assert "read with a text: leave out --images" in capsys.readouterr().err

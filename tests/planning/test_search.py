@@ -360,11 +360,12 @@ def test_each_limit_of_quality_is_broken_by_itself() -> None:
     limits.budget = Budget(divergence=0.1, agreement=0.9, accuracy_drop=0.2, metric_drop={"m": 0.3})
     good: dict[str, Any] = {"mean": 0.1, "agreement": 0.9, "accuracy_drop": 0.2}
     good["metric_drops"] = {"m": 0.3}
-    others = {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}, {"metric_drops": {"m": 0.31}}
-    for bad in ({}, *others):
+    for bad in ({}, {"mean": 0.11}, {"agreement": 0.89}, {"accuracy_drop": 0.21}):
         draft: Any = SimpleNamespace(evaluation=SimpleNamespace(**(good | bad)))
         said = " ".join(limits.broken(draft)).replace("divergence", "mean")
         assert [name for name in good if name in said] == [*bad]
+    draft = SimpleNamespace(evaluation=SimpleNamespace(**(good | {"metric_drops": {"m": 0.31}})))
+    assert limits.broken(draft) == ["drop of m <= 0.3 (it is 0.31)"]
 
 
 def test_a_search_without_memory_says_what_it_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
