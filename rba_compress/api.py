@@ -140,6 +140,9 @@ class Result:
         return replace(self, report=report.model_copy(update={"details": details}))
 
     def __repr__(self) -> str:
+        return f"Result({self.report.line})"
+
+    def __str__(self) -> str:
         return f"Result({self.plan})\n{self.report.table()}"
 
     def _repr_html_(self) -> str:

@@ -87,6 +87,14 @@ class Certificate(Sealed):
     """Paired latency of both in ONNX Runtime; None if the original network was not available."""
     versions: dict[str, str]
 
+    def __repr__(self) -> str:
+        worst = max((p.max_rel for p in self.parity), default=0.0)
+        speed = f", {self.latency.ratio:.3f} of the original's latency" if self.latency else ""
+        size = f"{self.compressed.bytes:,} bytes"
+        return f"Certificate({self.file}: {size}, {worst:.1e} from PyTorch at the most{speed})"
+
+    __str__ = __repr__
+
 
 class OnnxModel(nn.Module):
     """ONNX file in ONNX Runtime on the CPU, from tensors in the file's order to all outputs."""

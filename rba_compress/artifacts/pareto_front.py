@@ -28,6 +28,9 @@ class Point:
     tensors: dict[str, Tensor]
     """Fitted tensors of the plan, by their key in the compressed state dict."""
 
+    def __repr__(self) -> str:
+        return f"Point({self.report.line})"
+
     def splice(self, model: nn.Module) -> nn.Module:
         """Return the network of this point, from the original that was searched.
 

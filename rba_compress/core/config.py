@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 import numbers
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from pydantic import (
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from rba_compress.core.errors import BudgetError, ConfigError, RBAError
+from rba_compress.core.errors import BudgetError, ConfigError, RBAError, did_you_mean
 from rba_compress.core.map_spec import Kind, MapSpec
 from rba_compress.core.registry import SearchedUnit, gguf_units, searched_units, stock_units
 from rba_compress.core.schema import Frozen, Share
@@ -59,7 +60,10 @@ class Asked(Frozen):
                 near = difflib.get_close_matches(name, cls.model_fields, 1, 0) or [*cls.model_fields]
                 raise cls.error(f"a {kind} has no {name!r}: did you mean {near[0]!r}?") from None
             what = f"{name}={first['input']!r}" if name else f"{first['input']!r}"
-            raise cls.error(f"{kind}: {what} will not do: {first['msg']}") from None
+            why = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "literal_error":
+                why = did_you_mean(first["input"], re.findall("'(.*?)'", first["ctx"]["expected"]))
+            raise cls.error(f"{kind}: {what} will not do: {why}") from None
 
     @classmethod
     def of(cls, given: Self | None) -> Self | None:
@@ -269,6 +273,15 @@ class Config(Asked):
         else:
             kept = known
         return data | {"maps": ("identity", "folded"), "units": kept, "keep_features": True}
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Return the settings that differ from their defaults."""
+        own = Config.model_fields
+        return [
+            (n, v)
+            for n, v in super().__repr_args__()
+            if v != own[str(n)].get_default(call_default_factory=True)
+        ]
 
     def specs(self, width: int) -> list[MapSpec]:
         """Return every map to try, the identity first."""

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name: the nearest known one, and all of them."""
+    names = [*known]
+    near = difflib.get_close_matches(str(name), names, 1)
+    said = f"did you mean {near[0]!r}? " if near else ""
+    return f"{said}There are {', '.join(map(repr, names))}"
+
 
 class RBAError(Exception):
     """Base class of all errors of rba_compress; the user's objects are unchanged when one is raised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -15,6 +16,9 @@ from rba_compress.core.map_spec import Diagnostics, MapSpec
 from rba_compress.core.registry import UNITS, UnitName
 from rba_compress.core.schema import Frozen, ModulePath
 from rba_compress.core.tables import html_table
+
+REPR = 200
+"""Characters of a plan in the representation of a value."""
 
 
 class Branch(Frozen):
@@ -255,6 +259,9 @@ class Block(Frozen):
 
 class Chain(Frozen):
     """Sequence of blocks: the output stream of each is read by the next one, and by nothing else."""
+
+    def __repr__(self) -> str:
+        return f"Chain({self.name!r}: {len(self)} x {self.blocks[0].type}, width {self.width})"
 
     name: str
     blocks: tuple[Block, ...]
@@ -620,7 +627,7 @@ class Plan(Frozen):
         return [r for r in own if r.start < stop and start < r.stop]
 
     def __repr__(self) -> str:
-        return f"Plan({self})"
+        return f"Plan({textwrap.shorten(str(self), REPR, placeholder=' ...')})"
 
     def _repr_html_(self) -> str:
         fits = ((str(r), r.diagnostics) for r in self.in_order)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import AfterValidator
+
+from rba_compress.core.errors import did_you_mean
 
 
 class PlannedUnit(Protocol):
@@ -60,30 +63,37 @@ def register(unit: _U) -> _U:
     return unit
 
 
+def registered() -> dict[str, PlannedUnit]:
+    """Return all units; the folder that registers them is loaded where nothing has loaded it yet."""
+    if not UNITS:
+        import_module("rba_compress.units.registry")
+    return UNITS
+
+
 def searched_units() -> tuple[str, ...]:
     """Return the names of all units that a search may choose."""
-    return tuple(name for name, unit in UNITS.items() if unit.searched)
+    return tuple(name for name, unit in registered().items() if unit.searched)
 
 
 def stock_units() -> tuple[str, ...]:
     """Return the names of the units from which stock networks may come."""
-    return tuple(name for name, unit in UNITS.items() if unit.searched and unit.stock)
+    return tuple(name for name, unit in registered().items() if unit.searched and unit.stock)
 
 
 def gguf_units() -> tuple[str, ...]:
     """Return the names of the units that have a place in a GGUF file."""
-    return tuple(name for name, unit in UNITS.items() if unit.searched and unit.gguf)
+    return tuple(name for name, unit in registered().items() if unit.searched and unit.gguf)
 
 
 def _known(name: str) -> str:
-    if name not in UNITS:
-        raise ValueError(f"there is no unit {name!r}: known are {', '.join(UNITS)}")
+    if name not in registered():
+        raise ValueError(f"there is no unit {name!r}: {did_you_mean(name, UNITS)}")
     return name
 
 
 def _searched(name: str) -> str:
     if name not in searched_units():
-        raise ValueError(f"{name!r} is none of the units {', '.join(searched_units())}")
+        raise ValueError(f"there is no such unit: {did_you_mean(name, searched_units())}")
     return name
 
 

@@ -118,6 +118,42 @@ def analyse(model: nn.Module, recording: Recording) -> Analysis:
     return Analysis(_named(chains), tuple(candidates))
 
 
+def residuals_outside(recording: Recording, known: Iterable[str]) -> list[Refusal]:
+    """Return the modules whose output is added to their own input outside of them, by class.
+
+    Args:
+        known: paths of blocks and refusals; modules in or around them are left out.
+    """
+    taken = tuple(known)
+    made = {node: call for call in recording.calls for node in call.outputs.values()}
+    found: dict[str, list[str]] = {}
+    for node in recording.graph.nodes:
+        parts = [part for part in node.args if isinstance(part, fx.Node)]
+        if node.target is not torch.ops.aten.add.Tensor or len(parts) != 2:
+            continue
+        for stream, last in (parts, parts[::-1]):
+            branch: fx.Node | None = last
+            while branch is not None and not _adds_to(made.get(branch), stream):
+                (branch, *others) = (*branch.all_input_nodes, None)
+                branch = branch if len(others) == 1 else None
+            if branch is not None and not any(nested(made[branch].path, path) for path in taken):
+                call = made[branch]
+                found.setdefault(call.type, []).append(call.path)
+    reason = (
+        "its output is added to its own input outside of it: put the sum into the forward of a module, "
+        "as x + branch(x), and that module is a block"
+    )
+    return [
+        Refusal(paths=tuple(dict.fromkeys(paths)), type=kind, reason=reason)
+        for kind, paths in found.items()
+        if len(paths) > 1
+    ]
+
+
+def _adds_to(call: Call | None, stream: fx.Node) -> bool:
+    return call is not None and stream in call.inputs.values()
+
+
 def _candidates(model: nn.Module, recording: Recording, flow: _Flow) -> list[_Candidate]:
     """Return every module with parameters and children; one that changes the shape may head a chain."""
     times = Counter(call.path for call in recording.calls)

@@ -23,7 +23,7 @@ from rba_compress.core.plan import Block, Chain, Refusal, listed
 from rba_compress.core.schema import nested
 from rba_compress.core.weight_types import require_plain_weights
 from rba_compress.graph.activations import observe, run_with_streams
-from rba_compress.graph.block_analysis import analyse, fixed_chains
+from rba_compress.graph.block_analysis import analyse, fixed_chains, residuals_outside
 from rba_compress.graph.independence import require_independent
 from rba_compress.graph.rewrite import Held, copy_model, replace_blocks
 from rba_compress.graph.tracer import Recording, graph_arguments, record
@@ -62,7 +62,11 @@ class Support:
         if self.fixed:
             lines.append(f"narrowed alone: {', '.join(chain.name for chain in self.fixed)}")
         lines += [f"refused {refusal}" for refusal in self.refusals]
-        return "\n".join(lines) or "no module maps a tensor to one of the same shape"
+        return "\n".join(lines) or "no module with modules in it maps a tensor to one of the same shape"
+
+    def __repr__(self) -> str:
+        chains = ", ".join(f"{chain.name} ({len(chain)} blocks)" for chain in self.chains) or "no chain"
+        return f"Support({chains}; {len(self.refusals)} refusals)"
 
 
 @torch.inference_mode(False)
@@ -108,6 +112,8 @@ def find_chains(model: nn.Module, batch: Batch) -> tuple[Support, Recording, Bat
         found = _with_samples(model, found, batch, first)
     fixed = [c for c in fixed_chains(model, recording, analysis, found) if _resumable(model, c, first)]
     refusals += analysis.refusals([*seen, *told])
+    known = [*seen, *(path for refusal in refusals for path in refusal.paths)]
+    refusals += residuals_outside(recording, known)
     support = Support(tuple(found), tuple(refusals), tuple(fixed))
     return support, recording, first
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rba_compress.core.errors import SpaceError
+from rba_compress.core.errors import ConfigError, SpaceError, did_you_mean
 from rba_compress.linalg.maps import solve_gram
 from rba_compress.linalg.moments import Moments, Total, full_precision
 
@@ -236,7 +236,13 @@ class RowSimilarity:
 
 
 def matrix(metric: Metric, moments: Moments, rows: RowSimilarity) -> Tensor:
-    """Return the (B, B) matrix of one metric, float64, on the CPU."""
+    """Return the (B, B) matrix of one metric, float64, on the CPU.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"there is no metric {metric!r}: {did_you_mean(metric, METRICS)}")
     match metric:
         case "redundancy":
             return (-rows.distance / rows.read_rows).cpu()

@@ -25,6 +25,9 @@ class Solution:
     points: tuple[Solution, ...] = ()
     """Solutions of the steps from the original to this one, in order."""
 
+    def __repr__(self) -> str:
+        return f"Solution({self.plan!r}; {len(self.tensors)} tensors, {len(self.points)} points)"
+
 
 @dataclass(frozen=True, eq=False)
 class SearchState:

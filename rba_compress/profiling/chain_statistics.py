@@ -29,8 +29,15 @@ class ChainProfile:
     moments: Moments
     rows: RowSimilarity
 
+    def __repr__(self) -> str:
+        return f"ChainProfile({self.chain!r}, {self.moments.n:,.0f} rows)"
+
     def similarity(self, metric: Metric) -> Tensor:
-        """Return the similarity of every two boundaries: (blocks + 1, blocks + 1), float64."""
+        """Return the similarity of every two boundaries: (blocks + 1, blocks + 1), float64.
+
+        Raises:
+            ConfigError: there is no such metric.
+        """
         return matrix(metric, self.moments, self.rows)
 
     def connection(self, start: int, stop: int, *, at_least: float = 0.95) -> Connection:

@@ -7,6 +7,7 @@ files are escaped, in the page and in its data.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -15,7 +16,7 @@ from pydantic import Field
 
 from rba_compress.core.cost import Cost, kept
 from rba_compress.core.io import write_text
-from rba_compress.core.plan import boundary_names
+from rba_compress.core.plan import REPR, boundary_names
 from rba_compress.core.schema import Frozen
 from rba_compress.core.tables import html_table, text_table
 from rba_compress.linalg.similarity import TITLES
@@ -89,6 +90,20 @@ class Report(Frozen):
             ArtifactError: the file cannot be written; an existing file is unchanged.
         """
         write_text(Path(path), page(self))
+
+    @property
+    def line(self) -> str:
+        """Cost and loss in one line."""
+        f, s = self.fidelity, self.summary
+        lost = f"{divergence_name(f)} {f.divergence:.4g} on {f.samples} samples"
+        plan = textwrap.shorten(self.plan, REPR, placeholder=" ...")
+        return f"{self.model} with {s.macs_kept:.3f} of its MACs, {lost}; {plan}"
+
+    def __repr__(self) -> str:
+        return f"Report({self.line})"
+
+    def __str__(self) -> str:
+        return self.table()
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return a row for each measure: its name, before, after, and the ratio."""
