@@ -1,4 +1,4 @@
-"""Every block of code in the guide and in the README's ten lines, run as a user would, on small networks."""
+"""Every block of code in the guide and in the README, run as a user would, on small networks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "latent": (),
     "onnx-runtime": (),
     "budgets": (),
+    "by-hand": (),
+    "heal": (),
+    "scaling": (),
+    "stock": (),
     "quick-start": (),
     "report": (),
 }

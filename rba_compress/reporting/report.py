@@ -25,6 +25,8 @@ from rba_compress.profiling.latency import Latency
 from rba_compress.reporting.changed_samples import Changed
 from rba_compress.reporting.report_data import Details, Summary
 
+MOST = 6
+"""Changes that a table names."""
 FEW = 100
 """Samples below which a report says that it is of few."""
 PAGE = "report.html"
@@ -160,7 +162,7 @@ class Report(Frozen):
         lines = [*self.notes, *self.of_few]
         lines += text_table(("", "before", "after", "after/before"), self.rows())
         lines += [
-            f"{self.model}: {self.plan}",
+            f"{self.model}: {_shortened(self.plan)}",
             f"on {f.samples} samples ({self.samples}); latency on {t.device}, median of {t.pairs} "
             f"pairs, quartiles {t.ratio_low:.3f} to {t.ratio_high:.3f}",
         ]
@@ -171,6 +173,15 @@ class Report(Frozen):
             lines.append(f"the search took {self.forward_passes:.1f} forward passes over the loader")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _shortened(plan: str) -> str:
+    """Return the changes of a plan, of many the first ones and the last."""
+    changes = plan.split("; ")
+    if len(changes) <= MOST:
+        return plan
+    left = len(changes) - MOST + 1
+    return "; ".join([*changes[: MOST - 2], f"... ({left} more, all of them in the plan)", changes[-1]])
 
 
 def divergence_name(fidelity: Fidelity) -> str:
