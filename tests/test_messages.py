@@ -57,7 +57,7 @@ def test_a_sum_outside_of_the_blocks_is_told() -> None:
     ("settings", "says"),
     [
         ({"windw": 2}, "did you mean 'window'"),
-        ({"units": ("spam",)}, "did you mean 'span'.*'hidden_width'"),
+        ({"units": ("spam",)}, "hidden_width.*did you mean 'span'"),
         ({"maps": ("afine",)}, "did you mean 'affine'.*'orthogonal'"),
         ({"effort": "quik"}, "did you mean 'quick'"),
         ({"divergence": "kll"}, "did you mean 'kl'"),

@@ -49,8 +49,9 @@ def run_demo(out: Path, *, kept: float = 0.75, say: Callable[[str], None] = prin
     original = digits_model()
     (images, labels), test = digits_data()
     say(
-        f"1/4 A vision transformer of 12 blocks, for digits of 8 x 8 pixels. On {DIGITS} of its training "
-        f"digits we look for what can go until {100 * kept:.0f} % of its multiply-accumulates are left."
+        f"1/4 A vision transformer of 12 blocks, for digits of 8 x 8 pixels. On {DIGITS} of its "
+        f"training digits a search looks for what can go: {100 * kept:.0f} % of the "
+        "multiply-accumulates are to stay."
     )
     calibration = batches((images[:DIGITS], labels[:DIGITS]))
     config = Config(effort="quick")

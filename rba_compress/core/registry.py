@@ -93,7 +93,8 @@ def _known(name: str) -> str:
 
 def _searched(name: str) -> str:
     if name not in searched_units():
-        raise ValueError(f"there is no such unit: {did_you_mean(name, searched_units())}")
+        near = did_you_mean(name, searched_units()).partition("There are")[0].strip()
+        raise ValueError(f"{name!r} is none of the units {', '.join(searched_units())}. {near}".strip())
     return name
 
 

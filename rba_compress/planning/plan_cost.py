@@ -36,6 +36,17 @@ def chain_cost(
     return Cost(macs=int(total[0]), params=int(total[1]), latency=float(total[2]))
 
 
+def positions_left(chain: Chain, replacements: Sequence[Replacement]) -> list[int]:
+    """Return the number of positions of a sample behind each block of a chain."""
+    starts = {r.start: r for r in replacements if r.chain == chain.name and not r.inner}
+    found: list[int] = []
+    while len(found) < len(chain):
+        before = found[-1] if found else chain.positions
+        _, end, positions = step_cost(chain, starts.get(len(found)), len(found), before)
+        found += [positions] * (end - len(found))
+    return found
+
+
 def step_cost(
     chain: Chain,
     new: Replacement | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -202,6 +203,26 @@ def _row(name: str, before: str, after: str, ratio: float | None = None) -> tupl
     return name, before, after, "" if ratio is None else f"{ratio:.3f}"
 
 
+TERMS = {
+    "accuracy": "share of samples whose label is predicted",
+    "agreement": "share of samples for which both networks predict the same",
+    "KL divergence": "distance of the predicted probabilities from the original's; 0 is none, in nats",
+    "Bernoulli KL": "distance of the predicted probabilities of each label from the original's",
+    "squared error": "squared difference of the outputs, over their variance",
+    "output cosine": "mean cosine of the angle between both outputs; 1 is the same direction",
+    "parameters": "weights and biases, shared ones once",
+    "MACs": "multiply-accumulates of one sample",
+    "latency": "time of one batch, both networks timed in turns",
+    "cache": "keys and values that a language model holds for each token",
+    "R²": "share of the variance that the fit explains; 1 is all of it",
+    "effective rank": "number of directions in which the samples vary",
+    "condition": "ratio of the largest to the smallest of these variances: how well posed the fit is",
+    "damping": "ridge that was added to keep the fit well posed",
+    "rows": "positions of samples that were fitted on",
+}
+"""Explanations of the terms of a page, by the beginning of a name."""
+
+
 class Row(NamedTuple):
     """Measure before and after, with its interval and verdict."""
 
@@ -241,6 +262,9 @@ def page(report: Report) -> str:
         details=details,
         rows=verdicts(report),
         headline=_headline(report),
+        asked=_asked(report),
+        story=_story(details),
+        terms=TERMS,
         heat=heat,
         boundary_names=boundary_names,
         data=data,
@@ -294,6 +318,57 @@ def _headline(report: Report) -> str:
     if f.agreement is not None:
         text += f"; {100 * f.agreement:.1f} % of predictions are the same"
     return f"{text}."
+
+
+def _asked(report: Report) -> list[str]:
+    """Return each limit of the budget, and what was reached."""
+    budget = report.details.budget if report.details else None
+    if budget is None:
+        return []
+    f, s, t = report.fidelity, report.summary, report.latency
+    reached: dict[str, tuple[float, float | None]] = {
+        "macs": (s.macs_kept, s.macs),
+        "params": (s.params_kept, s.params),
+        "latency": (s.latency_ratio, t.compressed_ms),
+        "divergence": (f.divergence, None),
+        "agreement": (f.agreement or 0.0, None),
+        "accuracy_drop": (f.accuracy_drop or 0.0, None),
+    }
+    found = []
+    for name, (share, whole) in reached.items():
+        limit = getattr(budget, name)
+        if limit is None:
+            continue
+        absolute = whole is not None and (isinstance(limit, int) or limit > 1)
+        value = whole if absolute else share
+        sign = "at least" if name == "agreement" else "at most"
+        said = {"macs": "MACs", "params": "parameters"}.get(name, name.replace("_", " "))
+        found.append(f"{said} of {sign} {limit:,g} (reached: {value:,.6g})")
+    for name, limit in (budget.metric_drop or {}).items():
+        if name in f.metrics:
+            found.append(f"drop of {name} of at most {limit:g} (reached: {f.metrics[name].drop:.4g})")
+    return found
+
+
+def _story(details: Details | None) -> str:
+    """Return what the method did, in plain words."""
+    blocks = [block for chain in (details.chains if details else ()) for block in chain.blocks]
+    if details is None or not blocks:
+        return ""
+    words = {
+        "replaced": "left out, or replaced by a linear map",
+        "thinned": "made thinner",
+        "re-solved": "kept, with the last layers solved anew",
+        "kept": "left as they were",
+    }
+    states = Counter(str(block.state) for block in blocks)
+    parts = [f"{states[state]} {said}" for state, said in words.items() if states[state]]
+    how = "New weights are least-squares solutions on the calibration samples"
+    if any(row.method == "healed" for row in details.front):
+        how += "; then the original taught the network"
+    elif details.budget is not None:
+        how += ", and a search chose what changes the network's output least. Nothing was trained"
+    return f"Of {len(blocks)} blocks: {'; '.join(parts)}. {how}."
 
 
 def _commands(row: Summary, report: Report) -> list[str]:

@@ -10,10 +10,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rba_compress.core.config import Budget
 from rba_compress.core.map_spec import Diagnostics
 from rba_compress.core.plan import Chain, Plan, Refusal, SolvedRefit, Step
 from rba_compress.core.schema import Frozen
 from rba_compress.linalg.similarity import METRICS, Metric
+from rba_compress.planning.plan_cost import positions_left
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.registry import unit_of
 
@@ -58,6 +60,10 @@ class DrawnBlock(Frozen):
     state: Literal["kept", "re-solved", "thinned", "replaced"] = "kept"
     change: str = ""
     """Description of the change."""
+    gone: tuple[str, ...] = ()
+    """Parts that are gone, in a few words each."""
+    positions: int | None = None
+    """Positions of a sample behind the block."""
 
 
 class DrawnChain(Frozen):
@@ -88,6 +94,8 @@ class Details(Frozen):
     """Networks of the search, the last of which is the result, and the paper's choice at its cost."""
     front_samples: str = ""
     """Description of the samples that the front was measured on."""
+    budget: Budget | None = None
+    """What was asked for; None where nothing was."""
     options: str = ""
     """Options of a shell command on this network, if its timm name is known."""
     provenance: dict[str, str] = Field(default_factory=dict)
@@ -117,6 +125,7 @@ class Details(Frozen):
             chains=tuple(chains),
             changes=tuple(Change(text=str(r), diagnostics=r.diagnostics) for r in plan.in_order),
             refusals=plan.refusals,
+            budget=plan.budget,
             steps=plan.steps,
             front=tuple(front),
             front_samples=front_samples,
@@ -139,6 +148,8 @@ def versions() -> dict[str, str]:
 def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
     """Return the blocks of a chain, and how a plan changes each."""
     state: dict[int, tuple[str, str]] = {}
+    gone: dict[int, list[str]] = {}
+    left = positions_left(chain, plan.replacements)
     for refit in plan.refits:
         if isinstance(refit, SolvedRefit) and refit.chain == chain.name and refit.block >= 0:
             state[refit.block] = ("re-solved", str(refit))
@@ -147,12 +158,16 @@ def _drawn(chain: Chain, plan: Plan) -> tuple[DrawnBlock, ...]:
             kind = "replaced" if unit_of(new.unit).removes else "thinned"
             before = [state[b][1]] if b in state and state[b][0] == kind else []
             state[b] = kind, "; ".join((*before, str(new)))
+            words = unit_of(new.unit).brief(new) if b == new.start else "left out"
+            gone.setdefault(b, []).extend([words] if words else [])
     return tuple(
         DrawnBlock(
             path=block.path,
             type=block.type,
             macs=chain.macs[b],
             params=chain.params[b],
+            gone=tuple(gone.get(b, ())),
+            positions=left[b],
             **dict(zip(("state", "change"), state.get(b, ("kept", "")), strict=True)),
         )
         for b, block in enumerate(chain.blocks)

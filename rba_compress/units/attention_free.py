@@ -33,6 +33,10 @@ class AttentionFree(Unit):
         block.replace_middle(block.entry)
         return block.output
 
+    def brief(self, new: Replacement) -> str:
+        """Return the loss of attention."""
+        return "no attention"
+
     def describe(self, new: Replacement) -> str:
         """Return the block and the map."""
         return f"{new.blocks[0].path} attention -> {new.map}"

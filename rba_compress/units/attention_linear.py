@@ -152,6 +152,10 @@ class AttentionLinear(WidthUnit):
         """Return why no stock network has such a block."""
         return "a block whose attention is a linear layer is not a block of the architecture"
 
+    def brief(self, new: Replacement) -> str:
+        """Return the layer in place of attention."""
+        return "attention is one linear layer"
+
     def describe(self, new: Replacement) -> str:
         """Return the block, and what it has in place of attention."""
         return f"{new.blocks[0].path} attention -> linear layer on its own input"

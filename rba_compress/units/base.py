@@ -307,6 +307,10 @@ class Unit(ABC):
     def describe(self, new: Replacement) -> str:
         """Return the decision as one line of text."""
 
+    def brief(self, new: Replacement) -> str:
+        """Return what is gone from a block, in a few words."""
+        return self.describe(new)
+
 
 def keeps_layers(new: Replacement) -> bool:
     """Return whether a replacement keeps all layers of its block, so that they may be narrowed."""

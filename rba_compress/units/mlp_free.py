@@ -36,6 +36,10 @@ class MlpFree(Unit):
         output = block.mapped(block.middle)
         return block.part(output, 0, form.reads) if form.exact else output
 
+    def brief(self, new: Replacement) -> str:
+        """Return the loss of the MLP."""
+        return "no MLP"
+
     def describe(self, new: Replacement) -> str:
         """Return the block and the map."""
         only = f" ({new.reads} read)" if new.exact else ""

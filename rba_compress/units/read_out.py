@@ -42,6 +42,10 @@ class ReadOut(Unit):
             return block.part(block.output, 0, form.reads)
         return block.joined(block.output, block.entry, form.reads)
 
+    def brief(self, new: Replacement) -> str:
+        """Return the number of positions that are computed."""
+        return f"{new.reads} position{'s' * (new.reads > 1)} computed"
+
     def describe(self, new: Replacement) -> str:
         """Return the block, the number of positions that it computes, and the others' map, if any."""
         others = "not computed" if new.exact else f"-> {new.map}"

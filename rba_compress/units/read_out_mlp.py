@@ -33,6 +33,10 @@ class ReadOutMlp(Unit):
         """Join the read positions of the output and the mapped others between the sublayers."""
         return block.joined(block.output, block.middle, form.reads)
 
+    def brief(self, new: Replacement) -> str:
+        """Return the number of positions that the MLP computes."""
+        return f"MLP for {new.reads} position{'s' * (new.reads > 1)}"
+
     def describe(self, new: Replacement) -> str:
         """Return the block, the number of positions that its MLP computes, and the others' map."""
         return f"{new.blocks[0].path} MLP for {new.reads} read, others -> {new.map}"

@@ -77,6 +77,10 @@ class Span(Unit):
         """Return the map."""
         return SizedMap(module, form) if form.sized else module
 
+    def brief(self, new: Replacement) -> str:
+        """Return the map, or that nothing is left."""
+        return f"{new.map} map" if new.map.kind not in ("identity", "folded") else "left out"
+
     def describe(self, new: Replacement) -> str:
         """Return the blocks and the map."""
         return f"{listed([block.path for block in new.blocks])} -> {new.map}"

@@ -112,6 +112,10 @@ class TokenMerge(Unit):
         if new.level is None or new.level < 1 or new.level % 1:
             raise ValueError(f"{self.name} takes a number of positions away, not {new.level}")
 
+    def brief(self, new: Replacement) -> str:
+        """Return the number of positions."""
+        return f"{new.level:.0f} positions merged"
+
     def describe(self, new: Replacement) -> str:
         """Return the block and the number of positions."""
         return f"{new.blocks[0].path} merges {new.level:.0f} positions"

@@ -29,6 +29,10 @@ class Whole(Unit):
         block.replace_middle(block.middle)
         return block.output
 
+    def brief(self, new: Replacement) -> str:
+        """Return nothing: the block is as it was."""
+        return ""
+
     def describe(self, new: Replacement) -> str:
         """Return the block."""
         return f"{new.blocks[0].path} as it is"

@@ -183,6 +183,13 @@ class WidthUnit(Unit):
         """Return what is counted: channels of something, or heads."""
         return "channels"
 
+    def brief(self, new: Replacement) -> str:
+        """Return the share of the channels or heads that is gone."""
+        width = new.blocks[0].width(self.name)
+        if width is None:
+            return f"{new.kept} {self.noun(width)}"
+        return f"{100 * (1 - new.kept / width.channels):.0f} % fewer {self.noun(width)}"
+
     def describe(self, new: Replacement) -> str:
         """Return the block, and how many channels or heads are kept."""
         block = new.blocks[0]
