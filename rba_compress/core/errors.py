@@ -7,11 +7,15 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return the end of a message on an unknown name: the nearest known one, and all of them."""
+    """Return the end of a message on an unknown name: all known ones, and the nearest of them."""
     names = [*known]
-    near = difflib.get_close_matches(str(name), names, 1)
-    said = f"did you mean {near[0]!r}? " if near else ""
-    return f"{said}There are {', '.join(map(repr, names))}"
+    return f"there are {', '.join(map(repr, names))}{near(name, names)}"
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """Return the question for the known name that is nearest to an unknown one, if one is near."""
+    found = difflib.get_close_matches(str(name), [*known], 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 class RBAError(Exception):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import AfterValidator
 
-from rba_compress.core.errors import did_you_mean
+from rba_compress.core.errors import near
 
 
 class PlannedUnit(Protocol):
@@ -87,14 +87,14 @@ def gguf_units() -> tuple[str, ...]:
 
 def _known(name: str) -> str:
     if name not in registered():
-        raise ValueError(f"there is no unit {name!r}: {did_you_mean(name, UNITS)}")
+        raise ValueError(f"there is no unit {name!r}: known are {', '.join(UNITS)}{near(name, UNITS)}")
     return name
 
 
 def _searched(name: str) -> str:
     if name not in searched_units():
-        near = did_you_mean(name, searched_units()).partition("There are")[0].strip()
-        raise ValueError(f"{name!r} is none of the units {', '.join(searched_units())}. {near}".strip())
+        known = searched_units()
+        raise ValueError(f"{name!r} is none of the units {', '.join(known)}{near(name, known)}")
     return name
 
 

@@ -343,7 +343,8 @@ def _asked(report: Report) -> list[str]:
         value = whole if absolute else share
         sign = "at least" if name == "agreement" else "at most"
         said = {"macs": "MACs", "params": "parameters"}.get(name, name.replace("_", " "))
-        found.append(f"{said} of {sign} {limit:,g} (reached: {value:,.6g})")
+        digits = ",.0f" if absolute and name != "latency" else ".4g"
+        found.append(f"{said} of {sign} {limit:{digits}} (reached: {value:{digits}})")
     for name, limit in (budget.metric_drop or {}).items():
         if name in f.metrics:
             found.append(f"drop of {name} of at most {limit:g} (reached: {f.metrics[name].drop:.4g})")

@@ -95,7 +95,7 @@ class Details(Frozen):
     front_samples: str = ""
     """Description of the samples that the front was measured on."""
     budget: Budget | None = None
-    """What was asked for; None where nothing was."""
+    """Limits that were asked for; None without any."""
     options: str = ""
     """Options of a shell command on this network, if its timm name is known."""
     provenance: dict[str, str] = Field(default_factory=dict)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rba_compress import Architecture, ArtifactError, Report, Result, load
+from rba_compress import Architecture, ArtifactError, Budget, Report, Result, load
 from rba_compress.artifacts.artifact import read_report
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS
 from rba_compress.cli.main import main
@@ -284,3 +284,65 @@ def test_a_report_without_details_is_a_table(result: Result) -> None:
     text = page(bare)
     assert "Before and after" in text
     assert 'id="front"' not in text
+
+
+def test_the_page_says_what_was_asked_what_is_gone_and_what_to_do_next(
+    browser: Any, written: Path, result: Result
+) -> None:
+    tab, flaws = opened(browser, written)
+    text = tab.locator("main").inner_text()
+    report = result.report
+    kept = report.compressed.macs / report.original.macs
+    assert f"MACs of at most 0.85 (reached: {round(kept, 5):.4g})" in text
+    assert "Of 12 blocks:" in text
+    assert "Nothing was trained" in text
+    assert "What to do next" in text
+    assert "on 19 samples one of them is 5.3 points" in text.lower()
+    details = report.details
+    assert details is not None
+    boxes = tab.locator("ol.chain li")
+    assert boxes.count() == 12
+    for k, block in enumerate(details.chains[0].blocks):
+        said = boxes.nth(k).inner_text()
+        assert all(part in said for part in block.gone)
+        assert f"{block.positions} left" in said
+    assert any(block.gone for block in details.chains[0].blocks)
+    # The last block computes the read position alone.
+    assert [block.positions for block in details.chains[0].blocks] == [17] * 11 + [1]
+    # Rows of boxes have the same number of them.
+    tops = [boxes.nth(k).bounding_box()["y"] for k in range(12)]
+    counts = {tops.count(top) for top in tops}
+    assert len(counts) == 1
+    # A term explains itself to the mouse and to the keyboard.
+    tab.locator("abbr").first.focus()
+    shown = tab.evaluate("getComputedStyle(document.activeElement, '::after').content")
+    assert "share of samples" in shown
+    assert not flaws
+
+
+def test_divergences_are_drawn_on_a_logarithmic_axis(
+    browser: Any, written: Path, result: Result
+) -> None:
+    tab, _ = opened(browser, written)
+    details = result.report.details
+    assert details is not None
+    points = tab.locator("#charts svg").first.locator("circle")
+    drawn = [float(points.nth(k).get_attribute("cy")) for k in range(points.count())]
+    values = [row.divergence for row in details.front if row.method == "ours"]
+    floor = 1e-8
+    logs = [math.log10(max(v or 0.0, floor)) for v in values]
+    pairs = [(a, b) for a, b in zip(logs, drawn, strict=True) if a > -8]
+    slopes = {round((b - d) / (a - c), 1) for a, b in pairs for c, d in pairs if abs(a - c) > 0.1}
+    assert len(slopes) <= 1
+
+
+def test_limits_that_were_reached_are_said_in_their_units(result: Result) -> None:
+    details = result.report.details
+    assert details is not None
+    budget = Budget(macs=9_000_000, latency=0.9, agreement=0.5, divergence=0.2)
+    text = page(
+        result.report.model_copy(update={"details": details.model_copy(update={"budget": budget})})
+    )
+    assert f"MACs of at most 9,000,000 (reached: {result.report.compressed.macs:,})" in text
+    assert "latency of at most 0.9 (reached: " in text
+    assert "agreement of at least 0.5" in text
