@@ -83,7 +83,7 @@ def test_a_module_of_ones_own_is_asked_for(tmp_path: Path) -> None:
     model = seeded(Chain, 6)
     compress(model, loader(), spans=[(2, 3)], config=LIGHT).save(tmp_path / "out")
     for action in (lambda: load(tmp_path / "out"), lambda: export(tmp_path / "out", tmp_path / "out")):
-        with pytest.raises(ArtifactError, match=r"pass the one that it was made from, load\(dir, orig"):
+        with pytest.raises(ArtifactError, match=r"pass one, load\(dir, original=...\), and what"):
             action()
     export(load(tmp_path / "out", original=model), tmp_path)
 

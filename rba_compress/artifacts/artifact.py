@@ -320,8 +320,8 @@ def rebuilt(root: Path, manifest: Manifest, *, original: nn.Module | None = None
         skeleton = manifest.builder.build()
     else:
         raise ArtifactError(
-            f"{root} does not know how to build a {manifest.model}: pass the one that it was made "
-            "from, load(dir, original=model), and what that returns to whatever else takes a network"
+            f"{root} does not know how to build a {manifest.model}: pass one, load(dir, original=...), "
+            "and what that returns wherever a network is taken"
         )
     state = read_state(root / WEIGHTS)
     plan = Plan() if manifest.folded else manifest.plan

@@ -120,8 +120,9 @@ def _tuple_form(model: nn.Module, item: Any, plain: Batch) -> Form:
         else:
             ignored.append(k)
     # What no argument takes is a target of another shape, such as the classes of a map's pixels.
-    if labels is None and ignored[-1:] == rest[-1:] and rest and output is not None:
-        labels = ignored.pop()
+    if labels is None and rest and ignored[-1:] == rest[-1:] and output is not None:
+        target = as_labels(items[rest[-1]])
+        labels = ignored.pop() if target is not None and target.ndim > 1 else None
     told = [*names[:taken], *(f"item {k}" for k in range(len(names), taken))]
     return Form(
         inputs=tuple(told),

@@ -62,7 +62,7 @@ class Support:
         if self.fixed:
             lines.append(f"narrowed alone: {', '.join(chain.name for chain in self.fixed)}")
         lines += [f"refused {refusal}" for refusal in self.refusals]
-        return "\n".join(lines) or "no module with modules in it maps a tensor to one of the same shape"
+        return "\n".join(lines) or "no module maps a tensor to one of the same shape"
 
     def __repr__(self) -> str:
         chains = ", ".join(f"{chain.name} ({len(chain)} blocks)" for chain in self.chains) or "no chain"
