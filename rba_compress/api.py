@@ -143,7 +143,7 @@ class Result:
         return f"Result({self.report.line})"
 
     def __str__(self) -> str:
-        return f"Result({self.plan})\n{self.report.table()}"
+        return self.report.table()
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()

@@ -33,7 +33,7 @@ TOKENS = 8_192
 """Tokens, or other distributions over classes, that are validated on at most where each sample has
 many: choosing needs fewer of them than fitting does.
 """
-SEQUENCES = 32
+SEQUENCES = 16
 """Samples that are validated on nevertheless."""
 SCREENED = 2_048
 """Tokens that are screened on at least."""
