@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -124,3 +125,40 @@ def test_a_notebook_shows_tables_and_figures() -> None:
 
     assert all("<table" in shown(index, "text/html") for index in (1, 2, 3, 4))
     assert shown(5, "image/png")
+
+
+def test_the_notebook_was_executed_and_opens_with_a_picture() -> None:
+    cells = json.loads((DOCS / "first-steps.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in output.get("data", {}) for output in code[0]["outputs"])
+    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    client = pytest.importorskip("nbclient").NotebookClient
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.read(DOCS / "first-steps.ipynb", as_version=4)
+    how = {"metadata": {"path": str(tmp_path)}}
+    client(book, timeout=600, kernel_name="python3", resources=how).execute()
+
+
+def test_pages_of_the_site_are_in_its_navigation() -> None:
+    named = set(re.findall(r"[\w-]+\.(?:md|ipynb)", (DOCS.parent / "mkdocs.yml").read_text()))
+    assert named == {path.name for path in DOCS.iterdir() if path.suffix in (".md", ".ipynb")}
+
+
+def test_the_readme_is_short() -> None:
+    lines = (DOCS.parent / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    first = "\n".join(lines[:48])
+    for part in (
+        "arxiv.org",
+        "tradeoff.png",
+        "pip install",
+        "download.pytorch.org/whl/cpu",
+        "[hf]",
+        "seconds",
+    ):
+        assert part in first
