@@ -250,23 +250,35 @@ def _compress(options: Compress, say: Say) -> JsonValue:
     return told
 
 
-@run.register
-def _heal(options: Heal, say: Say) -> JsonValue:
+def _saved(
+    options: Heal | Evaluate, *, labelled: str = ""
+) -> tuple[Architecture | None, nn.Module, _Read]:
+    """Return the architecture of a saved model, its original on the device, and the loaders.
+
+    Args:
+        labelled: as in `_images`.
+
+    Raises:
+        ArtifactError: the directory does not say how to build the original, and no option does.
+        RBAError: as `_hub` and `_images`.
+    """
     architecture = read_manifest(options.directory).architecture
     if options.model is not None:
         options.require_source(options.model)
-        original, data = _hub(
-            options, options.model, labelled="labels" if options.healing.labels else ""
-        )
-    elif architecture is None or architecture.library == "transformers":
+        return architecture, *_hub(options, options.model, labelled=labelled)
+    if architecture is None or architecture.library != "timm":
         raise ArtifactError(
-            f"{options.directory} does not hold its original: pass --model {PREFIX}DIR, or heal it in "
-            "Python, with rba_compress.heal"
+            f"{options.directory} does not hold its original: pass --model {PREFIX}DIR, or go on in "
+            "Python, with rba_compress.heal and rba_compress.compare"
         )
-    else:
-        options.require_source(architecture.name)
-        original = _original(options, architecture)
-        data = _images(options, original, labelled="labels" if options.healing.labels else "")
+    options.require_source(architecture.name)
+    original = _original(options, architecture)
+    return architecture, original, _images(options, original, labelled=labelled)
+
+
+@run.register
+def _heal(options: Heal, say: Say) -> JsonValue:
+    architecture, original, data = _saved(options, labelled="labels" if options.healing.labels else "")
     compressed = reopen(options.directory, data.loader, original=original)
     healed = heal(
         compressed,
@@ -286,18 +298,7 @@ def _heal(options: Heal, say: Say) -> JsonValue:
 
 @run.register
 def _evaluate(options: Evaluate, say: Say) -> JsonValue:
-    architecture = read_manifest(options.directory).architecture
-    if options.model is not None:
-        original, data = _hub(options, options.model)
-    elif architecture is None or architecture.library != "timm":
-        raise ArtifactError(
-            f"{options.directory} does not know how to build its original: pass --model {PREFIX}DIR, "
-            "or measure it in Python, with compare(original, load(directory), loader)"
-        )
-    else:
-        options.require_source(architecture.name)
-        original = _original(options, architecture)
-        data = _images(options, original)
+    architecture, original, data = _saved(options)
     compressed = load(options.directory, original=None if architecture else original)
     _to_device(compressed, _device(options.device))
     report = compare(original, compressed, data.loader)

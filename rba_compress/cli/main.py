@@ -1,7 +1,6 @@
 """Make pretrained networks smaller without training them.
 
     rba-compress demo
-    rba-compress supports deit_tiny_patch16_224
     rba-compress compress --model deit_tiny_patch16_224 --weights deit.safetensors --images imagenet/ \\
         --macs 0.8 --html --out compressed/
     rba-compress verify compressed/

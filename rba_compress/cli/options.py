@@ -13,7 +13,7 @@ import tyro
 
 from rba_compress.cli.latent_demos.trials import AggregationTrial, AnchorTrial, Trial
 from rba_compress.core.config import Budget, Config, Effort, Healing
-from rba_compress.core.errors import ConfigError, LoaderError, WeightsError
+from rba_compress.core.errors import ConfigError, LoaderError, ModelError, WeightsError
 from rba_compress.core.io import require_vacant
 from rba_compress.core.map_spec import Kind
 
@@ -248,6 +248,18 @@ class Compress(Job):
         return found or None
 
 
+def require_original(model: str | None, text: Path | None) -> None:
+    """Require the original beside a saved model that is read with a text.
+
+    Raises:
+        ModelError: it is missing, or is no model of transformers.
+    """
+    if model is None and text is not None:
+        raise ModelError(f"a text is read with the original's tokenizer: pass --model {PREFIX}DIR")
+    if model is not None and not model.startswith(PREFIX):
+        raise ModelError(f"--model {model}: an original of transformers is given as {PREFIX}DIR")
+
+
 @dataclass(kw_only=True)
 class Heal(Data):
     """Train a saved compressed model towards its original, on your images or text without labels."""
@@ -262,6 +274,11 @@ class Heal(Data):
     hub: bool = False
     """Also write config.json and a model card, for a model hub."""
 
+    def check(self) -> None:
+        """Require the original of transformers where there is one, and what `Data` requires."""
+        require_original(self.model, self.text)
+        super().check()
+
 
 @dataclass(kw_only=True)
 class Evaluate(Source):
@@ -273,14 +290,13 @@ class Evaluate(Source):
     """The original, hf:DIR, of a model of transformers."""
 
     def check(self) -> None:
-        """Require data, and that the files exist."""
-        super().check()
+        """Require data and the name of an original of transformers, and that the files exist."""
+        require_original(self.model, self.text)
         if self.images is None and self.text is None:
             raise LoaderError("give --images FOLDER, or --text FILE for a model of transformers")
-        if self.text is not None and self.model is None:
-            raise LoaderError(f"--text needs the original beside it: --model {PREFIX}DIR")
         if self.model is not None:
             self.require_source(self.model)
+        super().check()
 
 
 @dataclass(kw_only=True)
