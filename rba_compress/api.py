@@ -136,8 +136,12 @@ class Result:
 
     def with_report(self, report: Report) -> Result:
         """Return the same result with another report, such as one on a test set."""
-        details = report.details or self.report.details
-        return replace(self, report=report.model_copy(update={"details": details}))
+        kept = {
+            "details": report.details or self.report.details,
+            "plan": str(self.plan),
+            "forward_passes": self.plan.forward_passes,
+        }
+        return replace(self, report=report.model_copy(update=kept))
 
     def __repr__(self) -> str:
         return f"Result({self.report.line})"
