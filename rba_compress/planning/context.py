@@ -30,9 +30,7 @@ from rba_compress.profiling.profiler import Profile
 from rba_compress.profiling.search_record import EvaluatedNetwork
 
 TOKENS = 8_192
-"""Tokens, or other distributions over classes, that are validated on at most where each sample has
-many: choosing needs fewer of them than fitting does.
-"""
+"""Tokens that are validated on at most: choosing needs fewer of them than fitting does."""
 SEQUENCES = 16
 """Samples that are validated on nevertheless."""
 SCREENED = 2_048
@@ -55,7 +53,7 @@ class SearchContext:
         samples = list(dealt)
         fit = [batch.to(model) for part, _, batch in samples if part == "fit"]
         held = [(places, batch) for part, places, batch in samples if part == "validation"]
-        tokens = _distributions(model, profile)
+        tokens = _tokens(model, profile)
         held = fewer(held, max(SEQUENCES, TOKENS // tokens), self.ranks)
         self.fitter = CandidateFitter(model, profile, fit)
         self.evaluator = Evaluator(
@@ -191,11 +189,11 @@ def evaluation_of(network: EvaluatedNetwork) -> Evaluation:
     )
 
 
-def _distributions(model: nn.Module, profile: Profile) -> int:
-    """Return the number of distributions over classes in a sample's output: its tokens, or 1."""
+def _tokens(model: nn.Module, profile: Profile) -> int:
+    """Return the number of tokens in a sample's output (N, tokens, classes); 1 for other outputs."""
     if profile.criterion.kind != "kl":
         return 1
     with evaluating(model):
         output = profile.criterion.kept(ran(model, profile.example.select([0]).to(model)))
     main = per_sample(next(iter(output.values())), 1)
-    return main[0].numel() // main.shape[-1] if main.ndim > 2 else 1
+    return main.shape[1] if main.ndim == 3 else 1
