@@ -187,37 +187,37 @@ class PairMoments:
 class PairSums:
     """Moments of paired rows that are added batch by batch, in one pass over the matrices for each.
 
-    Sums are taken around the means of the first batch, rounded to the dtype of its rows; those of all
-    rows are subtracted at the end.
+    Products are taken around the means of each batch, rounded to the dtype of its rows. The means are
+    kept, and what lies between them is added at the end.
     """
 
     def __init__(self) -> None:
-        self._n = 0.0
-        self._shifts: list[Tensor] = []
+        self._weights: list[float] = []
+        self._means: list[tuple[Tensor, Tensor]] = []
+        """Means of x and of y in each batch, float64, and what is lost of them by rounding."""
+        self._lost: list[tuple[Tensor, Tensor]] = []
         self._sums: list[Tensor] = []
-        """Sums of x and of y, and of the products xx, xy and yy, float64."""
+        """Sums of the products xx, xy and yy, float64."""
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Add rows x (rows, d_x) and y (rows, d_y), each counted `weight` times."""
         x, y = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, y))
-        if not self._n:
-            known = bool(len(x))
-            self._shifts = [
-                (rows.mean(0) if known else rows.new_zeros(rows.shape[1:])) for rows in (x, y)
-            ]
+        if not self._sums:
             d_x, d_y = x.shape[1], y.shape[1]
-            sizes = ((d_x,), (d_y,), (d_x, d_x), (d_x, d_y), (d_y,))
+            sizes = ((d_x, d_x), (d_x, d_y), (d_y,))
             self._sums = [torch.zeros(size, dtype=_FLOAT64, device=x.device) for size in sizes]
         if not len(x):
             return
-        x, y = (rows - shift for rows, shift in zip((x, y), self._shifts, strict=True))
+        means = [rows.mean(0, dtype=_FLOAT64) for rows in (x, y)]
+        shift_x, shift_y = (mean.to(x.dtype) for mean in means)
+        self._weights.append(weight * len(x))
+        self._means.append((means[0], means[1]))
+        self._lost.append((means[0] - shift_x, means[1] - shift_y))
+        x, y = x - shift_x, y - shift_y
         by_x, by_y = (_power(rows.abs().amax()) if rows.numel() else 1.0 for rows in (x, y))
         if (by_x, by_y) != (1.0, 1.0):
             x, y = x * by_x, y * by_y
-        self._n += weight * len(x)
-        sum_x, sum_y, xx, xy, yy = self._sums
-        sum_x.add_(x.sum(0, dtype=_FLOAT64), alpha=weight / by_x)
-        sum_y.add_(y.sum(0, dtype=_FLOAT64), alpha=weight / by_y)
+        xx, xy, yy = self._sums
         with full_precision(x.device):
             xx.add_(x.T @ x, alpha=weight / by_x**2)
             xy.add_(x.T @ y, alpha=weight / (by_x * by_y))
@@ -227,15 +227,22 @@ class PairSums:
         """Return the moments of all rows so far; None where nothing was added."""
         if not self._sums:
             return None
-        sum_x, sum_y, xx, xy, yy = self._sums
-        rest_x, rest_y = (sums / (self._n or 1.0) for sums in (sum_x, sum_y))
+        xx, xy, yy = self._sums
+        if not self._weights:
+            d_x, d_y = xy.shape
+            return PairMoments(0.0, xy.new_zeros(d_x), xy.new_zeros(d_y), xx, xy, yy)
+        n, weights = sum(self._weights), xx.new_tensor(self._weights)[:, None]
+        means = [torch.stack(part) for part in zip(*self._means, strict=True)]
+        mean_x, mean_y = ((weights * part).sum(0) / n for part in means)
+        gap_x, gap_y = means[0] - mean_x, means[1] - mean_y
+        lost_x, lost_y = (torch.stack(part) for part in zip(*self._lost, strict=True))
         return PairMoments(
-            self._n,
-            self._shifts[0].to(_FLOAT64) + rest_x,
-            self._shifts[1].to(_FLOAT64) + rest_y,
-            xx.addr(rest_x, rest_x, alpha=-self._n),
-            xy.addr(rest_x, rest_y, alpha=-self._n),
-            yy - self._n * rest_y.square(),
+            n,
+            mean_x,
+            mean_y,
+            xx + (weights * gap_x).T @ gap_x - (weights * lost_x).T @ lost_x,
+            xy + (weights * gap_x).T @ gap_y - (weights * lost_x).T @ lost_y,
+            yy + (weights * (gap_y.square() - lost_y.square())).sum(0),
         )
 
 

@@ -31,7 +31,7 @@ from rba_compress.profiling.search_record import EvaluatedNetwork
 
 TOKENS = 8_192
 """Tokens that are validated on at most: choosing needs fewer of them than fitting does."""
-SEQUENCES = 16
+SEQUENCES = 32
 """Samples that are validated on nevertheless."""
 SCREENED = 2_048
 """Tokens that are screened on at least."""
