@@ -60,7 +60,8 @@ def test_a_sentence_encoder_loses_a_layer_and_loads_everywhere(tmp_path: Path) -
 
 def test_a_language_model_decodes_without_layers() -> None:
     model, tokenizer = packaged(smollm2)
-    loader = language.sequences(tokenizer, "calibration", 1024, 128)
+    how = language.Run(length=128)
+    loader = language.sequences(tokenizer, "calibration", 1024, how)
     (chain,) = supports(model, {"input_ids": loader[0]["input_ids"][:1]}).chains
     assert len(chain) == 30
     (profiled,), _ = calibrate(model, [chain], enumerate(as_batch(b) for b in loader), window=1)
