@@ -6,6 +6,7 @@ its loss. See README.md.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load a public name where it is first used: torch is slow to load, and help needs none of it."""
     if name not in _HOMES:
+        if not name.startswith("_") and find_spec(f"rba_compress.{name}"):
+            return import_module(f"rba_compress.{name}")
         raise AttributeError(f"module 'rba_compress' has no attribute {name!r}")
     found = getattr(import_module(f"rba_compress.{_HOMES[name]}"), name)
     globals()[name] = found

@@ -118,3 +118,13 @@ def test_values_at_a_prompt_fit_three_lines(result: Result, digits: nn.Module) -
         assert said.count("\n") < 3
     assert "accuracy" in str(result)
     assert str(result.report) == result.report.table()
+
+
+def test_public_names_are_loaded_where_they_are_used() -> None:
+    import rba_compress
+
+    assert set(rba_compress._HOMES) == set(rba_compress.__all__)
+    assert set(rba_compress.__all__) <= set(dir(rba_compress))
+    assert rba_compress.latent.__name__ == "rba_compress.latent"
+    with pytest.raises(AttributeError, match="has no attribute 'compres'"):
+        rba_compress.compres  # noqa: B018
