@@ -636,7 +636,7 @@ class Plan(Frozen):
             for text, d in fits
         ]
         left = [(", ".join(refusal.paths[:3]), refusal.reason) for refusal in self.refusals]
-        return html_table(str(self), ("what", "how well, or why not"), [*done, *left])
+        return html_table(repr(self), ("what", "how well, or why not"), [*done, *left])
 
     def __str__(self) -> str:
         text = "; ".join(map(str, self.in_order)) or "nothing replaced"

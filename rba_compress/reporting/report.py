@@ -155,7 +155,7 @@ class Report(Frozen):
 
     def _repr_html_(self) -> str:
         head = ("", "before", "after", "after/before", "95 % interval", "so")
-        return html_table(f"{self.model}: {self.plan}", head, verdicts(self))
+        return html_table(self.line, head, verdicts(self))
 
     def table(self) -> str:
         """Return the report as text for a terminal."""
