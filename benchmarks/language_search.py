@@ -29,8 +29,8 @@ from typing import Any, Literal
 import tyro
 from torch import nn
 
-from benchmarks.language import influence, perplexities
-from benchmarks.real_data import smollm2, wikitext2
+from benchmarks import language
+from benchmarks.real_data import smollm2
 from rba_compress import Budget, Config, profile, search
 from rba_compress.cli.texts import stretch
 from rba_compress.core.batch import Batch
@@ -64,7 +64,7 @@ class Run:
     off: tuple[float, ...] = (0.1, 0.2, 0.3)
     """Shares of the layers' MACs to take away."""
     tokens: int = 32_768
-    """Of the test part."""
+    """Tokens of the test part."""
     calibration: int = 65_536
     """Tokens of the calibration part."""
     length: int = 256
@@ -74,16 +74,7 @@ class Run:
     out: Path = RESULTS / "language_search.jsonl"
 
 
-def sequences(tokenizer: Any, split: str, tokens: int, length: int) -> list[dict[str, Any]]:
-    """A loader of the first tokens of a part of WikiText-2."""
-    text = "\n".join(wikitext2(split))
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
-    assert len(ids) == tokens, "the part is shorter"
-    rows = ids.view(-1, length)
-    return [{"input_ids": part, "use_cache": False} for part in rows.split(2048 // length)]
-
-
-def found(
+def solutions(
     model: nn.Module, seen: Profile, data: Any, how: Run
 ) -> Iterator[tuple[float, Solution, float]]:
     """Yield the share that is asked for, the method's solution, and the seconds that it took."""
@@ -91,7 +82,7 @@ def found(
     for off in how.off:
         start = time.perf_counter()
         if how.method in MAPS:
-            spans = [(layer, layer + 1) for layer in sorted(influence(seen)[: LAYERS[off]])]
+            spans = [(layer, layer + 1) for layer in sorted(language.influence(seen)[: LAYERS[off]])]
             yield off, fit_spans(seen.chains[0], spans, MAPS[how.method]), time.perf_counter() - start
             continue
         try:
@@ -105,8 +96,9 @@ def found(
 def main(how: Run) -> None:
     """Print a JSON line for each share that is taken away."""
     model, tokenizer = smollm2()
-    data = sequences(tokenizer, "calibration", how.calibration, how.length)
-    test = sequences(tokenizer, "test", how.tokens, 512)
+    cut = language.Run(length=how.length, batch_size=2048 // how.length)
+    data = language.sequences(tokenizer, "calibration", how.calibration, cut)
+    test = language.sequences(tokenizer, "test", how.tokens, language.Run())
     own = SETTINGS.get(how.method, {"units": ("span",)})
     config = Config(
         seed=how.seed,
@@ -118,12 +110,12 @@ def main(how: Run) -> None:
     start = time.perf_counter()
     seen = profile(model, data, config=config)
     profiled = time.perf_counter() - start
-    whole = perplexities(model, {"original": model}, test)["original"][0]
+    whole = language.perplexities(model, {"original": model}, test)["original"][0]
     parts = {part: first_of(seen, data, part) for part in ("fit", "validation")}
     rows = []
-    for off, solution, seconds in found(model, seen, data, how):
+    for off, solution, seconds in solutions(model, seen, data, how):
         slim = splice_shared(model, solution.plan, solution.tensors)
-        ppl, kl, agreement = perplexities(model, {"slim": slim}, test)["slim"]
+        ppl, kl, agreement = language.perplexities(model, {"slim": slim}, test)["slim"]
         rows.append(
             {
                 "method": how.method,

@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rba_compress.artifacts.artifact import load, read_manifest
+from rba_compress.core.config import GgufType
 from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.io import sha256, write_text, written_beside
@@ -27,7 +28,6 @@ from rba_compress.core.plan import Plan
 from rba_compress.core.registry import gguf_units
 from rba_compress.core.schema import Frozen
 
-GgufType = Literal["f32", "f16", "q8_0"]
 TOLERANCES: dict[GgufType, float] = {"f32": 5e-3, "f16": 0.05, "q8_0": 0.5}
 """Largest difference of a log-probability among the likeliest tokens."""
 LIKELIEST = 8

@@ -46,6 +46,7 @@ from rba_compress.cli.options import (
     Source,
     Supports,
     Verify,
+    hub_name,
 )
 from rba_compress.cli.texts import TextModel, documents, perplexity, stretch
 from rba_compress.core.batch import Batch
@@ -205,8 +206,8 @@ def _prepared(options: Job) -> _Ready:
         RBAError: one of its subclasses, with what is wrong.
     """
     budget, config = options.budget(), options.config()
+    labelled = "" if options.accuracy_drop is None else "accuracy_drop"
     if options.model.startswith(PREFIX):
-        labelled = "" if options.accuracy_drop is None else "accuracy_drop"
         original, data = _hub(options, options.model, labelled=labelled)
         if isinstance(data.model, TextModel) and data.model.causal:
             sequences = sum(len(batch["input_ids"]) for batch in data.loader)
@@ -215,7 +216,6 @@ def _prepared(options: Job) -> _Ready:
     arguments = {} if options.num_classes is None else {"num_classes": options.num_classes}
     architecture = Architecture(name=options.model, arguments=dict(arguments))
     original = _original(options, architecture)
-    labelled = "" if options.accuracy_drop is None else "accuracy_drop"
     return _Ready(architecture, original, budget, config, _images(options, original, labelled=labelled))
 
 
@@ -487,17 +487,6 @@ def _generate(options: Generate, say: Say) -> JsonValue:
         found[name] = model.generated(options.prompt, tokens=options.tokens)
         say(f"{name}: {found[name]}")
     return found
-
-
-def hub_name(model: str) -> str:
-    """Return the directory or the hub's name of hf:DIR.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    if not model.startswith(PREFIX):
-        raise ModelError(f"--model {model}: an original of transformers is given as {PREFIX}DIR")
-    return model.removeprefix(PREFIX)
 
 
 def _device(name: str) -> str:

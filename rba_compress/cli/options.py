@@ -12,14 +12,13 @@ from typing import Literal
 import tyro
 
 from rba_compress.cli.latent_demos.trials import AggregationTrial, AnchorTrial, Trial
-from rba_compress.core.config import Budget, Config, Effort, Healing
+from rba_compress.core.config import Budget, Config, Effort, GgufType, Healing
 from rba_compress.core.errors import ConfigError, LoaderError, ModelError, WeightsError
 from rba_compress.core.io import require_vacant
 from rba_compress.core.map_spec import Kind
 
 PREFIX = "hf:"
 """Beginning of the name of a model that transformers reads: a directory, or a name of its hub."""
-GgufType = Literal["f32", "f16", "q8_0"]
 
 
 @dataclass(kw_only=True)
@@ -256,8 +255,19 @@ def require_original(model: str | None, text: Path | None) -> None:
     """
     if model is None and text is not None:
         raise ModelError(f"a text is read with the original's tokenizer: pass --model {PREFIX}DIR")
-    if model is not None and not model.startswith(PREFIX):
+    if model is not None:
+        hub_name(model)
+
+
+def hub_name(model: str) -> str:
+    """Return the directory or the hub's name of hf:DIR.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if not model.startswith(PREFIX):
         raise ModelError(f"--model {model}: an original of transformers is given as {PREFIX}DIR")
+    return model.removeprefix(PREFIX)
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,9 @@ Augmentation = Literal["flip", "crop", "mix", "cut"]
 
 Effort = Literal["quick", "default", "thorough"]
 
+GgufType = Literal["f32", "f16", "q8_0"]
+"""Type of the matrices of a GGUF file."""
+
 RATES: dict[Trained, tuple[float, ...]] = {
     "maps": (5e-5, 1.5e-4, 5e-4),
     "norms": (5e-5, 1.5e-4, 5e-4),

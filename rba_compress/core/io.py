@@ -173,10 +173,10 @@ def write_tensors(path: Path, record: Frozen, tensors: Mapping[str, Tensor]) -> 
     Raises:
         ArtifactError: the file cannot be written; an older one is unchanged.
     """
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"record": record.model_dump_json(), "sha256": tensor_digest(sorted(data.items()))}
     from safetensors.torch import save_file  # loads torch
 
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"record": record.model_dump_json(), "sha256": tensor_digest(sorted(data.items()))}
     try:
         with sibling(path) as folder:
             save_file(data, folder / path.name, metadata=header)

@@ -260,9 +260,6 @@ class Block(Frozen):
 class Chain(Frozen):
     """Sequence of blocks: the output stream of each is read by the next one, and by nothing else."""
 
-    def __repr__(self) -> str:
-        return f"Chain({self.name!r}: {len(self)} x {self.blocks[0].type}, width {self.width})"
-
     name: str
     blocks: tuple[Block, ...]
     width: int
@@ -297,6 +294,9 @@ class Chain(Frozen):
     after: int | None = None
     """Number of chains of replaceable blocks that run before, for a block that changes the shape of the
     stream and can only be narrowed; None where blocks are replaceable."""
+
+    def __repr__(self) -> str:
+        return f"Chain({self.name!r}: {len(self)} x {self.blocks[0].type}, width {self.width})"
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -134,8 +134,8 @@ def residuals_outside(recording: Recording, known: Iterable[str]) -> list[Refusa
         for stream, last in (parts, parts[::-1]):
             branch: fx.Node | None = last
             while branch is not None and not _adds_to(made.get(branch), stream):
-                (branch, *others) = (*branch.all_input_nodes, None)
-                branch = branch if len(others) == 1 else None
+                inputs = branch.all_input_nodes
+                branch = inputs[0] if len(inputs) == 1 else None
             if branch is not None and not any(nested(made[branch].path, path) for path in taken):
                 call = made[branch]
                 found.setdefault(call.type, []).append(call.path)

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from rba_compress.core.config import Budget, Config
 from rba_compress.core.errors import ConfigError, PlanError
 from rba_compress.core.loader import Dealt
+from rba_compress.core.map_spec import MapSpec
 from rba_compress.core.plan import Chain, Site
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.solver import rounded
-from rba_compress.planning.state import SearchState, Solution, with_candidate
+from rba_compress.planning.state import Candidate, SearchState, Solution, with_candidate
 from rba_compress.profiling.profiler import Profile
 from rba_compress.units.span import SPAN
 
@@ -108,7 +108,6 @@ def _pair(each: Any, given: Any) -> tuple[int, int]:
     return int(each[0]), int(each[1])
 
 
-@torch.inference_mode(False)
 def replaced(model: nn.Module, profile: Profile, dealt: Iterable[Dealt], by_hand: ByHand) -> Solution:
     """Fit a map in place of each span on the original's streams, as the paper does.
 
@@ -120,7 +119,7 @@ def replaced(model: nn.Module, profile: Profile, dealt: Iterable[Dealt], by_hand
     """
     context = SearchContext(model, profile, dealt, UNLIMITED)
     config, sites = context.config, by_hand.sites(context.chains)
-    by_map: dict[Any, list[Any]] = {}
+    by_map: dict[MapSpec, list[Candidate]] = {}
     for each in context.fitter.candidates(context.start, sites):
         by_map.setdefault(each.replacement.map, []).append(each)
     found: list[SearchState] = []

@@ -207,7 +207,8 @@ class Evaluator:
         with evaluating(model):
             for k in taken:
                 output = self.batches[k].run(resumed.start(self._streams[k]))
-                yield k, self._compared(k, output)
+                # Options that are screened need no metrics of the task.
+                yield k, self.criterion.kept(output) if screen else self._compared(k, output)
 
     def price(self, chain: int, boundary: int, *, screen: bool = False) -> float:
         """Return the samples that a run counts for, as `outputs`; a partial run counts as its share."""

@@ -313,7 +313,7 @@ def profiled(
     window, narrowed = _window(support.chains, config, _accumulator_device(model))
     size = _moments_size(support.chains, window)
     scales = OutputScales(criterion)
-    with within_memory(_taken(support.chains, len(example), size)):
+    with within_memory(_memory_needs(support.chains, len(example), size)):
         states, samples = calibrate(
             model,
             support.chains,
@@ -398,7 +398,7 @@ def _fit_batches(split: Split, size: int, memory: int) -> Iterable[tuple[int, Ba
     return bar
 
 
-def _taken(chains: Sequence[Chain], samples: int, size: int) -> str:
+def _memory_needs(chains: Sequence[Chain], samples: int, size: int) -> str:
     """Return what a profile takes of memory, and what to do where that is too much."""
     streams = sum((len(c) + 1) * c.positions * c.width for c in chains) * samples * 4
     return (
