@@ -31,7 +31,8 @@ from torch import nn
 
 from benchmarks import language
 from benchmarks.real_data import smollm2
-from rba_compress import Budget, Config, profile, search
+from rba_compress import Budget, Config, profile, search, splice
+from rba_compress.artifacts.artifact import write_artifact
 from rba_compress.cli.texts import stretch
 from rba_compress.core.batch import Batch
 from rba_compress.core.errors import BudgetError
@@ -72,6 +73,8 @@ class Run:
     window: int = 1
     effort: Literal["quick", "default", "thorough"] = "default"
     out: Path = RESULTS / "language_search.jsonl"
+    save: Path | None = None
+    """Folder to save each compressed model in, with its tokenizer."""
 
 
 def solutions(
@@ -110,12 +113,17 @@ def main(how: Run) -> None:
     start = time.perf_counter()
     seen = profile(model, data, config=config)
     profiled = time.perf_counter() - start
-    whole = language.perplexities(model, {"original": model}, test)["original"][0]
+    whole = 0.0
     parts = {part: first_of(seen, data, part) for part in ("fit", "validation")}
     rows = []
     for off, solution, seconds in solutions(model, seen, data, how):
         slim = splice_shared(model, solution.plan, solution.tensors)
-        ppl, kl, agreement = language.perplexities(model, {"slim": slim}, test)["slim"]
+        if how.save is not None:
+            keep(model, tokenizer, seen, solution, how.save / f"{how.method}-{off}-{how.seed}")
+        networks = {"slim": slim} if whole else {"slim": slim, "original": model}
+        measured = language.perplexities(model, networks, test)
+        ppl, kl, agreement = measured["slim"]
+        whole = whole or measured["original"][0]
         rows.append(
             {
                 "method": how.method,
@@ -139,11 +147,23 @@ def main(how: Run) -> None:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
+        write(rows, how)
+
+
+def write(rows: Sequence[dict[str, Any]], how: Run) -> None:
+    """Write the rows in place of those of the same method and seed, and the table of all."""
     before = [json.loads(line) for line in how.out.read_text().splitlines()] if how.out.exists() else []
     kept = [r for r in before if (r["method"], r["seed"]) != (how.method, how.seed)]
     rows = sorted([*kept, *rows], key=lambda r: (r["off"], r["method"], r["seed"]))
     how.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     how.out.with_suffix(".md").write_text(table(rows))
+
+
+def keep(model: nn.Module, tokenizer: Any, seen: Profile, found: Solution, folder: Path) -> None:
+    """Save a compressed model with its tokenizer, as `rba-compress` does."""
+    network = splice(model, found.plan, found.tensors)
+    write_artifact(network, found.plan, folder, example=seen.example, original_weights=seen.weights)
+    tokenizer.save_pretrained(folder)
 
 
 def first_of(seen: Profile, data: Any, part: Any) -> list[Batch]:

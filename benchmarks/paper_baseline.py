@@ -2,7 +2,8 @@
 span of two to four blocks; skipping the span beside it.
 
 RBA (arXiv 2410.04941): one span is replaced by one linear map, plain least squares without bias, one
-for all tokens, fitted on all calibration images. Reported on the test images, one JSON line a row.
+for all tokens, fitted on the fit half of the calibration images. Each row is a call of `search` with
+`spans=` on one profile, and one of `compare` on the test images.
 `python -m benchmarks.paper_baseline` writes `benchmarks/results/paper_baseline.jsonl` and its table.
 """
 
@@ -17,21 +18,11 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.real_data import deit_tiny, imagenet
-from rba_compress.core.inference import evaluating
-from rba_compress.core.loader import read
-from rba_compress.core.map_spec import MapSpec
-from rba_compress.core.outputs import main_output
-from rba_compress.core.plan import Plan, listed
-from rba_compress.planning.plan_cost import plan_saving
-from rba_compress.planning.span_fits import fit_span
-from rba_compress.profiling.cost import cost
-from rba_compress.profiling.fidelity import compare_outputs
-from rba_compress.profiling.profiler import calibrate
-from rba_compress.units.offers import supports
-from rba_compress.units.splice import splice_shared
+from rba_compress import Config, compare, profile, search, splice
+from rba_compress.core.plan import listed
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = {"skip": MapSpec(kind="identity"), "least squares": MapSpec(kind="linear")}
+METHODS = {"skip": "identity", "least squares": "linear"}
 
 
 @dataclass
@@ -43,37 +34,37 @@ class Baseline:
 
 def main(how: Baseline) -> None:
     model = deit_tiny()
-    calibration, test = imagenet(model, "calibration"), list(read(imagenet(model, "test")))
-    (chain,) = supports(model, calibration[0]).chains
-    (profiled,), samples = calibrate(model, [chain], enumerate(tqdm(read(calibration), "calibrate")))
-    dense_cost = cost(model, test[0])
-    with evaluating(model):
-        original = [main_output(batch.run(model)) for batch in test]
-    redundancy = profiled.block_redundancy
+    calibration, test = imagenet(model, "calibration"), imagenet(model, "test")
+    profiles = {
+        method: profile(
+            model,
+            calibration,
+            config=Config(maps=(kind,), units=("span",), keep_features=True, window=how.longest),
+        )
+        for method, kind in METHODS.items()
+    }
+    (chain,) = profiles["skip"].chains
     rows: list[dict[str, Any]] = []
-    for start, stop in tqdm(chain.spans(how.longest), "spans"):
-        for method, spec in METHODS.items():
-            replacement, tensors = fit_span(profiled, start, stop, spec)
-            plan = Plan(replacements=(replacement,))
-            compressed = splice_shared(model, plan, tensors)
-            with evaluating(compressed):
-                outputs = [main_output(batch.run(compressed)) for batch in test]
-            found = compare_outputs("kl", zip(original, outputs, test, strict=True))
-            saved = plan_saving([chain], [replacement]).macs
+    for start, stop in tqdm(chain.chain.spans(how.longest), "spans"):
+        for method, profiled in profiles.items():
+            found = search(model, profiled, calibration, spans=[(start, stop)])
+            (replacement,) = found.plan.replacements
+            report = compare(model, splice(model, found.plan, found.tensors), test)
             assert replacement.diagnostics is not None
             row = {
                 "benchmark": "paper_baseline",
                 "model": "deit_tiny_patch16_224",
-                "blocks": chain.paths[start:stop],
+                "blocks": chain.chain.paths[start:stop],
                 "method": method,
-                "top1_dense": found.accuracy_original,
-                "top1": found.accuracy_compressed,
-                "agreement": found.agreement,
-                "kl": round(found.divergence, 4),
+                "top1_dense": report.fidelity.accuracy_original,
+                "top1": report.fidelity.accuracy_compressed,
+                "agreement": report.fidelity.agreement,
+                "kl": round(report.fidelity.divergence, 4),
                 "r2": round(replacement.diagnostics.r2, 4),
-                "block_redundancy": [round(value, 2) for value in redundancy[start:stop]],
-                "macs_kept": round(1 - saved / dense_cost.macs, 4),
-                "calibration_images": samples,
+                "block_redundancy": [round(x, 2) for x in chain.block_redundancy[start:stop]],
+                "macs_kept": round(report.compressed.macs / report.original.macs, 4),
+                "latency": round(report.latency.ratio, 4),
+                "fit_images": profiled.samples,
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -86,7 +77,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The paper's method on DeiT-tiny: every span of one to four blocks",
         "",
-        f"ImageNet sample, {rows[0]['calibration_images']} calibration and 500 test images; original "
+        f"ImageNet sample, {rows[0]['fit_images']} images to fit and 500 test images; original "
         f"top-1 {rows[0]['top1_dense']}. One linear map (plain least squares, no bias) in place of "
         "the span, against skipping it. Block Redundancy is of the span's blocks on the class token.",
         "",

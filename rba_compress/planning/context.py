@@ -33,6 +33,8 @@ TOKENS = 8_192
 """Tokens that are validated on at most: choosing needs fewer of them than fitting does."""
 SEQUENCES = 32
 """Samples that are validated on nevertheless."""
+DEEP = 16
+"""Blocks above which a network is deep: each run is long there, and sites are many."""
 SCREENED = 2_048
 """Tokens that are screened on at least."""
 
@@ -48,6 +50,9 @@ class SearchContext:
         self.order = {chain.name: k for k, chain in enumerate(self.chains)}
         self.limits, self.log = Limits(profile, budget), SearchLog()
         self.ranks, self.spent = current(), SPENT[self.config.effort]
+        self.blocks = sum(map(len, self.chains))
+        self.deep = self.blocks > DEEP
+        """True where levels and re-solved layers are too many to run each."""
         self.record = profile.record
         """Networks of earlier searches of the profile, to which this search adds its own."""
         samples = list(dealt)

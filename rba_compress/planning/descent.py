@@ -18,7 +18,14 @@ from rba_compress.core.plan import Action, Replacement
 from rba_compress.planning.context import SearchContext, evaluation_of
 from rba_compress.planning.limits import Limits
 from rba_compress.planning.progress import SearchProgress
-from rba_compress.planning.refinement import SOLVED, narrowed, refit, settled, statistics
+from rba_compress.planning.refinement import (
+    SOLVED,
+    narrowed,
+    refit,
+    refit_together,
+    settled,
+    statistics,
+)
 from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.solver import rounded
 from rba_compress.planning.stages import GRID, Verified, expected, stage
@@ -90,14 +97,16 @@ def descend(context: SearchContext, checkpoint: str | Path | None = None) -> Sol
 
 def _refined(context: SearchContext, before: Verified, *, result: bool) -> SearchState:
     """Refine a network: the kept layers behind its maps, and of the result also those behind merges and
-    narrower blocks, which are most of the network; then its BatchNorms.
+    narrower blocks, which are most of the network; then its BatchNorms. In a deep network all of them
+    are re-solved at each stage, in one go.
     """
     state = before.state if before.settled else narrowed(context, before.state)
     for c, chain in enumerate(context.chains if context.refits else ()):
         own = [r for r in state.solution.plan.replacements if r.chain == chain.name]
-        starts = [r.start for r in own if result or _maps(r)]
+        starts = [r.start for r in own if result or context.deep or _maps(r)]
         if starts:
-            state = refit(context, state, c, min(starts))
+            solve = refit_together if context.deep else refit
+            state = solve(context, state, c, min(starts))
     return state if before.settled and state is before.state else statistics(context, state)
 
 
@@ -131,7 +140,7 @@ class Descent:
         done, replacements = self.verified[k].refined, state.solution.plan.replacements
         if not replacements or done == "result" or (done == "start" and not result):
             return state
-        whole = result or all(map(_maps, replacements))
+        whole = result or self.context.deep or all(map(_maps, replacements))
         state = _refined(self.context, self.verified[k], result=result)
         new = replace(
             self.verified[k], state=state, settled=True, refined="result" if whole else "start"

@@ -532,20 +532,26 @@ class Walk:
         Args:
             unchanged: it has not changed since `gaps` either, whose streams are taken over.
         """
-        if unchanged and self._ahead is not None and boundary > self.boundary:
-            self._now, self.boundary = self._ahead, self.boundary + 1
+        theirs: list[Streams] = []
+        if self._ahead is not None and boundary > self.boundary:
+            if unchanged:
+                self._now, self.boundary = self._ahead, self.boundary + 1
+            elif boundary == self.boundary + 1:
+                theirs = self._ahead.original
         self._ahead = None
         if self._now.original and boundary == self.boundary:
             return
         last = [*(len(chain) for chain in self.chains[: self.index]), boundary]
         merges = [_merge_at(self.chain, b) for b in self._merges if self.boundary <= b < boundary]
-        original = self._pass(self.original, self._now.original, boundary)
+        original = None if theirs else self._pass(self.original, self._now.original, boundary)
         light = self._pass(compressed, self._now.compressed, boundary, merges)
         reached = _Reached([], [], list(self._now.merges))
-        with evaluating(original.resumed.model), evaluating(light.resumed.model):
+        theirs_in = self.original if original is None else original.resumed.model
+        with evaluating(theirs_in), evaluating(light.resumed.model):
             for k in range(len(self.batches)):
                 seen = light(k)
-                reached.original.append(_at(original(k).streams, last))
+                own = theirs[k] if original is None else _at(original(k).streams, last)
+                reached.original.append(own)
                 reached.compressed.append(_at(seen.streams, last))
                 for path in merges:
                     reached.merges[k] = _behind(reached.merges[k], Merge(*seen.layers[path]))

@@ -12,6 +12,9 @@ sites of interest, those whose rise is the least for what they save, and for tho
 already; a unit whose levels are set by schedules needs one of each site. A span that is longer by a
 block follows where both of its shorter ones belong to the better half and are not far from being of
 interest.
+
+In a deep network, where each run is long and sites are many, a width is run at one level. Its other
+levels are taken to change the output in the same direction, by as much as their errors tell.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ FAR = 4
 """Ratio of a site's price to the highest of interest above which no longer span is run for it, nor the
 site itself in the next stage.
 """
+MIDDLE = 0.3
+"""Share of the channels at which a width is run in a deep network."""
 WIDER = 2
 """Levels of a width that are run beside the first one in one stage."""
 MARGIN = 4
@@ -104,11 +109,9 @@ class _Runs:
                 rows += len(change.rows)
         self._sketch = Sketch(rows, seed=context.config.seed)
         self._done: list[OptionRun] = []
-
-    @property
-    def rises(self) -> list[float]:
-        """Rise of the mean divergence in each run, not finite where the output is not."""
-        return [run.rise for run in self._done]
+        self._scaled: list[tuple[int, float]] = []
+        self.rises: list[float] = []
+        """Rise of the mean divergence of each change, not finite where the output is not."""
 
     def _changes(self, k: int, output: Any) -> list[Change] | None:
         evaluator, classes = self._evaluator, self._classes[k]
@@ -117,7 +120,7 @@ class _Runs:
         return changes(evaluator.criterion, expected, before, after, evaluator.batches[k])
 
     def add(self, solution: Solution, at: tuple[int, int]) -> int:
-        """Run a network that equals the current one up to a boundary; return the index of the run.
+        """Run a network that equals the current one up to a boundary; return the index of its change.
 
         A run that the record holds, of a search that was interrupted, is not repeated.
         """
@@ -128,7 +131,17 @@ class _Runs:
             recorded.append(self._run(solution, at))
         self._done.append(recorded[k])
         self._context.ran()
-        return k
+        return self._added(k, 1.0, recorded[k].rise)
+
+    def scaled(self, index: int, ratio: float) -> int:
+        """Add the change of a run at another size, by the ratio of their squares; return its index."""
+        k, size = self._scaled[index]
+        return self._added(k, size * ratio**0.5, self.rises[index] * ratio)
+
+    def _added(self, run: int, size: float, rise: float) -> int:
+        self._scaled.append((run, size))
+        self.rises.append(rise)
+        return len(self.rises) - 1
 
     def _run(self, solution: Solution, at: tuple[int, int]) -> OptionRun:
         evaluator, found = self._evaluator, []
@@ -147,7 +160,7 @@ class _Runs:
         return OptionRun(rise, row, torch.cat(duals).nan_to_num(0, 0, 0) if len(duals) > 1 else row)
 
     def form(self) -> tuple[Floats, Floats]:
-        """Return the linear term and the Gram matrix of all runs, over all ranks."""
+        """Return the linear term and the Gram matrix of all changes, over all ranks."""
         if not self._done:
             return np.zeros(0), np.zeros((0, 0))
         rows = torch.stack([run.row for run in self._done]).double()
@@ -155,8 +168,10 @@ class _Runs:
         products = rows @ duals.T
         total = self._context.ranks.total((products + products.T) / 2)
         gram = np.asarray(total / self._evaluator.screened)
-        rises = np.nan_to_num(np.array(self.rises), nan=0.0, posinf=0.0, neginf=0.0)
-        return rises - np.diagonal(gram) / 2, gram
+        rises = np.nan_to_num([run.rise for run in self._done], nan=0.0, posinf=0.0, neginf=0.0)
+        linear = rises - np.diagonal(gram) / 2
+        of, sizes = [k for k, _ in self._scaled], np.array([size for _, size in self._scaled])
+        return linear[of] * sizes, gram[np.ix_(of, of)] * np.outer(sizes, sizes)
 
 
 def output_changes(
@@ -201,9 +216,8 @@ class _Options:
         self.prices: dict[Site, float] = {}
         """Price of each site, expected where no level was run."""
         self.saved: dict[Site, float] = {}
-        blocks = sum(map(len, context.chains))
-        self.most = max(FEWEST, round(context.spent.finer * blocks))
-        self.again = round(context.spent.again * blocks)
+        self.most = max(FEWEST, round(context.spent.finer * context.blocks))
+        self.again = round(context.spent.again * context.blocks)
         self._errors: dict[Hashable, tuple[float, float]] = {}
         """Largest error of what was run of a block, with its rise."""
 
@@ -219,10 +233,29 @@ class _Options:
         error, place = _error(candidate), _place(candidate)
         if error is not None and error > self._errors.get(place, (0.0, 0.0))[0] and rise > 0:
             self._errors[place] = error, rise
+        self.saved.setdefault(candidate.site, self._size(candidate))
+        return self._price(candidate, rise)
+
+    def _price(self, candidate: Candidate, rise: float) -> float:
         size = self._size(candidate)
-        self.saved.setdefault(candidate.site, size)
         price = rise / (size if size > 0 else 1.0)
         return rounded(price) if math.isfinite(price) else math.inf
+
+    def _by_error(self, levels: Sequence[Candidate]) -> list[float]:
+        """Add the levels of a site of which the last run is one, their changes scaled by their errors;
+        return their prices. Nothing is added where the errors tell nothing.
+        """
+        ran, index = self.done[-1]
+        error, rise, prices = _error(ran), self.runs.rises[index], []
+        if not (self.context.deep and ran.replacement.inner and error and 0 < rise < math.inf):
+            return []
+        for level in levels:
+            other = _error(level)
+            if level is not ran and level.site == ran.site and other is not None:
+                scaled = self.runs.scaled(index, other / error)
+                self.done.append((level, scaled))
+                prices.append(self._price(level, self.runs.rises[scaled]))
+        return prices
 
     def measured(self) -> list[tuple[Candidate, int]]:
         """Run candidates; return what was run, with the index of each run."""
@@ -233,6 +266,7 @@ class _Options:
                 context.prices.pop(site, None)
                 levels = self.of_site.pop(site)
                 _run_again(levels, old, self.run, further=context.spent.refits)
+                self._by_error(levels)
         first_new = len(self.done)
         rounds: dict[int, list[Site]] = {}
         for site in self.of_site:
@@ -257,19 +291,22 @@ class _Options:
 
     def _round(self, sites: Sequence[Site]) -> list[Site]:
         """Run sites whose spans are equally long; return those that were run, the cheapest first."""
-        first = {site: _first(self.of_site[site]) for site in sites}
-        best = []
+        first = {site: _first(self.of_site[site], deep=self.context.deep) for site in sites}
+        best, predicted = [], set[Site]()
         for site in sorted(sites, key=lambda site: self._expensive(first[site])):
             expected = self._expected(first[site])
             if expected > MARGIN * _far(self.highest(few=math.inf)) and not self.context.record.every:
                 self.prices[site], self.saved[site] = expected, self._size(first[site])
             else:
                 self.prices[site] = self.run(first[site])
+                further = self._by_error(self.of_site[site])
+                self.prices[site] = min([self.prices[site], *further])
+                predicted.update([site] if further else [])
                 best.append(site)
         best.sort(key=lambda site: self.prices[site])
         highest = self.highest()
         for site in (site for site in best if self.prices[site] <= highest):
-            if not unit_of(site.unit).scheduled:
+            if not unit_of(site.unit).scheduled and site not in predicted:
                 found = _levels(self.of_site[site], first[site], self.prices[site], self.run, highest)
                 self.prices[site] = min(found)
         return best
@@ -419,11 +456,17 @@ def _shorter(site: Site) -> Iterable[Site]:
     return site._replace(stop=site.stop - 1), site._replace(start=site.start + 1)
 
 
-def _first(levels: Sequence[Candidate]) -> Candidate:
+def _first(levels: Sequence[Candidate], *, deep: bool = False) -> Candidate:
     """Return the level of a site to run first: the middle one of the last kind that is not folded, or
     the one that takes least, where a block is narrowed: it may be free.
+
+    Args:
+        deep: take a middle one there instead, where the fits tell errors, from which those of the
+            others follow.
     """
     if levels[0].replacement.inner:
+        if deep and all(map(_error, levels[1:])):
+            return min(levels, key=lambda level: abs((level.replacement.level or 0.0) - MIDDLE))
         return min(levels, key=lambda level: level.saving.macs)
     own = [level for level in levels if level.refit is None] or levels
     kind = own[-1].replacement.map.kind

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from rba_compress.core.plan import FoldRefit, LayerRefit
+from rba_compress.core.plan import FoldRefit, LayerRefit, Plan
+from rba_compress.graph.rewrite import tensor_of
 from rba_compress.planning.candidates import readers
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.fit_statistics import Walk
@@ -39,12 +40,17 @@ def _falls(context: SearchContext, after: Tensor, before: Tensor, samples: int) 
     return float(gap.mean()) > max(context.config.tolerance * float(before.mean()), error)
 
 
+def _fitted(plan: Plan) -> Plan:
+    """Return the plan without replacements that fit nothing."""
+    own = tuple(r for r in plan.replacements if unit_of(r.unit).fitted)
+    return plan.model_copy(update={"replacements": own})
+
+
 def refit(context: SearchContext, state: SearchState, chain: int, boundary: int) -> SearchState:
     """Re-solve the last linear layers of the kept blocks behind a boundary, one by one."""
     blocks = context.chains[chain].blocks
     plan = state.solution.plan
-    fitted = [r for r in plan.replacements if unit_of(r.unit).fitted]
-    taken = replaced_blocks(plan.model_copy(update={"replacements": fitted}), context.chains[chain])
+    taken = replaced_blocks(_fitted(plan), context.chains[chain])
     walk = context.fitter.walk(chain, plan)
     for b in range(boundary, len(blocks)):
         folded = {r.path for r in state.solution.plan.refits if isinstance(r, FoldRefit)}
@@ -53,6 +59,56 @@ def refit(context: SearchContext, state: SearchState, chain: int, boundary: int)
                 continue
             state = _resolved(context, state, walk, b, k)
     return state
+
+
+def refit_together(context: SearchContext, state: SearchState, c: int, boundary: int) -> SearchState:
+    """Re-solve the last linear layer of every kept block behind a boundary, one behind the other, and
+    accept all or none: in a deep network they are too many to try each.
+
+    All are moved by the same share of their corrections, the one at which the divergence of the
+    screened samples is least.
+    """
+    chain, plan, config = context.chains[c], state.solution.plan, context.config
+    taken = replaced_blocks(_fitted(plan), chain)
+    folded = {r.path for r in plan.refits if isinstance(r, FoldRefit)}
+    kept = [b for b in range(boundary, len(chain)) if b not in taken and chain.blocks[b].branches]
+    kept = [b for b in kept if chain.blocks[b].branches[-1].path not in folded]
+    if not kept:
+        return state
+    damping = sorted(config.refit_dampings)[len(config.refit_dampings) // 2]
+    walk, solution = context.fitter.walk(c, plan), state.solution
+    for b in kept:
+        of = b, len(chain.blocks[b].branches) - 1
+        _, solution = context.fitter.corrected(walk, solution, of, damping=damping, step=1.0)
+        context.ran()
+    at, before = (c, kept[0]), state.evaluation.divergence
+    model = context.fitter.compressed(state.solution)
+    tried = [_moved(model, state.solution, solution, step) for step in sorted(config.refit_steps)]
+    screened = [context.divergences(state, each, at, screen=True) for each in tried]
+    best = min(range(len(tried)), key=lambda k: float(screened[k].mean()))
+    if not promises(context, screened[best], before):
+        return state
+    divergences = context.divergences(state, tried[best], at)
+    if not wins(context, divergences, before):
+        return state
+    new = context.state(tried[best], state.cost, at)
+    return context.log.decided("refit", tried[best].plan.refits[-1], new, state.mean - new.mean)
+
+
+def _moved(model: nn.Module, before: Solution, after: Solution, step: float) -> Solution:
+    """Return the solution between two whose re-solved layers are moved by a share of their corrections.
+
+    Args:
+        model: the network of the solution `before`.
+    """
+    new = [r for r in after.plan.refits if r not in before.plan.refits]
+    moved = {r.path: r.model_copy(update={"step": step}) for r in new if isinstance(r, LayerRefit)}
+    refits = tuple(moved.get(r.path, r) for r in after.plan.refits)
+    tensors = dict(after.tensors)
+    for name in (name for name in tensors if any(r.owns(name) for r in new)):
+        old = tensor_of(model, name).detach().to(tensors[name])
+        tensors[name] = old + step * (tensors[name] - old)
+    return Solution(after.plan.model_copy(update={"refits": refits}), tensors)
 
 
 def _resolved(

@@ -27,6 +27,7 @@ from rba_compress.core.inference import unwrap
 from rba_compress.core.loader import Dealt, workers_named
 from rba_compress.core.memory import within_memory
 from rba_compress.core.offload import undispatched
+from rba_compress.planning.by_hand import ByHand, Spans, replaced
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.descent import descend
 from rba_compress.planning.state import Solution
@@ -43,6 +44,7 @@ def search(
     loader: Iterable[Any],
     *,
     budget: Budget | None = None,
+    spans: Spans | None = None,
     checkpoint: str | Path | None = None,
 ) -> Solution:
     """Choose spans and maps that meet the budget at the least divergence of the output.
@@ -54,6 +56,8 @@ def search(
         loader: the profiled loader. Of ten samples, five are fit samples and four are validation
             samples; both are kept in memory.
         budget: what the compressed network may cost and lose; by default three quarters of the MACs.
+        spans: spans to replace by hand, without a search, as in `compress`; the maps are those of the
+            profile's settings.
         checkpoint: a file that is written twice a minute, and removed at the end. If the file exists at
             the start, the search resumes from it, with the same result as without an interruption.
 
@@ -63,7 +67,8 @@ def search(
 
     Raises:
         BudgetError: no plan reaches the budget; the message names the best that is reachable.
-        PlanError: the profile is of another network.
+        ConfigError: spans were given together with a budget, overlap, or are longer than the window.
+        PlanError: the profile is of another network, or the network does not have the spans.
         ActivationError: the original output, or that of every candidate, holds NaN or infinity.
         ArtifactError: the checkpoint cannot be written, or is of another search.
         LoaderError, MemoryLimitError: as `profile`.
@@ -73,7 +78,10 @@ def search(
         raise PlanError(f"the profile is of a {profile.model}, the model is a {type(model).__name__}")
     if fingerprint(model) != profile.weights:
         raise PlanError(f"the profile is of a {profile.model} with other weights: profile this one")
+    hand = ByHand.given(spans, budget)
     dealt = profile.split(loader).deal("fit", "validation")
+    if hand is not None:
+        return replaced(model, profile, dealt, hand)
     return searched(model, profile, dealt, budget, checkpoint)
 
 

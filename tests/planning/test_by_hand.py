@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from rba_compress import (
     ArtifactError,
+    Budget,
     Config,
     ConfigError,
     Plan,
     PlanError,
     compress,
     load,
+    profile,
     save,
+    search,
     splice,
 )
 from rba_compress.core.loader import Split
@@ -126,8 +129,6 @@ def test_what_is_no_span_is_refused(spans: Any, says: str) -> None:
 
 
 def test_spans_that_cannot_be_are_refused() -> None:
-    from rba_compress import Budget
-
     model = seeded(Chain, 4)
     with pytest.raises(PlanError, match="no span 2:5: it has 'blocks' of 4 blocks"):
         compress(model, loader(), spans=[(2, 5)])
@@ -145,3 +146,23 @@ def test_a_network_that_was_spliced_says_how_it_is_saved(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match=r"not a Chain: compress\(model, loader, spans="):
         save(network, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_one_profile_serves_many_spans() -> None:
+    model, data = seeded(Chain, 8), loader(400, 50)
+    config = Config(maps=("linear",))
+    seen = profile(model, data, config=config)
+    for span in ((1, 3), (4, 5)):
+        alone = compress(model, data, spans=[span], config=config)
+        found = search(model, seen, data, spans=[span])
+        assert of_plan(found.plan) == [("blocks", *span, "linear")]
+        assert found.plan.replacements[0].map == alone.plan.replacements[0].map
+        torch.testing.assert_close(found.tensors, alone.tensors, rtol=1e-5, atol=1e-6)
+        network = splice(model, found.plan, found.tensors)
+        torch.testing.assert_close(network(data[0]), alone.model(data[0]))
+    assert not seen.record.networks
+    with pytest.raises(ConfigError, match="leave out the budget"):
+        search(model, seen, data, spans=[(1, 3)], budget=Budget(macs=0.9))
+    short = profile(model, data, config=Config(window=2))
+    with pytest.raises(ConfigError, match="3 blocks is longer than window=2"):
+        search(model, short, data, spans=[(1, 4)])
