@@ -149,6 +149,28 @@ def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unit", ["span", "hidden_width"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3"])
+def test_a_stock_checkpoint_of_each_family(kind: str, unit: str, tmp_path: Path) -> None:
+    """Fewer layers, or narrower ones: transformers alone loads and generates from what is saved."""
+    sizes = SIZES | ({"head_dim": 8} if kind == "Qwen3" or kind.startswith("Gemma") else {})
+    config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**sizes)
+    model = seeded(getattr(transformers, f"{kind}ForCausalLM"), config)
+    how = Config(stock=True, effort="quick", units=(unit,))
+    result: Any = compress(model, texts(40), budget=Budget(macs=0.9), config=how)
+    result.save(tmp_path / "stock", fold=True, hub=True)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    fewer = again.config.num_hidden_layers, again.config.intermediate_size
+    assert fewer[unit == "hidden_width"] < (4, 64)[unit == "hidden_width"]
+    prompt = ids()
+    with torch.no_grad():
+        wanted, found = result.model(input_ids=prompt).logits, again(input_ids=prompt).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    decode = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(again.generate(prompt, **decode), result.model.generate(prompt, **decode))
+
+
+@pytest.mark.slow
 def test_bfloat16() -> None:
     model = llama().to(torch.bfloat16)
     result = compress(model, texts(), budget=Budget(macs=0.85), config=Config(units=("span",)))
