@@ -17,12 +17,17 @@ from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating
 from rba_compress.core.io import Sealed, read_sealed
 from rba_compress.core.schema import Frozen
-from rba_compress.profiling.fidelity import gap
+from rba_compress.profiling.fidelity import Fidelity, gap
 from rba_compress.profiling.latency import Latency
 
 SCHEMA = 1
-Format = Literal["onnx", "pt2"]
-CERTIFICATES: dict[Format, str] = {"onnx": "certificate.json", "pt2": "certificate.pt2.json"}
+Format = Literal["onnx", "pt2", "int8"]
+"""Formats; "int8" is an ONNX file whose layers are quantised."""
+CERTIFICATES: dict[Format, str] = {
+    "onnx": "certificate.json",
+    "pt2": "certificate.pt2.json",
+    "int8": "certificate.int8.json",
+}
 OF_LEVEL = ".certificate.json"
 """End of the name of a level's certificate, behind that of its file without suffix."""
 SIZES = (1, 3, 8)
@@ -50,6 +55,60 @@ class Weight(Frozen):
     nodes: int
     """Number of operations of its graph."""
     opset: int | None
+
+
+class Timed(Frozen):
+    """Paired latency of a file and another one, the original network's, at a batch size."""
+
+    batch: int
+    against: Literal["original", "original in int8"]
+    latency: Latency
+
+
+class Quantized(Frozen):
+    """Int8 file: what was quantised, and how far it is from the networks in float."""
+
+    bound: float
+    """Largest mean divergence from the network in float, on the samples that were chosen on."""
+    reached: float
+    """Divergence that was reached on them."""
+    calibrated: int
+    """Number of samples that activations were calibrated on."""
+    chosen: int
+    """Number of samples that the operations in float were chosen on."""
+    operations: int
+    """Number of operations in int8."""
+    floats: dict[str, float]
+    """Operations that stayed in float for the bound, with the divergence that each costs in int8."""
+    biases: int
+    """Number of biases that were corrected; 0 where that did not help."""
+    fidelity: Fidelity
+    """Fidelity to the network in float, on samples that nothing was calibrated or chosen on."""
+    to_original: Fidelity | None = None
+    """Fidelity to the original in float, on the same samples; None if it was not given."""
+    float_bytes: int
+    """Size of the file in float."""
+    original_int8: Weight | None = None
+    """Size of the original in int8."""
+    timed: tuple[Timed, ...] = ()
+
+    def __str__(self) -> str:
+        kept = f", {len(self.floats)} in float" if self.floats else ""
+        said = [f"{self.operations} operations in int8{kept}"]
+        for name, found in (("the model in float", self.fidelity), ("the original", self.to_original)):
+            if found is not None:
+                said.append(f"{found.kind} {found.divergence:.2g} from {name}")
+        best = self.fidelity if self.to_original is None else self.to_original
+        if best.accuracy_original is not None and best.accuracy_compressed is not None:
+            said.append(f"accuracy {best.accuracy_original:.3f} to {best.accuracy_compressed:.3f}")
+        if best.agreement is not None:
+            said.append(f"agreement {best.agreement:.3f}")
+        said += [
+            f"{t.latency.ratio:.3f} of the {t.against}'s latency at batch {t.batch}" for t in self.timed
+        ]
+        return "; ".join(said)
+
+    __repr__ = __str__
 
 
 class Certificate(Sealed):
@@ -85,12 +144,16 @@ class Certificate(Sealed):
     """Size of the original network, exported in the same way; None if it was not available."""
     latency: Latency | None
     """Paired latency of both in ONNX Runtime; None if the original network was not available."""
+    quantized: Quantized | None = None
+    """What is known of a file in int8; `parity` is then to the network in float."""
     versions: dict[str, str]
 
     def __repr__(self) -> str:
         worst = max((p.max_rel for p in self.parity), default=0.0)
         speed = f", {self.latency.ratio:.3f} of the original's latency" if self.latency else ""
         size = f"{self.compressed.bytes:,} bytes"
+        if self.quantized is not None:
+            return f"Certificate({self.file}: {size}, {self.quantized})"
         return f"Certificate({self.file}: {size}, {worst:.1e} from PyTorch at the most{speed})"
 
     __str__ = __repr__
@@ -178,7 +241,7 @@ def open_file(kind: Format, file: Path) -> nn.Module:
         ExportError: the file cannot be read.
     """
     try:
-        if kind == "onnx":
+        if kind != "pt2":
             return OnnxModel(file)
         module: nn.Module = torch.export.load(file).module()
     except Exception as error:

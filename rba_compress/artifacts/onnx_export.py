@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue
@@ -33,6 +34,8 @@ from rba_compress.artifacts.certificate import (
     TOLERANCES,
     Certificate,
     Format,
+    Quantized,
+    Timed,
     Weight,
     certificates,
     compared,
@@ -42,6 +45,7 @@ from rba_compress.artifacts.certificate import (
     read_certificate,
     require_valid,
 )
+from rba_compress.artifacts.int8 import BOUNDS, AsNetwork, Int8File, quantised
 from rba_compress.artifacts.levels import Levels
 from rba_compress.artifacts.levels import load as load_levels
 from rba_compress.artifacts.reference_io import Probe
@@ -50,13 +54,20 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating, unwrap
 from rba_compress.core.io import require_vacant, sealed, sha256, written_beside, written_whole
-from rba_compress.core.loader_form import batch_of
+from rba_compress.core.loader import Part, Split
+from rba_compress.core.loader_form import batch_of, form_of
 from rba_compress.core.offload import in_memory
 from rba_compress.graph.rewrite import copy_model
+from rba_compress.profiling.fidelity import Criterion, Metric, fidelity
 from rba_compress.profiling.latency import benchmark
+from rba_compress.reporting.comparison import criterion_on
 from rba_compress.reporting.report_data import versions
 
-_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
+_PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "pt2": ()}
+FEWEST = 16
+"""Samples that the activations of an int8 file are calibrated on at least."""
+TIMED = (1, 32)
+"""Batch sizes at which an int8 file is timed."""
 EXTERNAL = 1_900_000_000
 """Bytes of weights above which weights go to a file of their own: protobuf ends at 2 GiB."""
 
@@ -87,6 +98,9 @@ def export_onnx(
     dynamic: bool = True,
     tolerance: float | None = None,
     seconds: float = 2.0,
+    quantize: Literal["int8"] | None = None,
+    bound: float | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Certificate:
     """Write a network as ONNX, with `certificate.json` beside it, or neither.
 
@@ -94,20 +108,32 @@ def export_onnx(
         model: a network in any mode, or the directory of an artefact that `load` reads alone.
         path: the file to write; neither the file nor a certificate of another file may exist there.
         example: a batch of real inputs in any form that a loader may yield, on which the file is
-            compared; the more samples, the more is compared.
-        original: the network to compare cost and latency with; by default, for an artefact whose
-            architecture is known, the original with random weights.
+            compared; the more samples, the more is compared. With `quantize` a loader of batches, which
+            is split as in `compress`: activations are calibrated on fit samples, the operations that
+            stay in float are chosen on validation samples, and test samples are reported on.
+        original: the network to compare cost and latency with, and an int8 file's outputs; by default,
+            for an artefact whose architecture is known, the original with random weights.
         dynamic: allow batches of any size, and sequences of any length for inputs (N, T) of integers.
         tolerance: the largest difference of outputs, relative to the largest absolute value of the
             output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
         seconds: the duration of timing in ONNX Runtime.
+        quantize: "int8" for static quantisation in QDQ form (see `artifacts.int8`).
+        bound: the largest mean divergence of an int8 file from the network in float on the validation
+            samples; by default `int8.BOUNDS`.
+        metrics: metrics of the task by name, as in `profile`, for the certificate of an int8 file.
 
     Raises:
         ExportError: the example does not run, the network has an operation that ONNX lacks, ONNX
-            Runtime cannot run the file, or its outputs differ; nothing is left at `path`.
+            Runtime cannot run the file, or its outputs differ; for int8 there are too few samples, the
+            network is not in float32, or the bound holds for no operation; nothing is left at `path`.
+        LoaderError: an int8 file's samples cannot be read.
         ArtifactError, WeightsError: the directory holds no artefact that loads.
     """
-    return _export(_Job("onnx", example, dynamic, tolerance, seconds), model, path, original)
+    # Long: each parameter is a choice of its own, and most calls give none.
+    if quantize not in (None, "int8"):
+        raise ExportError(f'quantize={quantize!r} is not known: pass "int8", or leave it out')
+    int8 = None if quantize is None else _Int8(bound, dict(metrics or {}))
+    return _export(_Job("onnx", example, dynamic, tolerance, seconds, int8), model, path, original)
 
 
 def export_pt2(
@@ -176,17 +202,29 @@ class _Job:
     dynamic: bool
     tolerance: float | None
     seconds: float
+    int8: _Int8 | None = None
+
+
+@dataclass(frozen=True)
+class _Int8:
+    """Settings of an int8 file, as in `export_onnx`."""
+
+    bound: float | None
+    metrics: dict[str, Metric]
 
 
 @torch.inference_mode(False)
 def _export(
     job: _Job, model: nn.Module | str | Path, path: str | Path, original: nn.Module | None = None
 ) -> Certificate:
-    kind, target = job.kind, Path(path).absolute()
+    kind: Format = job.kind if job.int8 is None else "int8"
+    target = Path(path).absolute()
     _require_free(target, kind)
-    network, original, weights = _opened(kind, model, original)
+    given = original is not None
+    network, original, weights = _opened(job.kind, model, original)
     with written_beside(target) as folder:
-        found = _certified(job, network, original, folder / target.name, weights)
+        certified = partial(_certified, job) if job.int8 is None else _Int8Export(job, given).certified
+        found = certified(network, original, folder / target.name, weights)
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         _write_certificate(found, files, folder / CERTIFICATES[kind])
         return read_certificate(folder, kind)
@@ -261,6 +299,122 @@ def _certified(
         latency=latency,
         versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
     )
+
+
+class _Int8Export:
+    """Export of a network in int8: in float first, then quantised, compared and timed.
+
+    Args:
+        given: True where the original has its own weights, so that outputs can be compared with it.
+    """
+
+    def __init__(self, job: _Job, given: bool) -> None:
+        self._job, self._given = job, given
+        assert job.int8 is not None
+        self._how = job.int8
+        self._parts: dict[Part, list[Batch]] = {}
+
+    def certified(
+        self, network: nn.Module, original: nn.Module | None, target: Path, weights: str | None
+    ) -> Certificate:
+        """Write the int8 file of a network; return its certificate, as `_certified`."""
+        if _dtype(network) is not torch.float32:
+            kind = str(_dtype(network)).removeprefix("torch.")
+            raise ExportError(f"int8 is made of a network in float32, and this one is in {kind}")
+        split = Split(self._job.example, 0)
+        example = split.first(form_of(network))
+        self._parts = {part: [] for part in ("fit", "validation", "test")}
+        for part, _, batch in split.deal(*self._parts):
+            self._parts[part].append(batch)
+        samples = {part: sum(map(len, batches)) for part, batches in self._parts.items()}
+        if samples["fit"] < FEWEST:
+            raise ExportError(
+                f"{samples['fit']} samples are too few to calibrate int8 on: half of the loader's are "
+                f"taken, pass {2 * FEWEST} or more"
+            )
+        own = replace(self._job, example=example, seconds=0.0)
+        with tempfile.TemporaryDirectory() as aside:
+            float_file, twin = Path(aside) / "float.onnx", Path(aside) / "original.onnx"
+            found = _certified(own, network, None, float_file, weights)
+            criterion, made = self._quantised(network, example, float_file, target)
+            runner = open_file("onnx", target)
+            test = self._parts["test"]
+            file = AsNetwork(runner, _run(network, example.to(network)))
+            quantized = Quantized(
+                bound=self._bound(criterion),
+                reached=made.divergence,
+                calibrated=samples["fit"],
+                chosen=samples["validation"],
+                operations=made.operations,
+                floats=made.floats,
+                biases=made.biases,
+                fidelity=fidelity(network, file, test, criterion),
+                float_bytes=found.compressed.bytes,
+            )
+            if original is not None:
+                original = in_memory(copy_model(unwrap(original)), device="cpu")
+                if self._given:
+                    compared_with = fidelity(original, file, test, criterion)
+                    quantized = quantized.model_copy(update={"to_original": compared_with})
+                other = _certified(own, original, None, twin, None)
+                twin8 = twin.with_name("original-int8.onnx")
+                self._quantised(original, example, twin, twin8)
+                timed = tuple(
+                    self._timed(runner, {"original": twin, "original in int8": twin8}, example)
+                )
+                update = {"original_int8": _onnx_weight(twin8), "timed": timed}
+                quantized = quantized.model_copy(update=update)
+                found = found.model_copy(
+                    update={"original": other.compressed, "latency": timed[-2].latency}
+                )
+        return self._compared(found, network, runner, target, quantized)
+
+    def _bound(self, criterion: Criterion) -> float:
+        return BOUNDS.get(criterion.kind, 0.0) if self._how.bound is None else self._how.bound
+
+    def _quantised(
+        self, network: nn.Module, example: Batch, file: Path, target: Path
+    ) -> tuple[Criterion, Int8File]:
+        fit, choose = self._parts["fit"], self._parts["validation"]
+        criterion, _ = criterion_on(network, example, choose, metrics=self._how.metrics)
+        bound = self._bound(criterion)
+        return criterion, quantised(file, network, criterion, fit, choose, bound=bound, target=target)
+
+    def _timed(self, runner: nn.Module, others: Mapping[Any, Path], example: Batch) -> Iterator[Timed]:
+        """Yield paired latencies at the batch sizes that the file takes."""
+        sizes = TIMED if self._job.dynamic else (len(example),)
+        for size in sizes:
+            batch = flat(example.select([k % len(example) for k in range(size)]))
+            for name, path in others.items():
+                twin = open_file("onnx", path)
+                latency = benchmark(twin, runner, batch, seconds=self._job.seconds / len(sizes))
+                yield Timed(batch=size, against=name, latency=latency)
+
+    def _compared(
+        self,
+        found: Certificate,
+        network: nn.Module,
+        runner: nn.Module,
+        target: Path,
+        quantized: Quantized,
+    ) -> Certificate:
+        """Return the certificate with the int8 file's distance on inputs like the example's.
+
+        Two machines round differently: twice the distance that is measured here is allowed.
+        """
+        assert found.probe is not None
+        sizes = SIZES if found.dynamic else (found.parity[0].batch,)
+        draws = found.probe.draws(sizes, sequences=found.sequences)
+        parity = tuple(compared(network, runner, each, math.inf, target.name) for each in draws)
+        update = {
+            "format": "int8",
+            "file": target.name,
+            "compressed": _onnx_weight(target),
+            "parity": parity,
+            "tolerance": 2 * max(each.max_rel for each in parity),
+            "quantized": quantized,
+        }
+        return found.model_copy(update=update)
 
 
 def _written(

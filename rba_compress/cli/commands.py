@@ -251,7 +251,7 @@ def _compress(options: Compress, say: Say) -> JsonValue:
 
 
 def _saved(
-    options: Heal | Evaluate, *, labelled: str = ""
+    options: Heal | Evaluate | Export, *, labelled: str = ""
 ) -> tuple[Architecture | None, nn.Module, _Read]:
     """Return the architecture of a saved model, its original on the device, and the loaders.
 
@@ -376,6 +376,8 @@ def _verify(options: Verify, say: Say) -> JsonValue:
 
 @run.register
 def _export(options: Export, say: Say) -> JsonValue:
+    if options.int8:
+        return _int8(options, say)
     named = options.out.suffix.removeprefix(".") if options.out is not None else ""
     to = options.to or (named if named in ("pt2", "gguf") else "onnx")
     out = options.out or options.directory / f"model.{to}"
@@ -398,7 +400,28 @@ def _export(options: Export, say: Say) -> JsonValue:
     }
 
 
+def _int8(options: Export, say: Say) -> JsonValue:
+    out = options.out or options.directory / "model.int8.onnx"
+    if options.weights is not None or options.model is not None:
+        _, original, data = _saved(options)
+        loader = data.loader
+    elif options.text is not None:
+        original, text = None, TextModel.compressed(options.directory)
+        loader = text.loader(options.text, length=options.length, batch_size=options.batch_size)
+    else:
+        assert options.images is not None
+        original = None
+        files = ImageFiles(options.images, options.split, load(options.directory))
+        loader = image_loader(files, batch_size=options.batch_size)
+    found = export_onnx(
+        options.directory, out, loader, original=original, quantize="int8", bound=options.bound
+    )
+    say(str(found))
+    return {"file": str(out), **found.model_dump(mode="json", include={"compressed", "quantized"})}
+
+
 def _gguf(options: Export, out: Path, say: Say) -> JsonValue:
+    assert options.inputs is not None
     if options.inputs.suffix != ".txt":
         raise LoaderError(f"a GGUF file is compared on a text: {options.inputs} is no .txt file")
     found = export_gguf(
@@ -419,6 +442,7 @@ def _example(options: Export) -> Any:
     Raises:
         LoaderError: the inputs cannot be read.
     """
+    assert options.inputs is not None
     if options.inputs.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(options.inputs, allow_pickle=False)[: options.samples])

@@ -344,14 +344,22 @@ class Verify(Command):
 
 
 @dataclass(kw_only=True)
-class Export(Command):
-    """Write a saved compressed model as ONNX (or .pt2) with a certificate that it computes the same."""
+class Export(Source):
+    """Write a saved compressed model as ONNX, .pt2 or GGUF, with a certificate of what it computes."""
 
     directory: tyro.conf.Positional[Path]
     """Directory that `compress` or `save` wrote."""
-    inputs: Path
+    inputs: Path | None = None
     """Real inputs to compare on: a folder <class>/<image>, a .npy file of the network's inputs, or a
     .txt file for a model of transformers."""
+    int8: bool = False
+    """Write ONNX in int8, calibrated on --images, or --text for a model of transformers; with the
+    original (--weights, or --model) the file is compared and timed against it."""
+    bound: float | None = None
+    """Largest mean divergence of the int8 file from the model in float, by default 0.02 for class
+    scores; the operations that cost most of it stay in float."""
+    model: str | None = None
+    """The original, hf:DIR, of a model of transformers."""
     to: Literal["onnx", "pt2", "gguf"] | None = None
     """Format, by default that of the file's name: ONNX, a program of torch.export, or llama.cpp's."""
     out: Path | None = None
@@ -362,6 +370,18 @@ class Export(Command):
     """Number of inputs to take."""
     length: int = 128
     """Tokens of each sequence of a text."""
+
+    def check(self) -> None:
+        """Require inputs to compare on, or samples to calibrate int8 on, and that the files exist."""
+        super().check()
+        if not self.int8:
+            if self.inputs is None:
+                raise LoaderError("give --inputs: real inputs to compare on, a folder or a file")
+            return
+        if self.to in ("pt2", "gguf") or (self.out is not None and self.out.suffix != ".onnx"):
+            raise ConfigError("--int8 writes ONNX: leave out --to, and name a file .onnx")
+        if self.images is None and self.text is None:
+            raise LoaderError("--int8 needs samples: --images FOLDER, or --text FILE")
 
 
 @dataclass(kw_only=True)

@@ -70,7 +70,6 @@ class SearchContext:
             memory=self.config.memory,
             effort=replace(self.spent, fewest=min(self.spent.fewest, max(SCREENED // tokens, 4))),
         )
-        self._current: Solution | None = None
         self.ran: Callable[[], None] = lambda: None
         """Called after each run, for the progress."""
         self.skipped = set(self.record.skipped)
@@ -87,10 +86,8 @@ class SearchContext:
         self.notes: tuple[str, ...] = ()
         """Facts about the search for the reader of a report."""
         original, cost = Solution(plan, {}), self.fitter.cost(plan)
-        if self.record.networks:
-            self.start = SearchState(original, cost, evaluation_of(self.record.networks[0]))
-        else:
-            self.start = self.state(original, cost)
+        self.start = SearchState(original, cost, self.evaluator.start)
+        self._current = original
         self.limits.require_measurable(self.start.evaluation)
         if budget.latency is not None:
             example = profile.example

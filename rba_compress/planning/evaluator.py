@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from rba_compress.core.batch import Batch
 from rba_compress.core.distributed import Ranks, current
 from rba_compress.core.errors import ActivationError
-from rba_compress.core.inference import evaluating, ran
+from rba_compress.core.inference import evaluating
 from rba_compress.core.memory import device_bytes
 from rba_compress.core.offload import device_of
 from rba_compress.core.plan import Chain
-from rba_compress.graph.activations import observe
+from rba_compress.graph.activations import Observed, observe
 from rba_compress.planning.effort import SPENT, Spent
 from rba_compress.planning.partial_run import Resumed
 from rba_compress.profiling.fidelity import Criterion, Tally
@@ -89,6 +89,7 @@ class Evaluator:
         self.samples = 0.0
         self._memory = memory or device_bytes(device_of(original)) // 2
         self._streams: list[list[dict[int, Tensor]]] = []
+        self._apart = 1
         self.current: list[Any] = []
         """Outputs of the current network on the screened batches."""
         self._measured: dict[int, Tensor] = {}
@@ -96,13 +97,26 @@ class Evaluator:
         self.expected: list[Any] = []
         with evaluating(original):
             for k, batch in enumerate(self.batches):
-                self.expected.append(self._compared(k, ran(original, batch)))
+                seen = observe(original, self.chains, batch)
+                self._cache(seen, len(self.batches))
+                self.expected.append(self._compared(k, seen.output))
+        self.current = self.expected[: self._screened]
         self._wanted = self._means()
         self.samples += self.held
         leaves = (leaf for output in self.expected for leaf in pytree.tree_leaves(output))
         flaws = sum(not bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))
         if self.ranks.sum(flaws):
             raise ActivationError("the model's output holds NaN or infinity on held-out samples")
+        self.start = self._evaluated(enumerate(self.expected))
+        """Evaluation of the original, which is the current network at first."""
+
+    def _cache(self, seen: Observed, batches: int) -> list[dict[int, Tensor]]:
+        """Add a batch's streams to the cache, as many as fit for all batches; return them."""
+        if not self._streams:
+            taken = sum(h.nbytes for found in seen.streams for h in found.values())
+            self._apart = -(-taken * batches // self._memory)
+        self._streams.append([self._kept(found, self._apart) for found in seen.streams])
+        return self._streams[-1]
 
     def _compared(self, k: int, output: Any) -> Any:
         """Return what is compared of an output on the batch k, whose metrics are kept."""
@@ -127,7 +141,7 @@ class Evaluator:
         """
         self.samples += self.price(chain, boundary)
         boundary = self._cached(chain, boundary)
-        before, self._streams, apart = self._streams, [], 1
+        before, self._streams = self._streams, []
         known = before or [[{} for _ in self.chains]] * len(self.batches)
         resumed = Resumed(model, self.chains, chain, boundary, known[0]) if self.batches else None
         outputs: list[Any] = []
@@ -135,16 +149,12 @@ class Evaluator:
             for k, batch in enumerate(self.batches):
                 assert resumed is not None
                 seen = observe(resumed.start(known[k]), self.chains, batch)
-                if not outputs:
-                    taken = sum(h.nbytes for found in seen.streams for h in found.values())
-                    apart = -(-taken * len(self.batches) // self._memory)
-                streams = [self._kept(found, apart) for found in seen.streams]
+                streams = self._cache(seen, len(self.batches))
                 streams[:chain] = known[k][:chain]
                 if boundary:
                     old = known[k][chain]
                     first = {b: h for b, h in old.items() if b <= boundary}
                     streams[chain] = first | {b: h for b, h in streams[chain].items() if b > boundary}
-                self._streams.append(streams)
                 outputs.append(self._compared(k, seen.output))
         self.current = outputs[: self._screened]
         return self._evaluated(enumerate(outputs))

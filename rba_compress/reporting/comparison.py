@@ -22,6 +22,7 @@ from rba_compress.planning.plan_cost import network_cost
 from rba_compress.profiling.cost import cache_bytes, cost
 from rba_compress.profiling.criterion import require_criterion
 from rba_compress.profiling.fidelity import (
+    Criterion,
     Fidelity,
     Function,
     Metric,
@@ -66,22 +67,40 @@ def compare(
     original, compressed = unwrap(original), unwrap(compressed)
     split = Split(loader, 0)
     example = split.first(form_of(original))
-    recording = record(original, example.select([*range(min(2, len(example)))]).to(original))
-    criterion, notes = require_criterion(
-        original, recording, Config(), example.labels, function=divergence, metrics=metrics
-    )
-    scales = OutputScales(criterion)
-    if any(output.divergence == "nse" for output in criterion.outputs):
-        with evaluating(original):
-            for batch in read(loader, split.form):
-                moved = batch.to(original)
-                scales.update(ran(original, moved), moved)
-    seen = without_moments(original, split, example, scales.merged(), notes=notes)
+    batches = (batch for batch in read(loader, split.form))
+    criterion, notes = criterion_on(original, example, batches, divergence=divergence, metrics=metrics)
+    seen = without_moments(original, split, example, criterion, notes=notes)
     report = measured(
         original, compressed, read(loader, split.form), seen, Plan(), samples="the loader"
     )
     said = f"beside a {type(compressed).__name__}, as given"
     return report.model_copy(update={"plan": said, "forward_passes": None})
+
+
+def criterion_on(
+    model: nn.Module,
+    example: Batch,
+    batches: Iterable[Batch],
+    *,
+    divergence: Function | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> tuple[Criterion, tuple[str, ...]]:
+    """Return the divergence and metrics of a network's output, scaled on batches, and the notes.
+
+    Raises:
+        LoaderError, ModelError: as `compare`.
+    """
+    recording = record(model, example.select([*range(min(2, len(example)))]).to(model))
+    criterion, notes = require_criterion(
+        model, recording, Config(), example.labels, function=divergence, metrics=metrics
+    )
+    scales = OutputScales(criterion)
+    if any(output.divergence == "nse" for output in criterion.outputs):
+        with evaluating(model):
+            for batch in batches:
+                moved = batch.to(model)
+                scales.update(ran(model, moved), moved)
+    return scales.merged(), notes
 
 
 def measured(

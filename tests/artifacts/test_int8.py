@@ -1,0 +1,168 @@
+"""Int8 ONNX files: the bound holds, biases are corrected, and the certificate says how far they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rba_compress import ExportError, export_onnx
+from rba_compress.artifacts import onnx_export
+from rba_compress.artifacts.certificate import OnnxModel, read_certificate
+from rba_compress.artifacts.int8 import AsNetwork, _Quantiser, quantised
+from rba_compress.artifacts.verification import verify
+from rba_compress.core.batch import Batch, as_batch
+from rba_compress.core.errors import LoaderError
+from rba_compress.core.loader import Split
+from rba_compress.profiling.fidelity import Criterion, fidelity
+from tests.networks import seeded
+
+
+class Layers(nn.Module):
+    """A grouped convolution, a plain one, a layer on positions, and a head. (N, 4, 8, 8) -> (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.plain = nn.Conv2d(8, 12, 1)
+        self.tokens = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.grouped(x).relu()).relu()
+        return self.head(self.tokens(x.flatten(2).mT).relu().mean(1)) * 8
+
+
+def samples(count: int = 80, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list((torch.randn(count, 4, 8, 8, generator=generator) + 0.5).split(10))
+
+
+def exported(model: nn.Module, path: Path) -> Path:
+    export_onnx(model, path, samples(8)[0])
+    return path
+
+
+def batches(seed: int) -> list[Batch]:
+    return [as_batch(x) for x in samples(seed=seed)]
+
+
+@pytest.mark.parametrize("layer", ["grouped", "plain", "tokens", "head"])
+def test_a_corrected_bias_takes_the_mean_error_away(layer: str, tmp_path: Path) -> None:
+    """In ONNX Runtime, of one layer in int8: the error of its output's mean, per channel."""
+    model = seeded(Layers)
+    part = {"grouped": model.grouped, "plain": model.plain}.get(layer, getattr(model, layer))
+    width = {"grouped": 4, "plain": 8, "tokens": 12, "head": 16}[layer]
+    shape = (80, width, 8, 8) if isinstance(part, nn.Conv2d) else (80, 6, width)
+    # Skewed inputs, so that rounding and clipping move the mean.
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) ** 4 * 3
+    fit = [as_batch(each) for each in x.split(20)]
+    export_onnx(part, tmp_path / "float.onnx", x[:8])
+    quantiser = _Quantiser(tmp_path / "float.onnx", fit, tmp_path)
+    channels = (1, 2, 3) if isinstance(part, nn.Conv2d) else (0, 1)
+
+    def error() -> np.ndarray:
+        quantiser.write(quantiser.nodes, tmp_path / "int8.onnx")
+        with torch.no_grad():
+            gap = OnnxModel(tmp_path / "int8.onnx")(x)[0] - part(x)
+        if isinstance(part, nn.Conv2d) and layer == "grouped":
+            gap = gap[..., 1:-1, 1:-1]  # the border reads zeros
+        axes = tuple(k for k in range(gap.ndim) if k != (1 if len(channels) == 3 else gap.ndim - 1))
+        return np.asarray(gap.double().mean(axes))
+
+    before = error()
+    quantiser.correct()
+    assert quantiser.biases == 1
+    assert np.abs(error()).mean() < np.abs(before).mean() / 3
+    quantiser.restore()
+    np.testing.assert_array_equal(error(), before)
+
+
+def test_the_most_sensitive_stay_in_float(tmp_path: Path) -> None:
+    model = seeded(Layers)
+    file, criterion = exported(model, tmp_path / "float.onnx"), Criterion("kl")
+
+    def made(bound: float) -> Any:
+        target = tmp_path / f"{bound}.onnx"
+        found = quantised(file, model, criterion, batches(0), batches(1), bound=bound, target=target)
+        network = AsNetwork(OnnxModel(target), model(samples(10)[0]))
+        reached = fidelity(model, network, batches(1), criterion).divergence
+        assert reached == pytest.approx(found.divergence, rel=1e-4)
+        assert reached <= bound
+        return found
+
+    whole = made(1.0)
+    assert (whole.operations, whole.floats) == (4, {})
+    tight = made(whole.divergence / 4)
+    assert 0 < tight.operations < 4
+    assert len(tight.floats) == 4 - tight.operations
+    with pytest.raises(ExportError, match=r"no operation .* at a divergence of 1e-12.*larger bound="):
+        made(1e-12)
+
+
+def test_an_int8_file_and_its_certificate(tmp_path: Path) -> None:
+    model, original, data = seeded(Layers), seeded(Layers), samples(120)
+    with torch.no_grad():
+        original.head.weight += 0.02  # type: ignore[operator]
+    found = export_onnx(
+        model,
+        tmp_path / "model.onnx",
+        data,
+        original=original,
+        quantize="int8",
+        seconds=0.1,
+        metrics={"first": lambda output, batch: output[:, 0]},
+    )
+    assert found == read_certificate(tmp_path, "int8")
+    made = found.quantized
+    assert made is not None
+    parts = {part: [*Split(data, 0).part(part)] for part in ("fit", "validation", "test")}
+    counts = {part: sum(map(len, batches)) for part, batches in parts.items()}
+    assert (made.calibrated, made.chosen, made.fidelity.samples) == tuple(counts.values())
+    assert made.reached <= made.bound == 0.02
+    runner = OnnxModel(tmp_path / "model.onnx")
+    network = AsNetwork(runner, model(data[0]))
+    for to, stated in ((model, made.fidelity), (original, made.to_original)):
+        own = fidelity(to, network, parts["test"], "kl")
+        assert stated is not None
+        assert stated.divergence == pytest.approx(own.divergence, rel=1e-4)
+        assert stated.metrics.keys() == {"first"}
+    assert {(each.batch, each.against) for each in made.timed} == {
+        (size, name) for size in (1, 32) for name in ("original", "original in int8")
+    }
+    assert [p.batch for p in found.parity] == [1, 3, 8]
+    assert (tmp_path / "model.onnx").stat().st_size == found.compressed.bytes
+    assert made.original_int8 is not None
+    assert verify(tmp_path)[-1].startswith("model.onnx: opens")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.int8.json", "model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "how", "says"),
+    [
+        (Layers, samples(20), {}, "9 samples are too few|10 samples are too few"),
+        (Layers, samples(), {"quantize": "int4"}, "quantize='int4' is not known: pass \"int8\""),
+        (lambda: Layers().double(), [x.double() for x in samples()], {}, "float32.* is in float64"),
+        (lambda: Layers().bfloat16(), [x.bfloat16() for x in samples()], {}, "bfloat16"),
+        (nn.ReLU, samples(), {}, "no linear layer or convolution"),
+        (Layers, samples(), {"bound": 0.0}, "larger bound="),
+    ],
+)
+def test_what_cannot_be_int8_leaves_nothing(
+    model: Any, data: Any, how: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    how = {"quantize": "int8", "seconds": 0.1} | how
+    with pytest.raises(ExportError, match=says):
+        export_onnx(seeded(model), tmp_path / "model.onnx", data, **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loader_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoaderError):
+        export_onnx(seeded(Layers), tmp_path / "model.onnx", [3], quantize="int8")
+    assert not list(tmp_path.iterdir())
+    assert onnx_export.FEWEST == 16
