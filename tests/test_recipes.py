@@ -193,3 +193,22 @@ def test_a_delta_becomes_one_file(tmp_path: Path) -> None:
     recipe(EXPORT / "to_safetensors.py", tmp_path / "delta", *original, "--out", out)
     stored, wanted = load_file(out), found.model.state_dict()
     assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_a_file_runs_in_openvino_without_torch(work: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    x = np.random.default_rng(0).standard_normal((3, 3, 160, 160)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    file, out = work / "compressed" / "model.onnx", tmp_path / "scores.npy"
+    given = (EXPORT / "in_openvino.py", file, "--inputs", tmp_path / "x.npy", "--out", out)
+    told = json.loads(recipe("-c", WITHOUT_TORCH, *given).stdout)
+    assert told["batch"] == 3
+    assert told["ms"] > 0
+    with torch.no_grad():
+        wanted = load(work / "compressed")(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(np.load(out), wanted, rtol=1e-4, atol=1e-4)
+    changed = tmp_path / "model.onnx"
+    changed.write_bytes(file.read_bytes() + b" ")
+    shutil.copy(work / "compressed" / "certificate.json", tmp_path)
+    recipe(EXPORT / "in_openvino.py", changed, "--inputs", tmp_path / "x.npy", code=4)

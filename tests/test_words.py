@@ -17,6 +17,7 @@ LINES, PARAMETERS = 60, 7
 LONG = {
     "rba_compress/api.py:compress",
     "artifacts/artifact.py:write_artifact",
+    "artifacts/onnx_export.py:export_onnx",
     "latent/bootstrapping.py:bootstrap_anchors",
 }
 """Functions that take more parameters, or lines: each says why in a comment that starts with Long."""

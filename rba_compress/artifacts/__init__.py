@@ -10,6 +10,7 @@ hub                        files of a model hub
 pareto_front               the networks of a search
 levels                     networks of a front that share weights, and the dial between them
 onnx_export, certificate   exported files with their proof
+int8                       quantised ONNX files, in a closed loop with what they cost
 gguf_export                files for llama.cpp, with theirs
 shared_weights             weights outside of ONNX files, for several of them
 verification               repetition of every check

@@ -23,6 +23,7 @@ from rba_compress.profiling.latency import Latency
 SCHEMA = 1
 Format = Literal["onnx", "pt2", "int8"]
 """Formats; "int8" is an ONNX file whose layers are quantised."""
+Runtime = Literal["onnxruntime", "openvino"]
 CERTIFICATES: dict[Format, str] = {
     "onnx": "certificate.json",
     "pt2": "certificate.pt2.json",
@@ -63,6 +64,19 @@ class Timed(Frozen):
     batch: int
     against: Literal["original", "original in int8"]
     latency: Latency
+
+
+class InRuntime(Frozen):
+    """A file in a further runtime, beside ONNX Runtime."""
+
+    name: Runtime
+    version: str
+    parity: tuple[Parity, ...] = ()
+    """Difference from the network in float; empty for a file in int8."""
+    fidelity: Fidelity | None = None
+    """Fidelity of an int8 file to the network in float, on the test samples; None for a float file."""
+    timed: tuple[Timed, ...] = ()
+    """Paired latency against the original network's file in the same runtime."""
 
 
 class Quantized(Frozen):
@@ -144,6 +158,8 @@ class Certificate(Sealed):
     """Size of the original network, exported in the same way; None if it was not available."""
     latency: Latency | None
     """Paired latency of both in ONNX Runtime; None if the original network was not available."""
+    runtimes: tuple[InRuntime, ...] = ()
+    """The file in further runtimes."""
     quantized: Quantized | None = None
     """What is known of a file in int8; `parity` is then to the network in float."""
     versions: dict[str, str]
@@ -157,6 +173,22 @@ class Certificate(Sealed):
         return f"Certificate({self.file}: {size}, {worst:.1e} from PyTorch at the most{speed})"
 
     __str__ = __repr__
+
+
+class OpenVinoModel(nn.Module):
+    """ONNX file in OpenVINO on the CPU, in float32, from tensors in the file's order to all outputs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import openvino
+
+        # Without the hint, OpenVINO computes in bfloat16 where the processor has it.
+        how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.compiled = openvino.Core().compile_model(str(path), "CPU", how)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = self.compiled([t.numpy() for t in tensors])
+        return tuple(torch.from_numpy(found[k].copy()) for k in range(len(self.compiled.outputs)))
 
 
 class OnnxModel(nn.Module):
@@ -247,6 +279,22 @@ def open_file(kind: Format, file: Path) -> nn.Module:
     except Exception as error:
         raise ExportError(f"{file.name} cannot be opened: {error}") from error
     return module
+
+
+def open_in(runtime: Runtime, file: Path) -> nn.Module:
+    """Return an ONNX file in a runtime as a module from tensors to tensors.
+
+    Raises:
+        ExportError: the runtime is not installed, or does not run the file.
+    """
+    if runtime == "onnxruntime":
+        return open_file("onnx", file)
+    try:
+        return OpenVinoModel(file)
+    except ImportError as error:
+        raise ExportError(f"{error}: pip install 'rba-compress[openvino]'") from error
+    except Exception as error:
+        raise ExportError(f"OpenVINO cannot open {file.name}: {error}") from error
 
 
 def require_valid(file: Path) -> None:

@@ -22,7 +22,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rba_compress.artifacts.certificate import OnnxModel, flat, leaves, require_valid
+from rba_compress.artifacts.certificate import (
+    OnnxModel,
+    Runtime,
+    flat,
+    leaves,
+    open_in,
+    require_valid,
+)
 from rba_compress.core.batch import Batch
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ExportError
@@ -73,30 +80,33 @@ class Int8File:
     """Number of biases that were corrected."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Criterion, samples and bound by which operations are chosen for int8."""
+
+    criterion: Criterion
+    batches: Sequence[Batch]
+    bound: float
+    """Largest mean divergence from the network in float, on the batches."""
+    runtimes: Sequence[Runtime] = ("onnxruntime",)
+    """Runtimes in each of which the bound must hold."""
+
+
 def quantised(
-    file: Path,
-    network: nn.Module,
-    criterion: Criterion,
-    fit: Sequence[Batch],
-    choose: Sequence[Batch],
-    *,
-    bound: float,
-    target: Path,
+    file: Path, network: nn.Module, chosen: Chosen, fit: Sequence[Batch], target: Path
 ) -> Int8File:
     """Write the int8 form of a float file.
 
     Args:
         file: the network in float.
         fit: batches whose activations give the ranges.
-        choose: batches on which the divergence is measured.
-        bound: the largest mean divergence on them.
 
     Raises:
         ExportError: nothing can be quantised, or the bound holds in float alone.
     """
     with tempfile.TemporaryDirectory() as aside, _quiet():
-        loop = _Loop(_Quantiser(file, fit, Path(aside)), network, criterion, choose)
-        found = loop.within(bound)
+        loop = _Loop(_Quantiser(file, fit, Path(aside)), network, chosen)
+        found = loop.within(chosen.bound)
         loop.quantiser.write(found, target)
         require_valid(target)
         floats = {name: loop.alone[name] for name in loop.quantiser.nodes if name not in found}
@@ -106,18 +116,11 @@ def quantised(
 class _Loop:
     """Closed loop: operations go back to float, the most sensitive first, until a bound holds."""
 
-    def __init__(
-        self,
-        quantiser: _Quantiser,
-        network: nn.Module,
-        criterion: Criterion,
-        choose: Sequence[Batch],
-    ) -> None:
-        self.network, self.criterion, self.choose = network, criterion, choose
-        self.quantiser = quantiser
+    def __init__(self, quantiser: _Quantiser, network: nn.Module, chosen: Chosen) -> None:
+        self.quantiser, self.network, self.chosen = quantiser, network, chosen
         self._file = quantiser.aside / "tried.onnx"
         with evaluating(network):
-            self._output = choose[0].to(network).run(network)
+            self._output = chosen.batches[0].to(network).run(network)
         self.alone: dict[str, float] = {}
         """Divergence that each operation costs alone in int8."""
         self.reached = math.inf
@@ -129,16 +132,17 @@ class _Loop:
             ExportError: none can be.
         """
         kept = list(self.quantiser.nodes)
-        self.reached = self.divergence(kept, self.choose)
+        choose = self.chosen.batches
+        self.reached = self.divergence(kept, choose)
         self.quantiser.correct()
-        corrected = self.divergence(kept, self.choose)
+        corrected = self.divergence(kept, choose)
         if corrected < self.reached:
             self.reached = corrected
         else:
             self.quantiser.restore()
         if self.reached <= bound:
             return kept
-        screened = _first(self.choose, SCREENED)
+        screened = _first(choose, SCREENED)
         for name in current().bar(kept, "sensitivity", unit="operation"):
             self.alone[name] = self.divergence([name], screened)
         kept.sort(key=lambda name: (self.alone[name], name))
@@ -147,7 +151,7 @@ class _Loop:
         kept = kept[: int((sums <= bound).sum())]
         least = max(round(FURTHER * len(self.quantiser.nodes)), 1)
         while kept:
-            self.reached = self.divergence(kept, self.choose)
+            self.reached = self.divergence(kept, choose)
             if self.reached <= bound:
                 return kept
             kept = kept[:-least]
@@ -157,10 +161,13 @@ class _Loop:
         )
 
     def divergence(self, nodes: Sequence[str], batches: Sequence[Batch]) -> float:
-        """Return the mean divergence of the file with some operations in int8."""
+        """Return the mean divergence of the file with some operations in int8, the largest of all
+        runtimes.
+        """
         self.quantiser.write(nodes, self._file)
-        file = AsNetwork(OnnxModel(self._file), self._output)
-        return fidelity(self.network, file, batches, self.criterion).divergence
+        files = (AsNetwork(open_in(r, self._file), self._output) for r in self.chosen.runtimes)
+        criterion = self.chosen.criterion
+        return max(fidelity(self.network, file, batches, criterion).divergence for file in files)
 
 
 class _Quantiser:

@@ -6,6 +6,7 @@ moved to its target if every check holds; `certificate.json` beside it records t
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import math
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import JsonValue
@@ -34,7 +35,9 @@ from rba_compress.artifacts.certificate import (
     TOLERANCES,
     Certificate,
     Format,
+    InRuntime,
     Quantized,
+    Runtime,
     Timed,
     Weight,
     certificates,
@@ -42,10 +45,11 @@ from rba_compress.artifacts.certificate import (
     flat,
     leaves,
     open_file,
+    open_in,
     read_certificate,
     require_valid,
 )
-from rba_compress.artifacts.int8 import BOUNDS, AsNetwork, Int8File, quantised
+from rba_compress.artifacts.int8 import BOUNDS, AsNetwork, Chosen, Int8File, quantised
 from rba_compress.artifacts.levels import Levels
 from rba_compress.artifacts.levels import load as load_levels
 from rba_compress.artifacts.reference_io import Probe
@@ -98,6 +102,7 @@ def export_onnx(
     dynamic: bool = True,
     tolerance: float | None = None,
     seconds: float = 2.0,
+    runtimes: Sequence[Runtime] = ("onnxruntime",),
     quantize: Literal["int8"] | None = None,
     bound: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
@@ -117,6 +122,7 @@ def export_onnx(
         tolerance: the largest difference of outputs, relative to the largest absolute value of the
             output; by default 1e-4 in float32, 1e-2 in float16, 1e-9 in float64.
         seconds: the duration of timing in ONNX Runtime.
+        runtimes: runtimes to compare and time the file in: "onnxruntime", always, and "openvino".
         quantize: "int8" for static quantisation in QDQ form (see `artifacts.int8`).
         bound: the largest mean divergence of an int8 file from the network in float on the validation
             samples; by default `int8.BOUNDS`.
@@ -130,10 +136,29 @@ def export_onnx(
         ArtifactError, WeightsError: the directory holds no artefact that loads.
     """
     # Long: each parameter is a choice of its own, and most calls give none.
+    others = _others(runtimes)
     if quantize not in (None, "int8"):
         raise ExportError(f'quantize={quantize!r} is not known: pass "int8", or leave it out')
     int8 = None if quantize is None else _Int8(bound, dict(metrics or {}))
-    return _export(_Job("onnx", example, dynamic, tolerance, seconds, int8), model, path, original)
+    job = _Job("onnx", example, dynamic, tolerance, seconds, int8, others)
+    return _export(job, model, path, original)
+
+
+def _others(runtimes: Sequence[str]) -> tuple[Runtime, ...]:
+    """Return the runtimes beside ONNX Runtime.
+
+    Raises:
+        ExportError: one is not known, or not installed.
+    """
+    known: tuple[Runtime, ...] = get_args(Runtime)
+    unknown = [name for name in runtimes if name not in known]
+    if unknown:
+        raise ExportError(f"no runtime is called {unknown[0]!r}: there are {', '.join(known)}")
+    others = tuple(name for name in known[1:] if name in runtimes)
+    for name in others:
+        if importlib.util.find_spec(name) is None:
+            raise ExportError(f"{name} is not installed: pip install 'rba-compress[{name}]'")
+    return others
 
 
 def export_pt2(
@@ -203,6 +228,8 @@ class _Job:
     tolerance: float | None
     seconds: float
     int8: _Int8 | None = None
+    runtimes: tuple[Runtime, ...] = ()
+    """Runtimes beside ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -268,17 +295,26 @@ def _certified(
     trace = partial(_traced, batch=batches[-1], dynamic=job.dynamic, sequences=half is not None)
     compressed, runner = _written(kind, network, names, target, trace, shared=shared)
     parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
-    other, latency = None, None
-    if isinstance(original, Path):
-        other, twin = _onnx_weight(original), open_file(kind, original)
-        latency = benchmark(twin, runner, flat(batch), seconds=job.seconds)
-    elif original is not None:
-        with tempfile.TemporaryDirectory() as aside:
+    other, latency, twin = None, None, None
+    with tempfile.TemporaryDirectory() as aside:
+        if isinstance(original, Path):
+            twin, other = original, _onnx_weight(original)
+        elif original is not None:
             device = next(network.parameters()).device
             original = in_memory(copy_model(unwrap(original))).to(device, dtype)
-            file = Path(aside) / f"original{target.suffix}"
-            other, twin = _written(kind, original, names, file, trace)
-            latency = benchmark(twin, runner, flat(batch), seconds=job.seconds)
+            twin = Path(aside) / f"original{target.suffix}"
+            other, _ = _written(kind, original, names, twin, trace)
+        if twin is not None:
+            latency = benchmark(open_file(kind, twin), runner, flat(batch), seconds=job.seconds)
+        runtimes = []
+        for name in job.runtimes:
+            opened = open_in(name, target)
+            said = f"{target.name} in {name}"
+            apart = tuple(compared(network, opened, each, allowed, said) for each in batches)
+            files = {} if twin is None else {"original": twin}
+            timed = tuple(_timed(job, name, opened, files, batch))
+            own = InRuntime(name=name, version=version(name), parity=apart, timed=timed)
+            runtimes.append(own)
     return Certificate(
         format=kind,
         file=target.name,
@@ -297,8 +333,21 @@ def _certified(
         compressed=compressed,
         original=other,
         latency=latency,
+        runtimes=tuple(runtimes),
         versions=versions() | {name: version(name) for name in _PACKAGES[kind]},
     )
+
+
+def _timed(
+    job: _Job, runtime: Runtime, runner: nn.Module, others: Mapping[Any, Path], example: Batch
+) -> Iterator[Timed]:
+    """Yield paired latencies of a file and others in a runtime, at the batch sizes that it takes."""
+    sizes = TIMED if job.dynamic else (len(example),)
+    for size in sizes:
+        batch = flat(example.select([k % len(example) for k in range(size)]))
+        for name, path in others.items():
+            latency = benchmark(open_in(runtime, path), runner, batch, seconds=job.seconds / len(sizes))
+            yield Timed(batch=size, against=name, latency=latency)
 
 
 class _Int8Export:
@@ -332,14 +381,15 @@ class _Int8Export:
                 f"{samples['fit']} samples are too few to calibrate int8 on: half of the loader's are "
                 f"taken, pass {2 * FEWEST} or more"
             )
-        own = replace(self._job, example=example, seconds=0.0)
+        own = replace(self._job, example=example, seconds=0.0, runtimes=())
         with tempfile.TemporaryDirectory() as aside:
             float_file, twin = Path(aside) / "float.onnx", Path(aside) / "original.onnx"
             found = _certified(own, network, None, float_file, weights)
             criterion, made = self._quantised(network, example, float_file, target)
             runner = open_file("onnx", target)
             test = self._parts["test"]
-            file = AsNetwork(runner, _run(network, example.to(network)))
+            output = _run(network, example.to(network))
+            file, twins = AsNetwork(runner, output), dict[Any, Path]()
             quantized = Quantized(
                 bound=self._bound(criterion),
                 reached=made.divergence,
@@ -357,38 +407,54 @@ class _Int8Export:
                     compared_with = fidelity(original, file, test, criterion)
                     quantized = quantized.model_copy(update={"to_original": compared_with})
                 other = _certified(own, original, None, twin, None)
-                twin8 = twin.with_name("original-int8.onnx")
-                self._quantised(original, example, twin, twin8)
-                timed = tuple(
-                    self._timed(runner, {"original": twin, "original in int8": twin8}, example)
-                )
-                update = {"original_int8": _onnx_weight(twin8), "timed": timed}
+                twins = {"original": twin} | self._rival(original, example, twin)
+                timed = tuple(_timed(self._job, "onnxruntime", runner, twins, example))
+                rival = twins.get("original in int8")
+                update = {"original_int8": rival and _onnx_weight(rival), "timed": timed}
                 quantized = quantized.model_copy(update=update)
-                found = found.model_copy(
-                    update={"original": other.compressed, "latency": timed[-2].latency}
+                latency = next(t.latency for t in reversed(timed) if t.against == "original")
+                found = found.model_copy(update={"original": other.compressed, "latency": latency})
+            runtimes = []
+            for name in self._job.runtimes:
+                opened = open_in(name, target)
+                file = AsNetwork(opened, output)
+                own_fidelity = fidelity(network, file, test, criterion)
+                timed = tuple(_timed(self._job, name, opened, twins, example))
+                runtimes.append(
+                    InRuntime(name=name, version=version(name), fidelity=own_fidelity, timed=timed)
                 )
+        found = found.model_copy(update={"runtimes": tuple(runtimes)})
         return self._compared(found, network, runner, target, quantized)
+
+    def _rival(self, original: nn.Module, example: Batch, file: Path) -> dict[Any, Path]:
+        """Return the original's int8 file under the same bound; none where it cannot be held.
+
+        A network with random weights is quantised whole, for its latency alone.
+        """
+        target = file.with_name("original-int8.onnx")
+        try:
+            self._quantised(original, example, file, target, bounded=self._given)
+        except ExportError:
+            return {}
+        return {"original in int8": target}
 
     def _bound(self, criterion: Criterion) -> float:
         return BOUNDS.get(criterion.kind, 0.0) if self._how.bound is None else self._how.bound
 
     def _quantised(
-        self, network: nn.Module, example: Batch, file: Path, target: Path
+        self,
+        network: nn.Module,
+        example: Batch,
+        file: Path,
+        target: Path,
+        *,
+        bounded: bool = True,
     ) -> tuple[Criterion, Int8File]:
         fit, choose = self._parts["fit"], self._parts["validation"]
         criterion, _ = criterion_on(network, example, choose, metrics=self._how.metrics)
-        bound = self._bound(criterion)
-        return criterion, quantised(file, network, criterion, fit, choose, bound=bound, target=target)
-
-    def _timed(self, runner: nn.Module, others: Mapping[Any, Path], example: Batch) -> Iterator[Timed]:
-        """Yield paired latencies at the batch sizes that the file takes."""
-        sizes = TIMED if self._job.dynamic else (len(example),)
-        for size in sizes:
-            batch = flat(example.select([k % len(example) for k in range(size)]))
-            for name, path in others.items():
-                twin = open_file("onnx", path)
-                latency = benchmark(twin, runner, batch, seconds=self._job.seconds / len(sizes))
-                yield Timed(batch=size, against=name, latency=latency)
+        bound = self._bound(criterion) if bounded else math.inf
+        chosen = Chosen(criterion, choose, bound, ("onnxruntime", *self._job.runtimes))
+        return criterion, quantised(file, network, chosen, fit, target)
 
     def _compared(
         self,

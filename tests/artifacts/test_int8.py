@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rba_compress import ExportError, export_onnx
 from rba_compress.artifacts import onnx_export
 from rba_compress.artifacts.certificate import OnnxModel, read_certificate
-from rba_compress.artifacts.int8 import AsNetwork, _Quantiser, quantised
+from rba_compress.artifacts.int8 import AsNetwork, Chosen, _Quantiser, quantised
 from rba_compress.artifacts.verification import verify
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.errors import LoaderError
@@ -88,7 +88,8 @@ def test_the_most_sensitive_stay_in_float(tmp_path: Path) -> None:
 
     def made(bound: float) -> Any:
         target = tmp_path / f"{bound}.onnx"
-        found = quantised(file, model, criterion, batches(0), batches(1), bound=bound, target=target)
+        chosen = Chosen(criterion, batches(1), bound)
+        found = quantised(file, model, chosen, batches(0), target)
         network = AsNetwork(OnnxModel(target), model(samples(10)[0]))
         reached = fidelity(model, network, batches(1), criterion).divergence
         assert reached == pytest.approx(found.divergence, rel=1e-4)
@@ -139,6 +140,47 @@ def test_an_int8_file_and_its_certificate(tmp_path: Path) -> None:
     assert made.original_int8 is not None
     assert verify(tmp_path)[-1].startswith("model.onnx: opens")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.int8.json", "model.onnx"]
+
+
+def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
+    """In float and in int8; OpenVINO itself is run again here, on samples that were not chosen on."""
+    openvino = pytest.importorskip("openvino")
+    model, data, both = seeded(Layers), samples(120), ("onnxruntime", "openvino")
+
+    def run(path: Path, x: Tensor) -> Tensor:
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled([x.numpy()])[0].copy())
+
+    path = tmp_path / "float.onnx"
+    found = export_onnx(model, path, data[0], original=seeded(Layers), runtimes=both, seconds=0.1)
+    (there,) = found.runtimes
+    assert (there.name, there.fidelity) == ("openvino", None)
+    assert max(p.max_rel for p in there.parity) <= 1e-4
+    assert [t.batch for t in there.timed] == [1, 32]
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, data[1]), model(data[1]), rtol=1e-4, atol=1e-4)
+    path = tmp_path / "int8.onnx"
+    how = {"original": seeded(Layers), "runtimes": both, "quantize": "int8", "seconds": 0.1}
+    (there,) = export_onnx(model, path, data, **how).runtimes
+    test = [*Split(data, 0).part("test")]
+    assert there.fidelity is not None
+    assert {t.against for t in there.timed} == {"original", "original in int8"}
+
+    class Again(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return run(path, x)
+
+    own = fidelity(model, Again(), test, "kl")
+    assert there.fidelity.divergence == pytest.approx(own.divergence, rel=1e-3)
+
+
+def test_a_runtime_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match="no runtime is called 'tensorrt': there are onnxruntime"):
+        export_onnx(seeded(Layers), tmp_path / "x.onnx", samples()[0], runtimes=("tensorrt",))  # type: ignore[arg-type]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"openvino is not installed: .*\[openvino\]"):
+        export_onnx(seeded(Layers), tmp_path / "x.onnx", samples()[0], runtimes=("openvino",))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

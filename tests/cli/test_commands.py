@@ -436,6 +436,45 @@ def test_what_is_written_is_timed_exported_and_told_as_json(
     assert "a batch of 0 samples" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_saved_model_is_exported_in_int8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, device="cpu")) == 0
+    for path in list((folder / "images").rglob("*.png")):
+        path.with_name(f"again-{path.name}").write_bytes(path.read_bytes())
+    compressed, images = str(folder / "compressed"), str(folder / "images")
+    given = ["export", compressed, "--int8", "--images", images, "--batch-size", "8"]
+    assert main([*given, "--bound", "1e-12"]) == 4
+    assert "larger bound=" in capsys.readouterr().err
+    assert main([*given, "--weights", str(folder / "weights.safetensors"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["file"] == str(folder / "compressed" / "model.int8.onnx")
+    made = told["quantized"]
+    assert made["calibrated"] == 20
+    assert made["to_original"]["samples"] == made["fidelity"]["samples"] == 4
+    assert made["fidelity"]["accuracy_original"] is not None
+    assert told["compressed"]["bytes"] < made["float_bytes"] / 2
+    assert main(["verify", compressed]) == 0
+    assert "model.int8.onnx: outputs at batch 1, 3, 8" in capsys.readouterr().out
+    assert main(given) == 4
+    assert "model.int8.onnx exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "give --inputs"),
+        (["--int8"], "--int8 needs samples"),
+        (["--int8", "--to", "gguf", "--images", "."], "--int8 writes ONNX"),
+        (["--int8", "--out", "x.pt2", "--images", "."], "--int8 writes ONNX"),
+    ],
+)
+def test_what_an_export_needs_is_said(
+    given: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tmp_path), *given]) == 2
+    assert says in capsys.readouterr().err
+
+
 QUICK = {
     "stitch": ("--seeds", "0", "--anchors", "32", "--encoder-steps", "60", "--head-steps", "20"),
     "anchors": ("--repetitions", "1", "--anchors", "60", "--samples", "200", "--runs", "least squares"),
