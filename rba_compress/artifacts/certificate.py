@@ -161,7 +161,7 @@ class Certificate(Sealed):
     runtimes: tuple[InRuntime, ...] = ()
     """The file in further runtimes."""
     quantized: Quantized | None = None
-    """What is known of a file in int8; `parity` is then to the network in float."""
+    """Measurements of an int8 file, whose `parity` is to the network in float; None for others."""
     versions: dict[str, str]
 
     def __repr__(self) -> str:

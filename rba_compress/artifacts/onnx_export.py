@@ -287,11 +287,9 @@ def _certified(
     allowed = TOLERANCES[dtype] if job.tolerance is None else job.tolerance
     names = _input_names(network, batch), _output_names(_run(network, batch))
     half = _half(network, batch) if job.dynamic else None
-    batches = [batch]
-    if job.dynamic:
-        batches = _sized(batch, half)
-        for each in batches:
-            _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
+    batches = _sized(batch, half) if job.dynamic else [batch]
+    for each in batches if job.dynamic else ():
+        _run(network, each, hint=": batches of any size are asked of it, see dynamic=False")
     trace = partial(_traced, batch=batches[-1], dynamic=job.dynamic, sequences=half is not None)
     compressed, runner = _written(kind, network, names, target, trace, shared=shared)
     parity = tuple(compared(network, runner, each, allowed, target.name) for each in batches)
@@ -308,13 +306,10 @@ def _certified(
             latency = benchmark(open_file(kind, twin), runner, flat(batch), seconds=job.seconds)
         runtimes = []
         for name in job.runtimes:
-            opened = open_in(name, target)
-            said = f"{target.name} in {name}"
+            opened, said = open_in(name, target), f"{target.name} in {name}"
             apart = tuple(compared(network, opened, each, allowed, said) for each in batches)
-            files = {} if twin is None else {"original": twin}
-            timed = tuple(_timed(job, name, opened, files, batch))
-            own = InRuntime(name=name, version=version(name), parity=apart, timed=timed)
-            runtimes.append(own)
+            timed = tuple(_timed(job, name, opened, {"original": twin} if twin else {}, batch))
+            runtimes.append(InRuntime(name=name, version=version(name), parity=apart, timed=timed))
     return Certificate(
         format=kind,
         file=target.name,
