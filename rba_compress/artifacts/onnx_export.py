@@ -365,17 +365,8 @@ class _Int8Export:
         if _dtype(network) is not torch.float32:
             kind = str(_dtype(network)).removeprefix("torch.")
             raise ExportError(f"int8 is made of a network in float32, and this one is in {kind}")
-        split = Split(self._job.example, 0)
-        example = split.first(form_of(network))
-        self._parts = {part: [] for part in ("fit", "validation", "test")}
-        for part, _, batch in split.deal(*self._parts):
-            self._parts[part].append(batch)
+        example = self._dealt(network)
         samples = {part: sum(map(len, batches)) for part, batches in self._parts.items()}
-        if samples["fit"] < FEWEST:
-            raise ExportError(
-                f"{samples['fit']} samples are too few to calibrate int8 on: half of the loader's are "
-                f"taken, pass {2 * FEWEST} or more"
-            )
         own = replace(self._job, example=example, seconds=0.0, runtimes=())
         with tempfile.TemporaryDirectory() as aside:
             float_file, twin = Path(aside) / "float.onnx", Path(aside) / "original.onnx"
@@ -420,6 +411,25 @@ class _Int8Export:
                 )
         found = found.model_copy(update={"runtimes": tuple(runtimes)})
         return self._compared(found, network, runner, target, quantized)
+
+    def _dealt(self, network: nn.Module) -> Batch:
+        """Deal the samples to fit, validation and test; return the first batch.
+
+        Raises:
+            ExportError: they are too few.
+        """
+        split = Split(self._job.example, 0)
+        example = split.first(form_of(network))
+        self._parts = {part: [] for part in ("fit", "validation", "test")}
+        for part, _, batch in split.deal(*self._parts):
+            self._parts[part].append(batch)
+        fit = sum(map(len, self._parts["fit"]))
+        if fit < FEWEST:
+            raise ExportError(
+                f"{fit} samples are too few to calibrate int8 on: half of the loader's are taken, pass "
+                f"{2 * FEWEST} or more"
+            )
+        return example
 
     def _rival(self, original: nn.Module, example: Batch, file: Path) -> dict[Any, Path]:
         """Return the original's int8 file under the same bound; none where it cannot be held.
