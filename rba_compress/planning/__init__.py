@@ -17,7 +17,6 @@ output_changes  output changes of options, each run alone, and their inner produ
 solver          combinations of options for every cost
 schedules       levels of all blocks of a chain at once, at a given cost
 trades          trades of levels between sites, at the cost of the budget
-width_trades    trades of channels between narrowed blocks
 stages          one stage: options measured, combined, the best evaluated
 descent         from stage to stage, down to the budget
 progress        bar, log lines, checkpoint

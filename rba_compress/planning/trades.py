@@ -4,8 +4,7 @@ The table of a stage predicts what merges of positions do together least well, b
 positions that the later ones see. So the result's levels are traded: one site goes down by a level or
 two, or a narrowed block gets its channels back, which save less the more positions are merged; another
 site goes up until the budget is met again, and the network is evaluated. Before that, all narrowed
-blocks are widened at once, with a schedule of merges that meets the budget without them. Where nothing
-is merged, channels are traded between blocks (see `width_trades`).
+blocks are widened at once, with a schedule of merges that meets the budget without them.
 """
 
 from __future__ import annotations
@@ -23,16 +22,12 @@ from rba_compress.planning.context import SearchContext
 from rba_compress.planning.refinement import promises
 from rba_compress.planning.schedules import scheduled
 from rba_compress.planning.state import Candidate, SearchState, Solution, undone, with_candidate
-from rba_compress.planning.width_trades import (
-    WidthTrade,
-    lost_nothing,
-    width_trades,
-    with_width_trade,
-)
 from rba_compress.units.registry import unit_of
 
 WIDTH = 3
 """Rank of trades that give channels back among all, by steps: they are tried first."""
+FREE = 1e-4
+"""Unexplained share of a fit below which channels were lost for nothing."""
 SITES = 2
 """Sites that are tried to go up for each narrowed block."""
 
@@ -48,11 +43,6 @@ class Trade(NamedTuple):
     """Number of levels that the block `down` goes down."""
     width: Replacement | None = None
     """Replacement that narrows the block `down` and is undone instead."""
-
-    @property
-    def at(self) -> tuple[int, int]:
-        """Chain and boundary up to which the trade changes nothing."""
-        return self.chain, min(self.down, self.up)
 
 
 def widened(context: SearchContext, state: SearchState, meets: Callable[[Cost], bool]) -> SearchState:
@@ -80,21 +70,17 @@ def traded(context: SearchContext, state: SearchState, most: int) -> SearchState
     generator = np.random.default_rng(mixed_seed(context.config.seed))
     while again and left:
         again = False
-        trades: list[Trade | WidthTrade] = [*_trades(context, state), *width_trades(context, state)]
-        tried = Counter[str]()
+        trades, tried = list(_trades(context, state)), Counter[str]()
         for k in sorted(generator.permutation(len(trades)), key=lambda k: -trades[k].steps):
-            trade = trades[k]
-            if isinstance(trade, WidthTrade):
-                solution = with_width_trade(context, state, trade)
-            else:
-                tried[str(trade.width)] += trade.width is not None
-                if tried[str(trade.width)] > SITES:
-                    continue
-                solution = _with(context, state, trade)
+            width = trades[k].width
+            tried[str(width)] += width is not None
+            if tried[str(width)] > SITES:
+                continue
+            solution = _with(context, state, trades[k])
             if solution is None or str(solution.plan) in known:
                 continue
             known.add(str(solution.plan))
-            at = trade.at
+            at = trades[k].chain, min(trades[k].down, trades[k].up)
             before = state.evaluation.divergence
             screened = context.divergences(state, solution, at, screen=True)
             if promises(context, screened, before):
@@ -131,7 +117,7 @@ def _widths(context: SearchContext, state: SearchState, chain: Chain) -> list[Re
     inner = [r for r in state.solution.plan.at(chain, 0, len(chain)) if r.inner]
     if context.config.stock:
         return []
-    return [r for r in inner if not lost_nothing(r)]
+    return [r for r in inner if r.diagnostics is None or r.diagnostics.r2 < 1 - FREE]
 
 
 def _with(context: SearchContext, state: SearchState, trade: Trade) -> Solution | None:
