@@ -6,6 +6,7 @@ the layers' multiply-accumulates are taken away:
 
     any      every unit of the search
     gguf     what llama.cpp can run: `Config(deploy="gguf")`
+    narrow   a width for each layer and linear attention alone, which llama.cpp runs as well
     stock    what `AutoModelForCausalLM` loads without this package: `Config(stock=True)`
     widths   one hidden width for all layers, none taken out, compensated (as CORP does)
     skip     ShortGPT (arXiv 2403.03853): the layers with the highest mean cosine between input and
@@ -45,10 +46,11 @@ from rba_compress.profiling.profiler import Profile
 from rba_compress.units.splice import splice_shared
 
 RESULTS = Path(__file__).parent / "results"
-Method = Literal["any", "gguf", "stock", "widths", "skip", "linear"]
+Method = Literal["any", "gguf", "narrow", "stock", "widths", "skip", "linear"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "any": {},
     "gguf": {"deploy": "gguf"},
+    "narrow": {"deploy": "gguf", "units": ("hidden_width", "attention_linear")},
     "stock": {"stock": True},
     "widths": {"stock": True, "units": ("hidden_width",)},
 }

@@ -140,6 +140,11 @@ class Descent:
         done, replacements = self.verified[k].refined, state.solution.plan.replacements
         if not replacements or done == "result" or (done == "start" and not result):
             return state
+        if self.context.deep:  # where a result is refined as the start of a stage is
+            again = [v.state for v in self.verified if v.refined == "result"]
+            again = [s for s in again if s.solution.plan.replacements == replacements]
+            if again:
+                return again[0]
         whole = result or self.context.deep or all(map(_maps, replacements))
         state = _refined(self.context, self.verified[k], result=result)
         new = replace(
