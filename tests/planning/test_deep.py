@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rba_compress import Budget, Config, profile
+from rba_compress import Budget, Config, profile, search
 from rba_compress.core.plan import Refit
 from rba_compress.graph.rewrite import tensor_of
 from rba_compress.planning import context as planning_context
+from rba_compress.planning import descent
 from rba_compress.planning.context import SearchContext
 from rba_compress.planning.output_changes import output_changes
 from rba_compress.planning.refinement import refit_together
@@ -103,3 +104,19 @@ def test_what_does_not_help_is_left(context: SearchContext) -> None:
     strict: Any = context.config.model_copy(update={"tolerance": 0.9})
     context.config = strict
     assert refit_together(context, state, 0, BOUNDARY) is state
+
+
+def test_no_network_is_re_solved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning_context, "DEEP", 3)
+    model, solved = llama(), list[str]()
+
+    def counted(context: SearchContext, state: SearchState, c: int, boundary: int) -> SearchState:
+        solved.append(str(state.solution.plan.replacements))
+        return refit_together(context, state, c, boundary)
+
+    monkeypatch.setattr(descent, "refit_together", counted)
+    config = Config(units=("hidden_width",), window=1, tolerance=0.0)
+    seen = profile(model, texts(), config=config)
+    for kept in (0.9, 0.8):
+        search(model, seen, texts(), budget=Budget(macs=kept))
+    assert len(solved) == len({*solved}) > 1
