@@ -118,7 +118,7 @@ class Quantized(Frozen):
         if best.agreement is not None:
             said.append(f"agreement {best.agreement:.3f}")
         said += [
-            f"{t.latency.ratio:.3f} of the {t.against}'s latency at batch {t.batch}" for t in self.timed
+            f"latency {t.latency.ratio:.3f} of the {t.against} at batch {t.batch}" for t in self.timed
         ]
         return "; ".join(said)
 

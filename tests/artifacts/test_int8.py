@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rba_compress import ExportError, export_onnx
@@ -18,6 +19,7 @@ from rba_compress.artifacts.verification import verify
 from rba_compress.core.batch import Batch, as_batch
 from rba_compress.core.errors import LoaderError
 from rba_compress.core.loader import Split
+from rba_compress.core.loader_form import form_of
 from rba_compress.profiling.fidelity import Criterion, fidelity
 from tests.networks import seeded
 
@@ -172,6 +174,41 @@ def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
 
     own = fidelity(model, Again(), test, "kl")
     assert there.fidelity.divergence == pytest.approx(own.divergence, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_called_by_its_keywords(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=100,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    model: Any = seeded(transformers.BertForSequenceClassification, config)
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "input_ids": torch.randint(3, 100, (8, 12), generator=generator),
+            "attention_mask": (torch.arange(12) < 4 + torch.arange(8)[:, None]).long(),
+            "labels": torch.arange(8) % 3,
+        }
+        for _ in range(10)
+    ]
+    made = export_onnx(model, tmp_path / "model.onnx", data, quantize="int8", seconds=0.1).quantized
+    assert made is not None
+    assert made.fidelity.divergence <= 0.05
+    file = OnnxModel(tmp_path / "model.onnx")
+    test = [*Split(data, 0, form=form_of(model)(data[0])).part("test")]
+    agreed = torch.cat(
+        [
+            file(*batch.tensors.values())[0].argmax(-1) == batch.run(model).logits.argmax(-1)
+            for batch in test
+        ]
+    )
+    assert made.fidelity.agreement == float(agreed.double().mean())
 
 
 def test_a_runtime_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
