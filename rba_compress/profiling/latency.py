@@ -88,7 +88,8 @@ def block_times(
     """Return, for each chain, the share of each block in the network's time, the median over passes.
 
     A block's time is divided by that of its own pass, because a pass that other load slows down is slow
-    as a whole.
+    as a whole. Together the shares are the median of what all blocks take of a pass: medians of single
+    blocks, each of another pass, may add up to more.
     """
     moved, clock = batch.to(model), _clock(model)
     shares: list[list[list[float]]] = []
@@ -98,11 +99,14 @@ def block_times(
             reached = observe(model, chains, moved, clock=clock).times
             whole = clock() - start
             shares.append([[(at[b + 1] - at[b]) / whole for b in range(len(at) - 1)] for at in reached])
-    # The first pass is a warm-up.
-    return [
-        [statistics.median(seen[c][b] for seen in shares[1:]) for b in range(len(chain))]
+    shares = shares[1:]  # the first pass is a warm-up
+    medians = [
+        [statistics.median(seen[c][b] for seen in shares) for b in range(len(chain))]
         for c, chain in enumerate(chains)
     ]
+    whole = statistics.median(sum(map(sum, seen)) for seen in shares)
+    scale = whole / sum(map(sum, medians))
+    return [[share * scale for share in chain] for chain in medians]
 
 
 def _clock(model: nn.Module) -> Callable[[], float]:
