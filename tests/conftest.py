@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from rba_compress import Budget, Result, benchmark, compress
-from rba_compress.artifacts import onnx_export
+from rba_compress.artifacts import certification
 from rba_compress.cli.digits import Split, batches, digits_data, digits_model
 from rba_compress.profiling.latency import Latency
 from rba_compress.reporting import comparison
@@ -36,7 +36,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         return benchmark(original, compressed, example, seconds=0)
 
     monkeypatch.setattr(comparison, "benchmark", timed)
-    monkeypatch.setattr(onnx_export, "benchmark", timed)
+    monkeypatch.setattr(certification, "benchmark", timed)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

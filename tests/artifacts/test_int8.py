@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from rba_compress import ExportError, export_onnx
-from rba_compress.artifacts import onnx_export
+from rba_compress.artifacts import int8_export
 from rba_compress.artifacts.certificate import OnnxModel, read_certificate
 from rba_compress.artifacts.int8 import AsNetwork, Chosen, _Quantiser, quantised
 from rba_compress.artifacts.verification import verify
@@ -144,6 +144,7 @@ def test_an_int8_file_and_its_certificate(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.int8.json", "model.onnx"]
 
 
+@pytest.mark.slow
 def test_openvino_runs_the_same_file(tmp_path: Path) -> None:
     """In float and in int8; OpenVINO itself is run again here, on samples that were not chosen on."""
     openvino = pytest.importorskip("openvino")
@@ -244,4 +245,4 @@ def test_a_loader_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoaderError):
         export_onnx(seeded(Layers), tmp_path / "model.onnx", [3], quantize="int8")
     assert not list(tmp_path.iterdir())
-    assert onnx_export.FEWEST == 16
+    assert int8_export.FEWEST == 16

@@ -25,7 +25,7 @@ from rba_compress import (
     export_pt2,
     verify,
 )
-from rba_compress.artifacts import onnx_export as exporting
+from rba_compress.artifacts import onnx_file as exporting
 from rba_compress.artifacts.certificate import OnnxModel, read_certificate
 from rba_compress.cli.digits import ARCHITECTURE, ARGUMENTS, digits_model
 from rba_compress.cli.main import main
