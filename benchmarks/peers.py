@@ -54,7 +54,8 @@ pruner = tp.pruner.MetaPruner(
 pruner.step()
 for block in model.blocks:
     block.attn.num_heads = pruner.num_heads[block.attn.qkv]
-    block.attn.head_dim = block.attn.qkv.out_features // (3 * block.attn.num_heads)
+    block.attn.attn_dim = block.attn.qkv.out_features // 3
+    block.attn.head_dim = block.attn.attn_dim // block.attn.num_heads
 """
 """User code by peer: `model`, `loader`, `images` (a batch) and `path` are given; it leaves `model`, or
 writes an ONNX file to `path`."""
