@@ -18,7 +18,7 @@ import numpy as np
 
 
 def certified(file: Path) -> bool:
-    """Whether a certificate beside the file has its hash."""
+    """Return whether a certificate beside the file has its hash."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     found = (json.loads(path.read_bytes()) for path in file.parent.glob("certificate*.json"))
     return any(each["sha256"].get(file.name) == digest for each in found)

@@ -379,12 +379,6 @@ class _Reader:
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._items, None)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self._items
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._items)
-
 
 def _feed(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
     return {n: t.detach().numpy() for n, t in zip(names, flat(batch).args, strict=True)}

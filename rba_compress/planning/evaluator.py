@@ -98,7 +98,7 @@ class Evaluator:
         with evaluating(original):
             for k, batch in enumerate(self.batches):
                 seen = observe(original, self.chains, batch)
-                self._cache(seen, len(self.batches))
+                self._cache(seen)
                 self.expected.append(self._compared(k, seen.output))
         self.current = self.expected[: self._screened]
         self._wanted = self._means()
@@ -110,11 +110,11 @@ class Evaluator:
         self.start = self._evaluated(enumerate(self.expected))
         """Evaluation of the original, which is the current network at first."""
 
-    def _cache(self, seen: Observed, batches: int) -> list[dict[int, Tensor]]:
+    def _cache(self, seen: Observed) -> list[dict[int, Tensor]]:
         """Add a batch's streams to the cache, as many as fit for all batches; return them."""
         if not self._streams:
             taken = sum(h.nbytes for found in seen.streams for h in found.values())
-            self._apart = -(-taken * batches // self._memory)
+            self._apart = -(-taken * len(self.batches) // self._memory)
         self._streams.append([self._kept(found, self._apart) for found in seen.streams])
         return self._streams[-1]
 
@@ -149,7 +149,7 @@ class Evaluator:
             for k, batch in enumerate(self.batches):
                 assert resumed is not None
                 seen = observe(resumed.start(known[k]), self.chains, batch)
-                streams = self._cache(seen, len(self.batches))
+                streams = self._cache(seen)
                 streams[:chain] = known[k][:chain]
                 if boundary:
                     old = known[k][chain]

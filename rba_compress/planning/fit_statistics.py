@@ -546,8 +546,8 @@ class Walk:
         original = None if theirs else self._pass(self.original, self._now.original, boundary)
         light = self._pass(compressed, self._now.compressed, boundary, merges)
         reached = _Reached([], [], list(self._now.merges))
-        theirs_in = self.original if original is None else original.resumed.model
-        with evaluating(theirs_in), evaluating(light.resumed.model):
+        whole = self.original if original is None else original.resumed.model
+        with evaluating(whole), evaluating(light.resumed.model):
             for k in range(len(self.batches)):
                 seen = light(k)
                 own = theirs[k] if original is None else _at(original(k).streams, last)

@@ -67,7 +67,7 @@ def compare(
     original, compressed = unwrap(original), unwrap(compressed)
     split = Split(loader, 0)
     example = split.first(form_of(original))
-    batches = (batch for batch in read(loader, split.form))
+    batches = read(loader, split.form)
     criterion, notes = criterion_on(original, example, batches, divergence=divergence, metrics=metrics)
     seen = without_moments(original, split, example, criterion, notes=notes)
     report = measured(

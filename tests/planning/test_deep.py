@@ -20,8 +20,6 @@ from rba_compress.planning.sites import sites
 from rba_compress.planning.state import Candidate, SearchState, with_candidate
 from tests.test_language import llama
 
-BOUNDARY = 0
-
 
 def texts() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +71,7 @@ def test_all_layers_are_re_solved_in_one_go(context: SearchContext) -> None:
     state = narrowed(context, 0.5)
     runs: list[int] = []
     context.ran = lambda: runs.append(1)
-    new = refit_together(context, state, 0, BOUNDARY)
+    new = refit_together(context, state, 0, 0)
     assert new.mean < state.mean
     refits = new.solution.plan.refits
     assert [r.path for r in refits] == [f"model.layers.{b}.mlp.down_proj" for b in range(4)]
@@ -90,7 +88,7 @@ def test_all_layers_move_by_one_share(context: SearchContext, monkeypatch: pytes
     for step in (0.5, 1.0):
         config = context.config.model_copy(update={"refit_steps": (step,)})
         monkeypatch.setattr(context, "config", config)
-        found[step] = refit_together(context, state, 0, BOUNDARY).solution
+        found[step] = refit_together(context, state, 0, 0).solution
     for refit in found[1.0].plan.refits:
         assert isinstance(refit, Refit)
         name = f"{refit.key}weight"
@@ -103,7 +101,7 @@ def test_what_does_not_help_is_left(context: SearchContext) -> None:
     state = narrowed(context, 0.5)
     strict: Any = context.config.model_copy(update={"tolerance": 0.9})
     context.config = strict
-    assert refit_together(context, state, 0, BOUNDARY) is state
+    assert refit_together(context, state, 0, 0) is state
 
 
 def test_no_network_is_re_solved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
