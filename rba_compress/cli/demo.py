@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,9 +78,9 @@ def run_demo(out: Path, *, kept: float = 0.75, say: Callable[[str], None] = prin
     )
     plot_similarity(result.profile.chains[0]).savefig(out / "similarity.png", dpi=120)
     result.report.to_html(out / PAGE)
-    _reload(out / "compressed", test[0], result.model)
-    say("4/4 It is exported to ONNX, and compared with PyTorch in ONNX Runtime.")
-    certificate = export_onnx(out / "compressed", out / "compressed" / "model.onnx", test[0][:32])
+    with _reloaded(out / "compressed", test[0], result.model):
+        say("4/4 Meanwhile it is exported to ONNX, and compared with PyTorch in ONNX Runtime.")
+        certificate = export_onnx(result.model, out / "compressed" / "model.onnx", test[0][:32])
     worst = max(parity.max_rel for parity in certificate.parity)
     say(
         f"\nthe report                  {out / PAGE}\n"
@@ -95,15 +96,22 @@ def run_demo(out: Path, *, kept: float = 0.75, say: Callable[[str], None] = prin
     return result.report
 
 
-def _reload(directory: Path, inputs: torch.Tensor, model: torch.nn.Module) -> None:
+@contextmanager
+def _reloaded(directory: Path, inputs: torch.Tensor, model: torch.nn.Module) -> Iterator[None]:
+    """Load the model in a fresh process during the `with` block, and compare its outputs after it."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "x.safetensors", Path(folder) / "y.safetensors"
         save_file({"x": inputs}, asked)
         command = [sys.executable, "-c", _RELOAD, directory, asked, answered]
-        subprocess.run([str(part) for part in command], check=True)  # nosec B603 # paths, and no shell
-        with torch.no_grad():
-            expected = model(inputs)
-        if not torch.equal(expected, load_file(answered)["y"]):
+        fresh = subprocess.Popen([str(part) for part in command])  # nosec B603 # paths, and no shell
+        try:
+            with torch.no_grad():
+                expected = model(inputs)
+            yield
+            failed = fresh.wait() != 0
+        finally:
+            fresh.kill()
+        if failed or not torch.equal(expected, load_file(answered)["y"]):
             raise ArtifactError(f"{directory}, loaded in a fresh process, gives other outputs")
 
 
