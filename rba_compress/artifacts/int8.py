@@ -34,7 +34,7 @@ from rba_compress.core.batch import Batch
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ExportError
 from rba_compress.core.inference import evaluating
-from rba_compress.profiling.fidelity import Criterion, fidelity
+from rba_compress.profiling.fidelity import Criterion, compared_with, run_original
 
 OPERATIONS = ("MatMul", "Gemm", "Conv")
 """Operations that are computed in int8 where their weights are constant."""
@@ -117,10 +117,13 @@ class _Loop:
     """Closed loop: operations go back to float, the most sensitive first, until a bound holds."""
 
     def __init__(self, quantiser: _Quantiser, network: nn.Module, chosen: Chosen) -> None:
-        self.quantiser, self.network, self.chosen = quantiser, network, chosen
+        self.quantiser, self.chosen = quantiser, chosen
         self._file = quantiser.aside / "tried.onnx"
+        screened = _first(chosen.batches, SCREENED)
         with evaluating(network):
-            self._output = chosen.batches[0].to(network).run(network)
+            self._all, self._screened = (
+                [*run_original(network, b)] for b in (chosen.batches, screened)
+            )
         self.alone: dict[str, float] = {}
         """Divergence that each operation costs alone in int8."""
         self.reached = math.inf
@@ -132,26 +135,24 @@ class _Loop:
             ExportError: none can be.
         """
         kept = list(self.quantiser.nodes)
-        choose = self.chosen.batches
-        self.reached = self.divergence(kept, choose)
+        self.reached = self.divergence(kept, self._all)
         self.quantiser.correct()
-        corrected = self.divergence(kept, choose)
+        corrected = self.divergence(kept, self._all)
         if corrected < self.reached:
             self.reached = corrected
         else:
             self.quantiser.restore()
         if self.reached <= bound:
             return kept
-        screened = _first(choose, SCREENED)
         for name in current().bar(kept, "sensitivity", unit="operation"):
-            self.alone[name] = self.divergence([name], screened)
+            self.alone[name] = self.divergence([name], self._screened)
         kept.sort(key=lambda name: (self.alone[name], name))
         # Divergences of single operations nearly add up: start where their sum is within the bound.
         sums = np.cumsum([self.alone[name] for name in kept])
         kept = kept[: int((sums <= bound).sum())]
         least = max(round(FURTHER * len(self.quantiser.nodes)), 1)
         while kept:
-            self.reached = self.divergence(kept, choose)
+            self.reached = self.divergence(kept, self._all)
             if self.reached <= bound:
                 return kept
             kept = kept[:-least]
@@ -160,14 +161,17 @@ class _Loop:
             f"one costs {min(self.alone.values()):.3g} alone; pass a larger bound="
         )
 
-    def divergence(self, nodes: Sequence[str], batches: Sequence[Batch]) -> float:
+    def divergence(self, nodes: Sequence[str], outputs: Sequence[tuple[Any, Batch]]) -> float:
         """Return the mean divergence of the file with some operations in int8, the largest of all
         runtimes.
+
+        Args:
+            outputs: outputs of the network in float, and their batches.
         """
         self.quantiser.write(nodes, self._file)
-        files = (AsNetwork(open_in(r, self._file), self._output) for r in self.chosen.runtimes)
-        criterion = self.chosen.criterion
-        return max(fidelity(self.network, file, batches, criterion).divergence for file in files)
+        example, criterion = outputs[0][0], self.chosen.criterion
+        files = (AsNetwork(open_in(name, self._file), example) for name in self.chosen.runtimes)
+        return max(compared_with(outputs, file, criterion).divergence for file in files)
 
 
 class _Quantiser:

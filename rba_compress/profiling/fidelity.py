@@ -621,13 +621,35 @@ def fidelity(
         ActivationError: the output of the original network, or a metric of it, holds NaN or infinity.
     """
 
-    def outputs() -> Iterator[tuple[Any, Any, Batch]]:
-        for batch in batches:
-            moved = batch.to(original)
-            wanted = ran(original, moved)
-            if not all(bool(t.isfinite().all()) for t in float_outputs(wanted).values()):
-                raise ActivationError("the model's output holds NaN or infinity on held-out samples")
-            yield wanted, ran(compressed, batch.to(compressed)), moved
+    with evaluating(original):
+        return compared_with(run_original(original, batches), compressed, criterion, watch)
 
-    with evaluating(original), evaluating(compressed):
-        return compare_outputs(criterion, outputs(), watch)
+
+def run_original(original: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Any, Batch]]:
+    """Yield the output of the original, in evaluation mode, on each batch, and the batch on its device.
+
+    Raises:
+        ModelError, ActivationError: as `fidelity`.
+    """
+    for batch in batches:
+        moved = batch.to(original)
+        output = ran(original, moved)
+        if not all(bool(t.isfinite().all()) for t in float_outputs(output).values()):
+            raise ActivationError("the model's output holds NaN or infinity on held-out samples")
+        yield output, moved
+
+
+def compared_with(
+    outputs: Iterable[tuple[Any, Batch]],
+    compressed: nn.Module,
+    criterion: Criterion | Divergence,
+    watch: Callable[[Compared], None] | None = None,
+) -> Fidelity:
+    """Compare a network, in any mode, with outputs of the original that are known, as `fidelity`.
+
+    Args:
+        outputs: outputs of the original, and their batches.
+    """
+    with evaluating(compressed):
+        both = ((output, ran(compressed, batch.to(compressed)), batch) for output, batch in outputs)
+        return compare_outputs(criterion, both, watch)
