@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
-from rba_compress import Budget, Config, compress, load
+from rba_compress import Budget, Config, compress, export_gguf, load
 from tests.networks import LIGHT, seeded
+from tests.texts import TEXTS, byte_tokenizer, causal
 
 ROOT = Path(__file__).parents[1]
 EXPORT = ROOT / "export"
@@ -30,6 +31,8 @@ for name in ("torch", "rba_compress", "timm", "onnx"):
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+WITHOUT_PACKAGE = WITHOUT_TORCH.replace('"torch", "rba_compress", "timm", "onnx"', '"rba_compress",')
 
 
 def recipe(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -212,3 +215,32 @@ def test_a_file_runs_in_openvino_without_torch(work: Path, tmp_path: Path) -> No
     changed.write_bytes(file.read_bytes() + b" ")
     shutil.copy(work / "compressed" / "certificate.json", tmp_path)
     recipe(EXPORT / "in_openvino.py", changed, "--inputs", tmp_path / "x.npy", code=4)
+
+
+@pytest.mark.slow
+def test_a_stock_language_model_runs_in_transformers_and_in_llama_cpp(tmp_path: Path) -> None:
+    """One stock checkpoint, continued by each without this package: both give the same text."""
+    pytest.importorskip("xllamacpp")
+    ids = torch.randint(3, 330, (30, 16), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": part, "use_cache": False} for part in ids.split(10)]
+    found = compress(
+        causal(initializer_range=0.1),
+        data,
+        budget=Budget(macs=0.85),
+        config=Config(stock=True, effort="quick"),
+    )
+    directory = tmp_path / "stock"
+    found.save(directory, fold=True, hub=True)
+    byte_tokenizer().save_pretrained(directory)
+    export_gguf(directory, directory / "model.gguf", TEXTS, type="f32")
+    asked = "--prompt", TEXTS[0], "--tokens", 12
+    given = EXPORT / "in_transformers.py", directory, *asked
+    ours = json.loads(recipe("-c", WITHOUT_PACKAGE, *given).stdout)
+    file = directory / "model.gguf"
+    given = EXPORT / "in_llama_cpp.py", file, *asked
+    theirs = json.loads(recipe("-c", WITHOUT_TORCH, *given).stdout)
+    assert ours["text"] == theirs["text"] != ""
+    assert ours["tokens_per_second"] > 0 < theirs["tokens_per_second"]
+    file.write_bytes(file.read_bytes() + b" ")
+    recipe(EXPORT / "in_llama_cpp.py", file, *asked, code=4)
+    recipe(EXPORT / "in_transformers.py", tmp_path, *asked, code=4)
