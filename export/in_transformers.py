@@ -30,8 +30,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 4
-    tokenizer = AutoTokenizer.from_pretrained(given.directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(given.directory, local_files_only=True).eval()
+    local = str(given.directory)
+    tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)  # nosec B615 # a directory
+    model = AutoModelForCausalLM.from_pretrained(local, local_files_only=True)  # nosec B615
     prompt = tokenizer(given.prompt, return_tensors="pt", return_token_type_ids=False)
     start = time.perf_counter()
     tokens = model.generate(**prompt, max_new_tokens=given.tokens, do_sample=False)[0]
