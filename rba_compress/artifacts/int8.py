@@ -30,6 +30,7 @@ from rba_compress.artifacts.certificate import (
     open_in,
     require_valid,
 )
+from rba_compress.artifacts.onnx_file import EXTERNAL, onnx_weight
 from rba_compress.core.batch import Batch
 from rba_compress.core.distributed import current
 from rba_compress.core.errors import ExportError
@@ -182,14 +183,25 @@ class _Quantiser:
         from onnxruntime.quantization import create_calibrator, quant_pre_process
 
         self.aside, self._fit = aside, fit
+        self._large = onnx_weight(file).bytes > EXTERNAL
         prepared = aside / "prepared.onnx"
-        quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+        quant_pre_process(
+            str(file),
+            str(prepared),
+            skip_symbolic_shape=True,
+            save_as_external_data=self._large,
+            all_tensors_to_one_file=True,
+            external_data_location=_data(prepared).name,
+        )
         self._model = onnx.load(str(prepared))
         self.nodes = self._linear()
         if not self.nodes:
             raise ExportError("the network has no linear layer or convolution to compute in int8")
         calibrator = create_calibrator(
-            prepared, [*OPERATIONS], augmented_model_path=str(aside / "augmented.onnx")
+            prepared,
+            [*OPERATIONS],
+            augmented_model_path=str(aside / "augmented.onnx"),
+            use_external_data_format=self._large,
         )
         self._names = [given.name for given in self._model.graph.input]
         calibrator.collect_data(_Reader(self._names, fit))
@@ -227,7 +239,8 @@ class _Quantiser:
             extra_options=dict(SETTINGS),
         )
         quantizer.quantize_model()
-        quantizer.model.save_model_to_file(str(target), use_external_data_format=False)
+        _data(target).unlink(missing_ok=True)  # onnx appends to it
+        quantizer.model.save_model_to_file(str(target), use_external_data_format=self._large)
 
     def correct(self) -> None:
         """Subtract from each bias the mean error that quantisation leaves in the layer's output.
@@ -267,7 +280,7 @@ class _Quantiser:
         known = {*self._names, *(each.name for each in wide.graph.output)}
         wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inputs if name not in known)
         file = self.aside / "observed.onnx"
-        onnx.save(wide, str(file))
+        onnx.save(wide, str(file), save_as_external_data=self._large, location=_data(file).name)
         session = OnnxModel(file).session
         outputs = [each.name for each in session.get_outputs()]
         sums: dict[str, tuple[Any, Any, int]] = dict.fromkeys(inputs, (0.0, 0.0, 0))
@@ -372,6 +385,11 @@ class _Rounded:
                 wide = scale.reshape(shape) if scale.ndim else scale
                 weights[node.input[0].removesuffix("_quantized")] = values * wide
         return cls(weights, scales)
+
+
+def _data(file: Path) -> Path:
+    """Return the file of the weights beside a large ONNX file."""
+    return file.with_name(f"{file.name}.data")
 
 
 class _Reader:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from rba_compress import ExportError, export_onnx
-from rba_compress.artifacts import int8_export
+from rba_compress.artifacts import int8, int8_export, onnx_file
 from rba_compress.artifacts.certificate import OnnxModel, read_certificate
 from rba_compress.artifacts.int8 import AsNetwork, Chosen, _Quantiser, quantised
 from rba_compress.artifacts.verification import verify
@@ -210,6 +210,24 @@ def test_a_model_of_transformers_is_called_by_its_keywords(tmp_path: Path) -> No
         ]
     )
     assert made.fidelity.agreement == float(agreed.double().mean())
+
+
+def test_weights_of_a_large_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a file of its own, but for the limit of 2 GiB."""
+    model, outputs = seeded(Layers), []
+    for name, limit in (("one", int8.EXTERNAL), ("two", 100)):
+        for module in (int8, onnx_file):
+            monkeypatch.setattr(module, "EXTERNAL", limit)
+        target = tmp_path / name / "model.onnx"
+        target.parent.mkdir()
+        found = export_onnx(model, target, samples(), quantize="int8", bound=3e-6, seconds=0.1)
+        outputs.append(OnnxModel(target)(samples()[0])[0])
+        assert sorted(found.sha256) == ["model.onnx", "model.onnx.data"][: len(outputs)]
+        assert found.compressed.bytes == sum(p.stat().st_size for p in target.parent.glob("model.*"))
+        assert found.quantized is not None
+        assert found.quantized.floats
+        assert verify(target.parent)[-1].startswith("model.onnx: opens")
+    assert torch.equal(*outputs)
 
 
 def test_a_runtime_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
