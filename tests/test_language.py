@@ -148,9 +148,19 @@ def test_a_slim_language_model_is_a_stock_one_where_it_folds(tmp_path: Path) -> 
                        ours.model.generate(prompt, attention_mask=mask, **how))  # type: ignore[operator]  # fmt: skip
 
 
-@pytest.mark.slow
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
+
+
 @pytest.mark.parametrize("unit", ["span", "hidden_width"])
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind, marks=pytest.mark.slow if kind in ("Llama", "Gemma3") else pytest.mark.catalogue
+        )
+        for kind in FAMILIES
+    ],
+)
 def test_a_stock_checkpoint_of_each_family(kind: str, unit: str, tmp_path: Path) -> None:
     """Fewer layers, or narrower ones: transformers alone loads and generates from what is saved."""
     sizes = SIZES | ({"head_dim": 8} if kind == "Qwen3" or kind.startswith("Gemma") else {})

@@ -5,6 +5,7 @@ plan_cost       cost of a network under a plan
 span_fits       maps on the original streams; the paper's choice
 fit_statistics  regression statistics on the partially compressed network
 partial_run     forward passes that start at a boundary
+output_layers   layers that the outputs come from, and what they lack
 candidates      fits of every level of every unit
 evaluator       divergence of the output on the validation samples
 limits          limits of a budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from rba_compress.core.plan import (
     Block,
     Branch,
     Chain,
+    Divergence,
     FoldRefit,
     LayerRefit,
     NormRefit,
@@ -29,6 +31,7 @@ from rba_compress.graph.rewrite import copy_model, replace_blocks
 from rba_compress.linalg.maps import correction
 from rba_compress.linalg.moments import PairMoments, Total
 from rba_compress.planning.fit_statistics import (
+    Rows,
     SpanRows,
     Walk,
     Wanted,
@@ -37,6 +40,7 @@ from rba_compress.planning.fit_statistics import (
     probed,
     span_rows,
 )
+from rba_compress.planning.output_layers import output_gap, output_layers
 from rba_compress.planning.plan_cost import network_cost
 from rba_compress.planning.state import (
     Candidate,
@@ -78,6 +82,11 @@ class CandidateFitter:
         """Shares of each chain's blocks in the network's time; empty unless latency is limited."""
         self._costs: dict[Hashable, Cost] = {}
         """Costs of plans; the strength of a map changes none."""
+
+    @cached_property
+    def outputs(self) -> dict[str, Divergence]:
+        """Linear layers that outputs come from, by path, and how the outputs are compared."""
+        return output_layers(self.model, self.chains, self.profile.criterion, self.batches[0])
 
     @property
     def total(self) -> Total | None:
@@ -319,6 +328,30 @@ class CandidateFitter:
         refit = LayerRefit(chain=chain.name, block=block, path=path, damping=damping, step=step)
         tensors = _corrected(model, refit, gap)
         return refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
+
+    def outputs_corrected(
+        self,
+        solution: Solution,
+        path: str,
+        dampings: Iterable[float],
+        *,
+        further: Sequence[Batch] = (),
+    ) -> Iterator[tuple[LayerRefit, Solution]]:
+        """Yield corrections of a layer that an output comes from, one for each damping.
+
+        Args:
+            further: batches to solve on beside the fit samples.
+        """
+        model, batches = self.compressed(solution), [*self.batches, *further]
+        how = self.outputs[path]
+        gap = Rows(output_gap(self.model, model, self.chains, path, batches, divergence=how))
+        self.samples += 2 * self.ranks.sum(sum(map(len, batches)))
+        gap = gap.merged(self.total, self.weight)
+        before = [r for r in solution.plan.refits if r.path == path]
+        for damping in dampings:
+            refit = LayerRefit(path=path, damping=damping, step=1.0)
+            tensors = _corrected(model, refit, gap.others)
+            yield refit, changed(solution, drop=before, add=[refit], tensors=tensors)
 
     def narrowed_again(self, solution: Solution, c: int) -> Solution:
         """Return the solution with the layers that read narrowed channels of a chain and end no branch

@@ -21,6 +21,7 @@ from rba_compress.planning.progress import SearchProgress
 from rba_compress.planning.refinement import (
     SOLVED,
     narrowed,
+    outputs,
     refit,
     refit_together,
     settled,
@@ -107,7 +108,8 @@ def _refined(context: SearchContext, before: Verified, *, result: bool) -> Searc
         if starts:
             solve = refit_together if context.deep else refit
             state = solve(context, state, c, min(starts))
-    return state if before.settled and state is before.state else statistics(context, state)
+    state = state if before.settled and state is before.state else statistics(context, state)
+    return outputs(context, state) if result and context.refits else state
 
 
 class Descent:

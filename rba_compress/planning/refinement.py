@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from torch import Tensor, nn
 
 from rba_compress.core.plan import FoldRefit, LayerRefit, Plan
@@ -12,6 +15,10 @@ from rba_compress.planning.fit_statistics import Walk
 from rba_compress.planning.state import SearchState, Solution, replaced_blocks
 from rba_compress.units.registry import unit_of
 
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Ridge of the layers that outputs come from, relative to the Gram matrix's mean diagonal: less than
+for layers in between, for these read few features.
+"""
 SOLVED = "layers that read narrowed channels"
 """Change of the action "solve"."""
 
@@ -143,6 +150,29 @@ def _resolved(
         return state
     new = context.state(solution, state.cost, at)
     return context.log.decided("refit", refit, new, state.mean - new.mean)
+
+
+def outputs(context: SearchContext, state: SearchState) -> SearchState:
+    """Re-solve the linear layers that the outputs come from, towards the original's outputs.
+
+    Once it is decided on the validation samples that a layer is, and how, they are solved on, too: a
+    sample is one row, and these are few. The state's evaluation is that of before, on samples that were
+    not solved on.
+    """
+    at = len(context.chains) - 1, len(context.chains[-1])
+    for path in context.fitter.outputs:
+        corrected = partial(context.fitter.outputs_corrected, state.solution, path)
+        tried = [
+            (context.divergences(state, solution, at), refit, solution)
+            for refit, solution in corrected(DAMPINGS)
+        ]
+        divergences, refit, solution = min(tried, key=lambda each: float(each[0].mean()))
+        if wins(context, divergences, state.evaluation.divergence):
+            before, new = state.mean, context.state(solution, state.cost, at)
+            ((_, solution),) = corrected([refit.damping], further=context.evaluator.batches)
+            state = replace(new, solution=solution)
+            state = context.log.decided("refit", refit, state, before - state.mean)
+    return state
 
 
 def settled(context: SearchContext, state: SearchState) -> SearchState:

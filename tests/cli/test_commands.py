@@ -493,6 +493,8 @@ def test_spaces_of_several_networks_are_tabled_and_drawn(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"saved to {tmp_path / 'mine-2' / 'picture.png'}"
     assert imread(tmp_path / "mine-2" / "picture.png").std() > 0.05  # not blank
+    if name != "stitch":
+        return
     assert main([*asked, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["out"] == str(tmp_path / "mine-3")

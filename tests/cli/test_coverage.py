@@ -1,5 +1,5 @@
-"""Breadth: one network of each family from end to end; 8 of them by default, 17 and a sixth of the others with
--m slow, all of these with -m catalogue.
+"""Breadth: one network of each family from end to end; one a mechanism by default, one a kind of stream
+with -m slow, all with -m catalogue.
 """
 
 from __future__ import annotations
@@ -54,13 +54,33 @@ FAST = (
     "convnextv2_atto",
 )
 """One network a mechanism, in the default run."""
+SLOW = (
+    "cait_xxs24_224",
+    "fastvit_t8",
+    "mixer_s16_224",
+    "mvitv2_tiny",
+    "regnetx_002",
+    "transformers/distilbert",
+    "transformers/swin",
+    "nn/transformer",
+)
+"""One a kind of stream, and those that are exported, with -m slow."""
 EXPORTED = ("mixer_s16_224", "regnetx_002", "transformers/distilbert", "transformers/swin")
+
+
+def marked(name: str) -> tuple[str, ...]:
+    if name in FAST:
+        return ()
+    return ("slow", "catalogue") if name in SLOW else ("catalogue",)
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that meet sizes they were not made for
 @pytest.mark.parametrize(
     ("name", "chains", "blocks"),
-    [pytest.param(*row, id=row[0], marks=() if row[0] in FAST else pytest.mark.slow) for row in QUICK],
+    [
+        pytest.param(*row, id=row[0], marks=[getattr(pytest.mark, mark) for mark in marked(row[0])])
+        for row in QUICK
+    ],
 )
 def test_a_network_from_end_to_end(name: str, chains: int, blocks: int) -> None:
     if "/" not in name and not timm.is_model(name):
@@ -84,7 +104,7 @@ def test_a_network_from_end_to_end(name: str, chains: int, blocks: int) -> None:
 def others() -> list[object]:
     rest = [name for name in names() if name not in {row[0] for row in QUICK}]
     both, alone = [pytest.mark.slow, pytest.mark.catalogue], pytest.mark.catalogue
-    return [pytest.param(n, marks=alone if k % 6 else both) for k, n in enumerate(rest)]
+    return [pytest.param(n, marks=alone if k % 30 else both) for k, n in enumerate(rest)]
 
 
 @pytest.mark.filterwarnings("ignore")
