@@ -330,22 +330,12 @@ class CandidateFitter:
         return refit, changed(solution, drop=before_it, add=[refit], tensors=tensors)
 
     def outputs_corrected(
-        self,
-        solution: Solution,
-        path: str,
-        dampings: Iterable[float],
-        *,
-        further: Sequence[Batch] = (),
+        self, solution: Solution, path: str, dampings: Iterable[float]
     ) -> Iterator[tuple[LayerRefit, Solution]]:
-        """Yield corrections of a layer that an output comes from, one for each damping.
-
-        Args:
-            further: batches to solve on beside the fit samples.
-        """
-        model, batches = self.compressed(solution), [*self.batches, *further]
-        how = self.outputs[path]
-        gap = Rows(output_gap(self.model, model, self.chains, path, batches, divergence=how))
-        self.samples += 2 * self.ranks.sum(sum(map(len, batches)))
+        """Yield corrections of a layer that an output comes from, one for each damping."""
+        model, how = self.compressed(solution), self.outputs[path]
+        gap = Rows(output_gap(self.model, model, self.chains, path, self.batches, divergence=how))
+        self.samples += 2 * self.held
         gap = gap.merged(self.total, self.weight)
         before = [r for r in solution.plan.refits if r.path == path]
         for damping in dampings:

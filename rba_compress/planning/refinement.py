@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
 from torch import Tensor, nn
 
 from rba_compress.core.plan import FoldRefit, LayerRefit, Plan
@@ -153,24 +150,16 @@ def _resolved(
 
 
 def outputs(context: SearchContext, state: SearchState) -> SearchState:
-    """Re-solve the linear layers that the outputs come from, towards the original's outputs.
-
-    Once it is decided on the validation samples that a layer is, and how, they are solved on, too: a
-    sample is one row, and these are few. The state's evaluation is that of before, on samples that were
-    not solved on.
-    """
+    """Re-solve the linear layers that the outputs come from, towards the original's outputs."""
     at = len(context.chains) - 1, len(context.chains[-1])
     for path in context.fitter.outputs:
-        corrected = partial(context.fitter.outputs_corrected, state.solution, path)
         tried = [
             (context.divergences(state, solution, at), refit, solution)
-            for refit, solution in corrected(DAMPINGS)
+            for refit, solution in context.fitter.outputs_corrected(state.solution, path, DAMPINGS)
         ]
         divergences, refit, solution = min(tried, key=lambda each: float(each[0].mean()))
         if wins(context, divergences, state.evaluation.divergence):
-            before, new = state.mean, context.state(solution, state.cost, at)
-            ((_, solution),) = corrected([refit.damping], further=context.evaluator.batches)
-            state = replace(new, solution=solution)
+            before, state = state.mean, context.state(solution, state.cost, at)
             state = context.log.decided("refit", refit, state, before - state.mean)
     return state
 
