@@ -11,12 +11,11 @@ import torch
 
 from benchmarks import profile_memory
 from benchmarks.real_data import data_root, deit_tiny, imagenet
-from rba_compress import Plan, Report, load, splice, supports
+from rba_compress import Config, Plan, Report, load, profile, search, splice, supports
 from rba_compress.artifacts.artifact import read_manifest
 from rba_compress.cli.main import main
 from rba_compress.core.batch import as_batch
 from rba_compress.core.loader import read
-from rba_compress.planning.span_fits import fit_span
 from rba_compress.planning.state import Solution, with_read_outs
 from rba_compress.profiling.cost import cost
 from rba_compress.profiling.fidelity import fidelity
@@ -80,21 +79,16 @@ def test_the_exact_read_out_is_exact_on_real_images() -> None:
 
 @pytest.mark.slow
 def test_the_committed_baseline_is_reproduced_on_one_span() -> None:
-    from rba_compress.core.map_spec import MapSpec
-    from rba_compress.core.plan import Plan
-    from rba_compress.profiling.profiler import calibrate
-    from rba_compress.units.offers import supports
-    from rba_compress.units.splice import splice
-
     committed = Path(__file__).parents[1] / "benchmarks" / "results" / "paper_baseline.jsonl"
     rows = [json.loads(line) for line in committed.read_text().splitlines()]
     (row,) = (r for r in rows if r["blocks"] == ["blocks.5"] and r["method"] == "least squares")
     model = deit_tiny()
     calibration = imagenet(model, "calibration")
-    (chain,) = supports(model, calibration[0]).chains
-    (profiled,), _ = calibrate(model, [chain], enumerate(read(calibration)), window=1)
-    replacement, tensors = fit_span(profiled, 5, 6, MapSpec(kind="linear"))
-    compressed = splice(model, Plan(replacements=(replacement,)), tensors)
+    config = Config(maps=("linear",), units=("span",), keep_features=True, window=1)
+    seen = profile(model, calibration, config=config)
+    assert seen.samples == row["fit_images"]
+    planned = search(model, seen, calibration, spans=[(5, 6)])
+    compressed = splice(model, planned.plan, planned.tensors)
     found = fidelity(model, compressed, read(imagenet(model, "test")), "kl")
     assert found.accuracy_original == 0.792  # the published network
     assert found.accuracy_compressed == pytest.approx(row["top1"], abs=0.005)
