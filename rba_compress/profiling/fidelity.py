@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rba_compress.core.batch import Batch
 from rba_compress.core.distributed import current
-from rba_compress.core.errors import ActivationError, LoaderError
+from rba_compress.core.errors import ActivationError, LoaderError, ModelError
 from rba_compress.core.inference import evaluating, ran
 from rba_compress.core.outputs import float_outputs, per_sample
 from rba_compress.core.plan import ComparedOutput, Divergence
@@ -238,11 +238,21 @@ class Criterion:
         return torch.cat(rows, 1)
 
     def kept(self, output: Any) -> Any:
-        """Return the part of an output that is compared: tensors by name; all of it for `given`."""
+        """Return the part of an output that is compared: tensors by name; all of it for `given`.
+
+        Raises:
+            ModelError: an output that is compared is not there.
+        """
         if self.kind == "given":
             return output
         tensors = float_outputs(output)
         if self.outputs:
+            missing = [each.name for each in self.outputs if each.name not in tensors]
+            if missing:
+                raise ModelError(
+                    f"the network's output has no {', '.join(map(repr, missing))}: it has "
+                    f"{', '.join(map(repr, tensors))}"
+                )
             return {each.name: tensors[each.name] for each in self.outputs}
         samples = next(iter(tensors.values())).shape[:1]
         rows = {name: t for name, t in tensors.items() if t.ndim and t.shape[:1] == samples}
@@ -514,6 +524,7 @@ def compare_outputs(
     for original, compressed, batch in outputs:
         kept_by = how if how.function is None else Criterion("nse")
         a, b = (_on_cpu(kept_by.kept(output)) for output in (original, compressed))
+        _require_alike(a, b)
         each = how.each(a, b, batch) if how.function is None else how.each(original, compressed, batch)
         each = {name: values.cpu() for name, values in each.items()}
         for name, values in each.items():
@@ -550,6 +561,20 @@ def compare_outputs(
         drop_high=drop_high,
         metrics=_metric_changes([*how.metrics], measured),
     )
+
+
+def _require_alike(original: dict[str, Tensor], compressed: dict[str, Tensor]) -> None:
+    """Require that the outputs of two networks can be compared.
+
+    Raises:
+        ModelError: an output of the original is missing, or has another shape.
+    """
+    before, after = ({k: tuple(t.shape) for k, t in x.items()} for x in (original, compressed))
+    if any(after.get(name) != shape for name, shape in before.items()):
+        raise ModelError(
+            f"the outputs of the two networks cannot be compared: the original gives {before}, and the "
+            f"other one {after}"
+        )
 
 
 def _metric_changes(names: list[str], measured: list[tuple[Tensor, Tensor]]) -> dict[str, MetricChange]:

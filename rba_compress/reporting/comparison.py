@@ -61,7 +61,8 @@ def compare(
 
     Raises:
         LoaderError: as `compress`.
-        ModelError: a forward pass fails, or the output holds nothing that can be compared.
+        ModelError: a forward pass fails, or the outputs hold nothing that can be compared, or are of
+            other shapes.
         ActivationError: the output of the original, or a metric of it, holds NaN or infinity.
     """
     original, compressed = unwrap(original), unwrap(compressed)

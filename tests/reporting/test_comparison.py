@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rba_compress import ActivationError, Budget, BudgetError, Config, LoaderError, compare, compress
+from rba_compress import (
+    ActivationError,
+    Budget,
+    BudgetError,
+    Config,
+    LoaderError,
+    ModelError,
+    compare,
+    compress,
+)
 from rba_compress.core.batch import Batch
 from tests.networks import LIGHT, Chain, loader, rows, seeded
 
@@ -74,6 +83,27 @@ def test_compare_refuses_what_compress_refuses() -> None:
         compare(model, model, [(rows(10), torch.full((10,), 7))])
     with pytest.raises(LoaderError):
         compare(model, model, [])
+
+
+class Pair(nn.Module):
+    """Two outputs, or the one that is asked for."""
+
+    def __init__(self, only: str = "") -> None:
+        super().__init__()
+        self.scores, self.rest, self.only = nn.Linear(4, 3), nn.Linear(4, 2), only
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = {"scores": self.scores(x), "rest": self.rest(x)}
+        return {self.only: found[self.only]} if self.only else found
+
+
+def test_compare_names_outputs_that_are_not_alike() -> None:
+    data = loader()
+    with pytest.raises(ModelError, match=r"cannot be compared: .*\(10, 3\).* \(10, 4\)"):
+        compare(seeded(Chain), nn.Flatten(), data)
+    with pytest.raises(ModelError, match="the network's output has no 'rest': it has 'scores'"):
+        compare(Pair(), Pair("scores"), data)
+    assert compare(Pair("scores"), Pair(), data).fidelity.samples == 40
 
 
 def test_a_metric_is_reported_before_and_after_with_its_interval() -> None:
