@@ -112,7 +112,7 @@ def _reloaded(directory: Path, inputs: torch.Tensor, model: torch.nn.Module) -> 
         finally:
             fresh.kill()
         if failed or not torch.equal(expected, load_file(answered)["y"]):
-            raise ArtifactError(f"{directory}, loaded in a fresh process, gives other outputs")
+            raise ArtifactError(f"{directory}, loaded in a fresh process, fails or gives other outputs")
 
 
 def free_directory(wanted: Path) -> Path:

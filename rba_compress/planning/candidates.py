@@ -334,7 +334,7 @@ class CandidateFitter:
     ) -> Iterator[tuple[LayerRefit, Solution]]:
         """Yield corrections of a layer that an output comes from, one for each damping."""
         model, how = self.compressed(solution), self.outputs[path]
-        gap = Rows(output_gap(self.model, model, self.chains, path, self.batches, divergence=how))
+        gap = Rows(output_gap(self.model, model, path, self.batches, divergence=how))
         self.samples += 2 * self.held
         gap = gap.merged(self.total, self.weight)
         before = [r for r in solution.plan.refits if r.path == path]

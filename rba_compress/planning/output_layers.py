@@ -40,7 +40,7 @@ def output_layers(
         and all(used.count(id(parameter)) == 1 for parameter in layer.parameters())
     ]
     with evaluating(model):
-        ((outputs, calls),) = _runs(model, chains, linear, [batch])
+        ((outputs, calls),) = _runs(model, linear, [batch])
     how = {output.name: output.divergence for output in criterion.outputs}
     compared = {
         id(output): how.get(name, criterion.kind)
@@ -54,7 +54,6 @@ def output_layers(
 def output_gap(
     original: nn.Module,
     compressed: nn.Module,
-    chains: Sequence[Chain],
     path: str,
     batches: Sequence[Batch],
     *,
@@ -71,7 +70,7 @@ def output_gap(
 
     sums = PairSums()
     with evaluating(original), evaluating(compressed):
-        runs = (_runs(network, chains, [path], batches) for network in (original, compressed))
+        runs = (_runs(network, [path], batches) for network in (original, compressed))
         for (_, wanted), (_, found) in zip(*runs, strict=True):
             ((_, y),), ((x, reached),) = wanted[path], found[path]
             sums.add(x, scores(y) - scores(reached))
@@ -81,7 +80,7 @@ def output_gap(
 
 
 def _runs(
-    model: nn.Module, chains: Sequence[Chain], layers: Sequence[str], batches: Sequence[Batch]
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]
 ) -> Iterator[tuple[Any, dict[str, list[tuple[Tensor, Tensor]]]]]:
     """Yield the output of each batch, and the input and output of each call of some layers."""
     for batch in batches:
@@ -90,5 +89,5 @@ def _runs(
         def add(path: str, x: Tensor, y: Tensor, calls: Any = calls) -> None:
             calls[path].append((x, y))
 
-        seen = observe(model, chains, batch, layers=layers, on_layer=add)
+        seen = observe(model, [], batch, layers=layers, on_layer=add)
         yield seen.output, calls

@@ -103,7 +103,9 @@ def test_the_correction_is_that_of_numpy(divergence: Any) -> None:
         compressed.get_submodule("head").bias += torch.tensor([40.0, 0.0, -1.0])  # type: ignore[operator]
         compressed.get_submodule("blocks")[1].up.weight *= 0.5  # type: ignore[index, union-attr]
     data = [as_batch(x) for x in loader(60)]
-    found = output_gap(original, compressed, [], "head", data, divergence=divergence)
+    found = output_gap(original, compressed, "head", data, divergence=divergence)
+    traced = output_gap(original, fx.symbolic_trace(compressed), "head", data, divergence=divergence)
+    assert torch.equal(traced.xy, found.xy)
     features: list[Tensor] = []
     compressed.get_submodule("head").register_forward_pre_hook(lambda _, x: features.append(x[0]))
     y, z = (
