@@ -109,7 +109,9 @@ export_onnx(model, path, loader, quantize="int8")
     ),
 }
 AFTER = {"rba_compress, 40 % off, int8": "rba_compress, 40 % off"}
-"""Peers whose code goes on from what another's left; its lines and minutes count, too."""
+"""Peers whose code starts from the network that another one left; the other's lines and minutes count,
+too.
+"""
 
 
 @dataclass
@@ -134,7 +136,7 @@ def row(peer: str, how: Run, left: dict[str, tuple[nn.Module, float]]) -> dict[s
     original = deit_tiny()
     loader, test = imagenet(original, "calibration"), imagenet(original, "test")
     images, batches = loader[0][0], [as_batch(pair) for pair in test]
-    lines = {line: None for line in (first_code + code).splitlines() if line.strip()}
+    lines = {line for line in (first_code + code).splitlines() if line.strip()}
     said: dict[str, Any] = {"peer": peer, "lines": len(lines)}
     with tempfile.TemporaryDirectory() as aside:
         path, first = Path(aside) / "model.onnx", Path(aside) / "original.onnx"

@@ -213,7 +213,7 @@ def test_a_model_of_transformers_is_called_by_its_keywords(tmp_path: Path) -> No
 
 
 def test_weights_of_a_large_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a file of its own, but for the limit of 2 GiB."""
+    """The limit of 2 GiB is lowered: the network computes the same from one file and from two."""
     model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 5)))
     outputs = []
     for name, limit in (("one", int8.EXTERNAL), ("two", 100)):
